@@ -1,0 +1,117 @@
+"""What every stage does around its work: fixed threads and seeds, one clear error line, a record of the run."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from lego.artifacts import ArtifactError, derived_seed, write_json
+from lego.params import ParamsError
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's malloc.h
+RECOVERY = "earlier results come back with: git checkout params.yaml dvc.lock metrics && dvc checkout"
+RECORDED_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "datasets", "pydantic")
+
+
+class StageError(RuntimeError):
+    """A stage that cannot go on, for a reason the user can mend; the message says how."""
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device a `train.device` value names; `auto` takes cuda, then mps, then cpu.
+
+    Raises:
+        StageError: the named device is not available here.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
+    if not available[name]:
+        raise StageError(f"params.yaml: train.device is {name}, but this machine has none; use auto or cpu")
+    return torch.device(name)
+
+
+def _reuse_freed_memory() -> None:
+    """Lets glibc keep large freed blocks: else every step maps and clears the pages of its logits anew."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # another C library
+        return
+    for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        mallopt(option, 2**30)
+
+
+def _interpreter() -> str:
+    """sys.executable, relative to the working folder where it lies inside it, so that clones agree."""
+    executable = Path(sys.executable)
+    return str(executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else executable)
+
+
+class Stage:
+    """Context of one stage: `with Stage("tokenize", seed=0, threads=2) as stage: ...`
+
+    On entry it fixes the number of threads, the seed and deterministic kernels. On success it writes
+    `metrics/timing/<name>.json`, the only file that holds times, rates and the environment; no stage depends on it.
+
+    Args:
+        name: the stage's name in dvc.yaml.
+        seed: the run's seed; the stage's own is `stage.seed`.
+        threads: CPU threads of torch.
+    """
+
+    def __init__(self, name: str, seed: int = 0, threads: int = 1) -> None:
+        self.name, self.seed = name, derived_seed(seed, name)
+        self.threads = threads
+        self.scratch = Path(".scratch") / name
+        self.record: dict[str, Any] = {}
+
+    def keep(self, name: str) -> Path:
+        """A folder for what must outlive a failure of this stage; gone once the stage succeeds."""
+        folder = self.scratch / name
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def __enter__(self) -> Stage:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
+        _reuse_freed_memory()
+        torch.set_num_threads(self.threads)
+        torch.use_deterministic_algorithms(True)
+        torch.manual_seed(self.seed)
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(
+        self, error: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            return
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        seconds = time.perf_counter() - self._start
+        rates = {f"{unit}_per_second": count / seconds for unit, count in self.record.pop("counts", {}).items()}
+        environment = {
+            "python_executable": _interpreter(),
+            "python_version": platform.python_version(),
+            "threads": self.threads,
+            **{f"{package}_version": version(package) for package in RECORDED_PACKAGES},
+        }
+        write_json(f"metrics/timing/{self.name}.json", {"seconds": seconds, **rates, **environment, **self.record})
+
+
+def exit_cleanly(main: Callable[[], None]) -> None:
+    """Runs a stage's main(); errors a user can mend become one line on stderr and exit code 1."""
+    try:
+        main()
+    except (ParamsError, ArtifactError, StageError, FloatingPointError) as error:
+        print(f"error: {error} ({RECOVERY})", file=sys.stderr)
+        raise SystemExit(1) from None

@@ -1,0 +1,252 @@
+"""Typed, validated configuration: the one reader of params.yaml.
+
+python -m lego.params            checks params.yaml and says what is wrong with it
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
+
+
+class ParamsError(ValueError):
+    """A parameter file that cannot be used; the message names file, key and remedy."""
+
+
+def _from_scientific(value: object) -> object:
+    """DVC writes 1e-05, which YAML 1.1 reads as a string; every other string stays one and is rejected."""
+    return float(value) if isinstance(value, str) and SCIENTIFIC.fullmatch(value) else value
+
+
+def _within(interval: str) -> AfterValidator:
+    """Range check written as in mathematics: "(0, 1]" excludes 0 and includes 1."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+
+    def check(value: float) -> float:
+        above = value > low if interval[0] == "(" else value >= low
+        below = value < high if interval[-1] == ")" else value <= high
+        if not (above and below):
+            raise ValueError(f"must be in {interval}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _at_least(low: int) -> AfterValidator:
+    def check(value: int) -> int:
+        if value < low:
+            raise ValueError(f"must be at least {low}")
+        return value
+
+    return AfterValidator(check)
+
+
+Number = Annotated[float, BeforeValidator(_from_scientific)]
+Positive = Annotated[Number, _within("(0, inf)")]
+NonNegative = Annotated[Number, _within("[0, inf)")]
+Share = Annotated[Number, _within("(0, 1)")]
+Count = Annotated[int, _at_least(1)]
+CountOrZero = Annotated[int, _at_least(0)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DataParams(Section):
+    source: Literal["python-stdlib"]
+    tokenizer: Literal["bpe"]
+    vocab_size: Annotated[int, _at_least(257)]  # 256 bytes and end-of-text
+    max_tokenizer_bytes: Count
+    max_train_tokens: Count
+    max_validation_tokens: Count
+    max_calibration_tokens: Count
+    max_test_tokens: Count
+    validation_share: Share
+    calibration_share: Share
+    test_share: Share
+
+    @model_validator(mode="after")
+    def _some_train_text(self) -> DataParams:
+        held_out = self.validation_share + self.calibration_share + self.test_share
+        if held_out >= 1:
+            raise ValueError(
+                f"validation_share + calibration_share + test_share must be below 1 to leave train text, "
+                f"got {held_out:g}"
+            )
+        return self
+
+
+class ModelParams(Section):
+    dim: Count
+    num_heads: Count
+    num_kv_heads: Count
+    ffn_dim: Count
+    seq_len: Annotated[int, _at_least(2)]
+    tie_embeddings: bool
+    rope_theta: Positive
+    norm_eps: Positive
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> ModelParams:
+        if self.dim % (2 * self.num_heads):
+            raise ValueError(
+                f"dim must be a multiple of 2 * num_heads = {2 * self.num_heads}, as rotary positions turn pairs; "
+                f"got {self.dim}"
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads = {self.num_heads}, got {self.num_kv_heads}")
+        return self
+
+
+class TrainParams(Section):
+    batch_size: Count
+    grad_accumulation: Count
+    tokens_per_epoch: Count
+    schedule: Literal["cosine", "constant"]
+    warmup_steps: CountOrZero
+    min_lr_ratio: Annotated[Number, _within("[0, 1]")]
+    weight_decay: NonNegative
+    beta1: Annotated[Number, _within("[0, 1)")]
+    beta2: Annotated[Number, _within("[0, 1)")]
+    grad_clip: NonNegative
+    precision: Literal["fp32", "bf16"]
+    compile: bool
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    threads: Count
+
+
+class AshemParams(Section):
+    phase1_layers: Count
+    phase1_lr: Positive
+    phase1_epochs: Count
+    phase1_patience: Count
+    hard_example_ratio: Share
+    hard_split: Literal["train", "validation"]
+    phase2_text: Literal["fresh", "same"]
+    phase2_share: Annotated[Number, _within("[0, 1)")]
+    phase2_layers: Count
+    phase2_lr: Positive
+    phase2_epochs: Count
+    phase2_patience: Count
+    phase2_context: Literal["token", "historic"]
+    init_new_layers: Literal["copy", "zero", "random"]
+    head: Literal["shared", "own", "shared_trainable"]
+    store_dtype: Literal["float32", "float16", "bfloat16"]
+    shard_tokens: Count
+
+    @model_validator(mode="after")
+    def _two_blocks(self) -> AshemParams:
+        if self.phase2_layers <= self.phase1_layers:
+            raise ValueError(
+                f"phase2_layers is the total depth and must be greater than phase1_layers = {self.phase1_layers}, "
+                f"got {self.phase2_layers}"
+            )
+        if self.phase2_text == "fresh" and self.phase2_share == 0:
+            raise ValueError("phase2_share must be in (0, 1) when phase2_text is fresh, got 0")
+        return self
+
+
+class YardstickParams(Section):
+    lr: Positive
+
+
+class EvaluationParams(Section):
+    batch_size: Count
+    sweep_points: Annotated[int, _at_least(2)]
+
+
+class Params(Section):
+    """The whole of params.yaml, one attribute per section."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    data: DataParams
+    model: ModelParams
+    train: TrainParams
+    ashem: AshemParams
+    yardstick: YardstickParams
+    evaluation: EvaluationParams
+
+
+def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys
+
+
+def _sentence(error: Any) -> str:
+    """One pydantic error as `key does what is wrong, got value`."""
+    key, value = ".".join(str(part) for part in error["loc"]), error["input"]
+    shown = "nothing" if value is None else repr(value)
+    match error["type"]:
+        case "missing":
+            return f"{key} is missing"
+        case "extra_forbidden":
+            close = difflib.get_close_matches(key, _known_keys(Params), n=1)
+            return f"{key} is not a known key" + (f"; did you mean {close[0]}?" if close else "")
+        case "value_error" if isinstance(value, dict):  # a check across the keys of one section names its keys itself
+            return f"{key}.{error['ctx']['error']}"
+        case "value_error":
+            return f"{key} {error['ctx']['error']}, got {shown}"
+        case "literal_error":
+            return f"{key} must be one of {error['ctx']['expected']}, got {shown}"
+        case "int_type":
+            return f"{key} must be a whole number, got {shown}"
+        case "float_type":
+            return f"{key} must be a number, got {shown}"
+        case "bool_type":
+            return f"{key} must be true or false, got {shown}"
+        case "model_type" | "dict_type" | "model_attributes_type":
+            return f"{key} must be a section of keys, got {shown}"
+        case _:
+            return f"{key}: {error['msg']}, got {shown}"
+
+
+def load_params(path: str | Path = "params.yaml") -> Params:
+    """Reads and checks a parameter file.
+
+    Args:
+        path: a YAML file with every key of `Params`; `1e-05` is read as a number.
+
+    Raises:
+        ParamsError: unreadable file, unknown or missing key, wrong type or range; the message names file and key.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ParamsError(f"{path}: cannot be read ({error.strerror}); run from the repository root") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise ParamsError(f"{path}: is not valid YAML{line}") from None
+    if not isinstance(raw, dict):
+        raise ParamsError(f"{path}: must hold the sections {', '.join(Params.model_fields)}")
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        raise ParamsError("; ".join(f"{path}: {_sentence(e)}" for e in error.errors())) from None
+
+
+def main(load: Callable[[], Params] = load_params) -> int:
+    try:
+        print(load().model_dump_json(indent=2))
+    except ParamsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
