@@ -1,0 +1,150 @@
+"""Model folders (config.json with Hugging Face's field names, model.safetensors), and how a trained model grows."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lego.artifacts import ArtifactError, read_json, read_tensors, write_json, write_tensors
+from lego.layers import TransformerLayer
+from lego.transformer import BaseTransformer, DeepSupervisionTransformer, StandardTransformer
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+FIELDS = {  # our argument -> Hugging Face's field
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "ffn_dim": "intermediate_size",
+    "rope_theta": "rope_theta",
+    "norm_eps": "rms_norm_eps",
+    "tie_embeddings": "tie_word_embeddings",
+    "own_head": "own_head",
+}
+ROUTING_FIELDS = ("exit_layer", "routing_threshold", "block2_context")
+INITS = ("copy", "zero", "random")
+
+
+def save_model(model: BaseTransformer, folder: str | Path, tokenizer: str | Path | None = None) -> None:
+    """Writes a model into an existing folder, with the files of a tokenizer folder beside it.
+
+    Args:
+        model: a StandardTransformer or DeepSupervisionTransformer.
+        folder: where config.json and model.safetensors go.
+        tokenizer: a folder in Hugging Face format whose files are copied.
+    """
+    folder = Path(folder)
+    config: dict[str, Any] = {FIELDS[name]: value for name, value in model.sizes.items()}
+    config |= {"model_type": "lego", "architectures": [type(model).__name__]}
+    if isinstance(model, DeepSupervisionTransformer):
+        config |= {name: getattr(model, name) for name in ROUTING_FIELDS}
+    tensors = model.state_dict()
+    if model.sizes["tie_embeddings"]:
+        del tensors["output_head.weight"]  # the same storage as embedding.weight
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    write_json(folder / CONFIG, config)
+    for file in sorted(Path(tokenizer).iterdir()) if tokenizer else ():
+        shutil.copyfile(file, folder / file.name)
+
+
+def load_model(folder: str | Path) -> BaseTransformer:
+    """Reads a model folder written by `save_model`.
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or the weights do not fit the config.
+    """
+    folder = Path(folder)
+    config = read_json(folder / CONFIG)
+    try:
+        arguments = {name: config[field] for name, field in FIELDS.items()}
+        if config["architectures"] == [DeepSupervisionTransformer.__name__]:
+            routing = {name: config[name] for name in ROUTING_FIELDS}
+            model: BaseTransformer = DeepSupervisionTransformer(**arguments, **routing)
+        else:
+            model = StandardTransformer(**arguments)
+    except (KeyError, ValueError) as error:
+        raise ArtifactError(f"{folder / CONFIG}: describes no model ({error}); run dvc checkout or dvc repro") from None
+    tensors = read_tensors(folder / WEIGHTS)
+    if model.sizes["tie_embeddings"]:
+        tensors["output_head.weight"] = tensors["embedding.weight"]
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError:
+        raise ArtifactError(
+            f"{folder / WEIGHTS}: does not fit {CONFIG} beside it; run dvc checkout or dvc repro"
+        ) from None
+    return model
+
+
+def grow_model(
+    block1: BaseTransformer,
+    num_layers: int,
+    *,
+    init: str = "copy",
+    routing_threshold: float = 0.0,
+    block2_context: str = "full",
+    head: str = "shared",
+) -> DeepSupervisionTransformer:
+    """Puts new layers on top of a trained model and freezes what was there.
+
+    Args:
+        block1: the trained model; all of its layers become block 1, its last layer the exit.
+        num_layers: total depth of the grown model.
+        init: `copy` repeats block 1's layers in order; `zero` zeroes the new layers' output projections, so that deep
+            equals shallow before training; `random` keeps the constructor's weights.
+        routing_threshold: confidence from which a token leaves early.
+        block2_context: see DeepSupervisionTransformer.
+        head: `shared` (frozen), `own` (a trainable copy for block 2 alone), or `shared_trainable` (one trainable head
+            for both exits, untied from the embedding: the historical protocol, which moves block 1's confidences).
+
+    Raises:
+        ValueError: num_layers does not exceed block 1's depth, or an unknown init or head.
+    """
+    if num_layers <= block1.num_layers:
+        raise ValueError(f"num_layers must exceed block 1's {block1.num_layers}, got {num_layers}")
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+    if head not in ("shared", "own", "shared_trainable"):
+        raise ValueError(f"head must be shared, own or shared_trainable, got {head!r}")
+    k = block1.num_layers
+    sizes = block1.sizes | {"num_layers": num_layers, "own_head": head == "own"}
+    if head == "shared_trainable":
+        sizes["tie_embeddings"] = False
+    grown = DeepSupervisionTransformer(
+        **sizes, exit_layer=k, routing_threshold=routing_threshold, block2_context=block2_context
+    )
+    grown.embedding.load_state_dict(block1.embedding.state_dict())
+    grown.output_head.load_state_dict(block1.output_head.state_dict())
+    if grown.deep_head is not None:
+        grown.deep_head.load_state_dict(block1.output_head.state_dict())
+    for index in range(k):
+        grown.layers[index].load_state_dict(block1.layers[index].state_dict())
+    for index in range(k, num_layers):
+        _init_new_layer(grown.layer(index + 1), block1.layer((index - k) % k + 1), block1.layer(k).exit_norm, init)
+    frozen = [grown.embedding, *grown.layers[:k]] + ([] if head == "shared_trainable" else [grown.output_head])
+    for module in frozen:
+        module.requires_grad_(False)
+    return grown
+
+
+@torch.no_grad()
+def _init_new_layer(layer: TransformerLayer, source: TransformerLayer, exit_norm: nn.RMSNorm, init: str) -> None:
+    if init == "random":
+        return
+    if init == "copy":
+        layer.load_state_dict(source.state_dict())
+    else:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    layer.exit_norm.load_state_dict(exit_norm.state_dict())
+
+
+def same_block1(block1: BaseTransformer, grown: BaseTransformer) -> bool:
+    """Whether the grown model holds block 1, its exit included, bit for bit."""
+    inside = grown.state_dict()
+    return all(torch.equal(tensor.cpu(), inside[name].cpu()) for name, tensor in block1.state_dict().items())

@@ -1,0 +1,236 @@
+"""Language models whose every layer can be read as logits (specs: ashem section 2).
+
+Shapes: B sequences, T tokens, D width, V vocabulary, N layers. Layers are numbered from 1.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lego.layers import TransformerLayer
+
+BLOCK2_CONTEXTS = ("full", "token")
+
+
+class BaseTransformer(nn.Module):
+    """Decoder-only Transformer with Llama's layers and one exit per layer.
+
+    Args:
+        vocab_size: entries of the vocabulary (V).
+        dim: width of the residual stream (D); a multiple of 2 * num_heads.
+        num_layers: depth (N).
+        num_heads: query heads.
+        num_kv_heads: key/value heads, must divide num_heads; default num_heads.
+        ffn_dim: inner width of the MLP; default 8/3 dim, rounded up to a multiple of 32.
+        rope_theta: base of the rotary frequencies.
+        norm_eps: RMSNorm epsilon.
+        tie_embeddings: the output head shares the embedding's weight.
+        own_head: layers above the exit have an output head of their own, `deep_head`.
+
+    Raises:
+        ValueError: sizes that do not fit each other; the message names them.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        ffn_dim: int | None = None,
+        rope_theta: float = 10000.0,
+        norm_eps: float = 1e-6,
+        tie_embeddings: bool = False,
+        own_head: bool = False,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        ffn_dim = 32 * math.ceil(8 * dim / 96) if ffn_dim is None else ffn_dim
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        if dim % (2 * num_heads):
+            raise ValueError(f"dim must be a multiple of 2 * num_heads = {2 * num_heads}, got {dim}")
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads = {num_heads}, got {num_kv_heads}")
+        self.sizes: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "dim": dim,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "ffn_dim": ffn_dim,
+            "rope_theta": rope_theta,
+            "norm_eps": norm_eps,
+            "tie_embeddings": tie_embeddings,
+            "own_head": own_head,
+        }
+        self.num_layers = num_layers
+        self.exit_layer = num_layers
+        self.block2_context = "full"
+        self.embedding = nn.Embedding(vocab_size, dim)
+        self.layers = nn.ModuleList(
+            TransformerLayer(dim, num_heads, num_kv_heads, ffn_dim, rope_theta, norm_eps) for _ in range(num_layers)
+        )
+        self.output_head = nn.Linear(dim, vocab_size, bias=False)
+        self.deep_head = nn.Linear(dim, vocab_size, bias=False) if own_head else None
+        self.apply(self._init_weights)
+        if tie_embeddings:
+            self.output_head.weight = self.embedding.weight
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        """Normal with standard deviation 0.02 (Radford et al. 2019); norms keep their ones."""
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+    def layer(self, number: int) -> TransformerLayer:
+        """The layer of this number, from 1."""
+        return cast(TransformerLayer, self.layers[number - 1])
+
+    def run_layers(self, h: Tensor, first: int, last: int) -> Tensor:
+        """Applies layers first..last; above the exit, `token` context shows each token to itself alone.
+
+        Args:
+            h: states below layer `first`, (B, T, D).
+            first: first layer to run, from 1.
+            last: last layer to run; below `first` nothing is run.
+        """
+        boundary = self.exit_layer if self.block2_context == "token" else self.num_layers
+        for index in range(first, min(last, boundary) + 1):
+            h = self.layers[index - 1](h)
+        if last <= boundary:
+            return h
+        B, T, D = h.shape
+        h = h.reshape(B * T, 1, D)
+        for index in range(max(first, boundary + 1), last + 1):
+            h = self.layers[index - 1](h)
+        return h.reshape(B, T, D)
+
+    def logits_at(self, h: Tensor, layer: int) -> Tensor:
+        """Reads a layer's un-normed output (..., D) as logits (..., V)."""
+        head = self.deep_head if self.deep_head is not None and layer > self.exit_layer else self.output_head
+        return head(self.layer(layer).exit_norm(h))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Full-depth logits (B, T, V) of token ids (B, T)."""
+        return self.logits_at(self.run_layers(self.embedding(x), 1, self.num_layers), self.num_layers)
+
+    def forward_all_layers(self, x: Tensor) -> list[Tensor]:
+        """Logits (B, T, V) of every layer, shallow to deep."""
+        h, logits = self.embedding(x), []
+        for layer in range(1, self.num_layers + 1):
+            h = self.run_layers(h, layer, layer)
+            logits.append(self.logits_at(h, layer))
+        return logits
+
+    def forward_to_hidden(self, x: Tensor) -> Tensor:
+        """Un-normed output (B, T, D) of the exit layer; StandardTransformer exits at its last layer."""
+        return self.run_layers(self.embedding(x), 1, self.exit_layer)
+
+    def compute_confidence(self, h: Tensor) -> Tensor:
+        """Largest softmax probability at the exit layer (...,) for exit states h (..., D)."""
+        return max_probability(self.logits_at(h, self.exit_layer))
+
+    @torch.no_grad()
+    def route(self, x: Tensor, exit_layer: int, threshold: float) -> tuple[Tensor, Tensor]:
+        """Logits (B, T, V) of each token at the depth its confidence sends it to, and the confidences (B, T).
+
+        A token leaves at `exit_layer` if its confidence is at least `threshold`; threshold 0.0 is routing off: every
+        token takes the full depth.
+        """
+        h = self.run_layers(self.embedding(x), 1, exit_layer)
+        logits = self.logits_at(h, exit_layer)
+        confidence = max_probability(logits)
+        if threshold == 0.0:
+            return self.logits_at(self.run_layers(h, exit_layer + 1, self.num_layers), self.num_layers), confidence
+        hard = confidence < threshold
+        if self.block2_context == "token" and exit_layer >= self.exit_layer:  # the hard tokens need no other token
+            deep = self.run_layers(h[hard].unsqueeze(1), exit_layer + 1, self.num_layers).squeeze(1)  # (n_hard, D)
+        else:
+            deep = self.run_layers(h, exit_layer + 1, self.num_layers)[hard]
+        logits[hard] = self.logits_at(deep, self.num_layers).to(logits.dtype)
+        return logits, confidence
+
+
+def max_probability(logits: Tensor) -> Tensor:
+    """Largest softmax probability (...,) of logits (..., V), in float32, without forming the softmax."""
+    logits = logits.float()
+    return (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp()
+
+
+class StandardTransformer(BaseTransformer):
+    """A plain decoder: exits at its last layer; equal to `transformers.LlamaForCausalLM` with the same weights."""
+
+
+class DeepSupervisionTransformer(BaseTransformer):
+    """A decoder whose tokens may leave at `exit_layer`.
+
+    Args:
+        vocab_size, dim, num_layers, num_heads: as in BaseTransformer.
+        exit_layer: last layer of block 1, in 1..num_layers.
+        routing_threshold: confidence from which a token leaves early; 0.0 = routing off.
+        block2_context: what a token sees above the exit: `full` (the sequence) or `token` (itself alone).
+        **sizes: keyword arguments of BaseTransformer.
+
+    Raises:
+        ValueError: exit_layer outside the model, or an unknown block2_context.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        exit_layer: int = 1,
+        routing_threshold: float = 0.0,
+        *,
+        block2_context: str = "full",
+        **sizes: Any,
+    ) -> None:
+        super().__init__(vocab_size, dim, num_layers, num_heads, **sizes)
+        if not 1 <= exit_layer <= num_layers:
+            raise ValueError(f"exit_layer must be in 1..num_layers = {num_layers}, got {exit_layer}")
+        if block2_context not in BLOCK2_CONTEXTS:
+            raise ValueError(f"block2_context must be one of {', '.join(BLOCK2_CONTEXTS)}, got {block2_context!r}")
+        self.exit_layer = exit_layer
+        self.routing_threshold = routing_threshold
+        self.block2_context = block2_context
+
+    def forward_train(self, x: Tensor) -> dict[str, Any]:
+        """Both exits' logits (B, T, V) of all tokens, their confidence (B, T), and the share that would leave early."""
+        h = self.forward_to_hidden(x)
+        shallow = self.logits_at(h, self.exit_layer)
+        confidence = max_probability(shallow)
+        return {
+            "shallow_logits": shallow,
+            "deep_logits": self.logits_at(self.run_layers(h, self.exit_layer + 1, self.num_layers), self.num_layers),
+            "confidence": confidence,
+            "shallow_ratio": shallow_ratio(confidence, self.routing_threshold),
+        }
+
+    def forward_inference(self, x: Tensor) -> tuple[Tensor, dict[str, float]]:
+        """Routed logits (B, T, V) and the batch's mean_confidence, shallow_ratio and compute_cost."""
+        logits, confidence = self.route(x, self.exit_layer, self.routing_threshold)
+        ratio = shallow_ratio(confidence, self.routing_threshold)
+        return logits, {
+            "mean_confidence": confidence.mean().item(),
+            "shallow_ratio": ratio,
+            "compute_cost": compute_cost(ratio, self.exit_layer, self.num_layers),
+        }
+
+
+def shallow_ratio(confidence: Tensor, threshold: float) -> float:
+    """Share of tokens that leave at the exit layer; 0 when routing is off (threshold 0.0)."""
+    return 0.0 if threshold == 0.0 else (confidence >= threshold).float().mean().item()
+
+
+def compute_cost(ratio: float, exit_layer: int, num_layers: int) -> float:
+    """Share of the full depth's layers that are run when `ratio` of the tokens leave early (ashem section 1)."""
+    return (ratio * exit_layer + (1 - ratio) * num_layers) / num_layers
