@@ -1,0 +1,50 @@
+"""Which tokens leave early: confidence and its threshold (ashem section 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lego.transformer import BaseTransformer
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+def compute_confidence(model: BaseTransformer, hidden_state: Tensor) -> Tensor:
+    """Largest softmax probability (...,) at the exit layer for exit states (..., D)."""
+    return model.compute_confidence(hidden_state)
+
+
+def quantile_threshold(confidences: Tensor, ratio: float) -> float:
+    """Confidence below which a share `ratio` of the tokens lies, linearly interpolated between ranks.
+
+    Args:
+        confidences: any shape, flattened.
+        ratio: share of hard tokens, in [0, 1].
+    """
+    return torch.quantile(confidences.flatten().float(), ratio).item()
+
+
+@torch.no_grad()
+def collect_confidences(model: BaseTransformer, batches: Batches, device: str | torch.device) -> Tensor:
+    """Confidences (n,) of every token of the batches, on the CPU, in order."""
+    model.to(device).eval()
+    return torch.cat(
+        [model.compute_confidence(model.forward_to_hidden(x.to(device))).flatten().cpu() for x, _ in batches]
+    )
+
+
+def compute_confidence_threshold(
+    model: BaseTransformer, val_batches: Batches, target_ratio: float, device: str | torch.device
+) -> float:
+    """Threshold below which a share `target_ratio` of the batches' tokens lies.
+
+    Args:
+        model: read at its exit layer.
+        val_batches: (x, y) of token ids (B, T); calibration text in the pipeline.
+        target_ratio: share of hard tokens, in [0, 1].
+        device: where the model runs.
+    """
+    return quantile_threshold(collect_confidences(model, val_batches, device), target_ratio)

@@ -1,0 +1,219 @@
+"""The store that phase 2 reads: exit states of whole blocks in shards, with a manifest that says whose they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lego.artifacts import ArtifactError, derived_seed, read_json, read_tensors, sha256, write_json, write_tensors
+from lego.batches import stream_indices
+
+MANIFEST = "manifest.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class StoreWriter:
+    """Writes whole blocks into shards; `close` writes the manifest.
+
+    Args:
+        folder: an existing folder.
+        threshold: a token is hard if its confidence is strictly below.
+        dtype: of the stored exit states: float32, float16 or bfloat16.
+        shard_tokens: tokens per shard, rounded up to whole batches.
+    """
+
+    def __init__(self, folder: str | Path, threshold: float, dtype: str, shard_tokens: int) -> None:
+        self.folder, self.threshold, self.dtype, self.shard_tokens = Path(folder), threshold, dtype, shard_tokens
+        self.pending: list[dict[str, Tensor]] = []
+        self.shards: list[dict[str, Any]] = []
+        self.error = self.norm = self.confidence = 0.0
+
+    def add(self, inputs: Tensor, targets: Tensor, states: Tensor, confidences: Tensor) -> None:
+        """Takes blocks: ids (B, T), targets (B, T), exit states (B, T, D), confidences (B, T).
+
+        Raises:
+            ArtifactError: an exit state does not fit the dtype.
+        """
+        stored = states.to(DTYPES[self.dtype])
+        if not torch.isfinite(stored).all():
+            raise ArtifactError(
+                f"params.yaml: ashem.store_dtype {self.dtype} cannot hold an exit state of magnitude "
+                f"{states.abs().max():g}; use float32 or bfloat16"
+            )
+        self.error += (stored.double() - states.double()).square().sum().item()
+        self.norm += states.double().square().sum().item()
+        hard = confidences < self.threshold
+        self.confidence += confidences[hard].double().sum().item()
+        self.pending.append(
+            {
+                "inputs": inputs.int(),
+                "targets": targets.int(),
+                "exit_states": stored,
+                "confidences": confidences,
+                "hard": hard,
+            }
+        )
+        if sum(batch["hard"].numel() for batch in self.pending) >= self.shard_tokens:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self.pending:
+            return
+        tensors = {name: torch.cat([batch[name] for batch in self.pending]) for name in self.pending[0]}
+        name = f"shard-{len(self.shards):05d}.safetensors"
+        write_tensors(self.folder / name, tensors)
+        self.shards.append(
+            {
+                "file": name,
+                "blocks": len(tensors["hard"]),
+                "tokens": tensors["hard"].numel(),
+                "hard_tokens": int(tensors["hard"].sum()),
+                "shape": list(tensors["exit_states"].shape),
+                "sha256": sha256(self.folder / name),
+            }
+        )
+        self.pending = []
+
+    def close(self, **origin: Any) -> dict[str, Any]:
+        """Writes and returns the manifest.
+
+        Args:
+            **origin: whose states these are: split, block1_sha256, tokenizer_sha256, ...
+
+        Raises:
+            ArtifactError: no token is hard.
+        """
+        self._flush()
+        hard = sum(shard["hard_tokens"] for shard in self.shards)
+        if not hard:
+            raise ArtifactError(
+                f"no hard token: no confidence lies below the threshold {self.threshold:g}; "
+                "raise ashem.hard_example_ratio in params.yaml"
+            )
+        manifest = {
+            "shards": self.shards,
+            "tokens": sum(shard["tokens"] for shard in self.shards),
+            "hard_tokens": hard,
+            "dtype": self.dtype,
+            "threshold": self.threshold,
+            "relative_error": (self.error / self.norm) ** 0.5 if self.norm else 0.0,
+            "mean_hard_confidence": self.confidence / hard,
+            **origin,
+        }
+        write_json(self.folder / MANIFEST, manifest)
+        return manifest
+
+
+class HiddenStateStore:
+    """A store on disk, read one shard at a time.
+
+    Args:
+        folder: what collect_hard wrote, data/hard.
+
+    Raises:
+        ArtifactError: the manifest is missing, damaged or incomplete.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_json(self.folder / MANIFEST)
+        try:
+            self.shards: list[dict[str, Any]] = self.manifest["shards"]
+            self.hard_tokens: int = self.manifest["hard_tokens"]
+            self.threshold: float = self.manifest["threshold"]
+            counted = sum(shard["hard_tokens"] for shard in self.shards)
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{self.folder / MANIFEST}: lacks {error}; run dvc checkout or dvc repro") from None
+        if counted != self.hard_tokens or not counted:
+            raise ArtifactError(f"{self.folder / MANIFEST}: its counts disagree; run dvc checkout or dvc repro")
+
+    def verify(self, block1_sha256: str, tokenizer_sha256: str) -> None:
+        """Makes sure the store is whole and was made by this block 1 and tokenizer.
+
+        Raises:
+            ArtifactError: another block 1 or tokenizer made it, or a shard is missing or was changed.
+        """
+        for what, wanted in (("block1", block1_sha256), ("tokenizer", tokenizer_sha256)):
+            if self.manifest.get(f"{what}_sha256") != wanted:
+                raise ArtifactError(f"{self.folder}: was made by another {what}; run dvc repro collect_hard")
+        for shard in self.shards:
+            if sha256(self.folder / shard["file"]) != shard["sha256"]:
+                raise ArtifactError(f"{self.folder / shard['file']}: was changed; run dvc checkout or dvc repro")
+
+    def read_shard(self, index: int) -> dict[str, Tensor]:
+        """Whole blocks: inputs, targets, confidences, hard (b, T) and exit_states (b, T, D) in the stored dtype."""
+        return read_tensors(self.folder / self.shards[index]["file"])
+
+    def hard_examples(self, index: int) -> dict[str, Tensor]:
+        """The flattened view of one shard's hard tokens, as collect_hard_examples returns it (float32)."""
+        shard = self.read_shard(index)
+        hard = shard["hard"]
+        return {
+            "inputs": shard["inputs"][hard].long(),  # (n,)
+            "hidden_states": shard["exit_states"][hard].float(),  # (n, D)
+            "targets": shard["targets"][hard].long(),  # (n,)
+            "confidences": shard["confidences"][hard],  # (n,)
+        }
+
+
+class HardTokenBatches:
+    """One epoch of batches ((B, 1, D), (B,)) from an endless shuffled stream of the store's hard tokens.
+
+    Each pass takes the shards in a new order and shuffles within a shard, so one shard is in memory at a time.
+
+    Args:
+        store: where the tokens are.
+        batch_size: tokens per batch.
+        tokens_per_epoch: tokens per epoch, rounded up to whole batches.
+        seed: of the shuffling.
+    """
+
+    def __init__(self, store: HiddenStateStore, batch_size: int, tokens_per_epoch: int, seed: int) -> None:
+        self.store, self.batch_size, self.seed = store, batch_size, seed
+        self.steps = -(-tokens_per_epoch // batch_size)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    @property
+    def count(self) -> int:
+        """Hard tokens in an epoch."""
+        return self.steps * self.batch_size
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def _segments(self, start: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens start..start+count of the stream, a shard's worth or less at a time."""
+        sizes = [shard["hard_tokens"] for shard in self.store.shards]
+        number, skip = divmod(start, self.store.hard_tokens)
+        while count > 0:
+            for index in stream_indices(
+                len(sizes), number * len(sizes), len(sizes), derived_seed(self.seed, "shards")
+            ).tolist():
+                take = min(sizes[index] - skip, count)
+                if take > 0:
+                    hard = self.store.hard_examples(index)
+                    chosen = stream_indices(
+                        sizes[index], number * sizes[index] + skip, take, derived_seed(self.seed, index)
+                    )
+                    yield hard["hidden_states"][chosen], hard["targets"][chosen]
+                    count -= take
+                skip = max(0, skip - sizes[index])
+                if count <= 0:
+                    return
+            number += 1
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        states, targets = torch.empty(0), torch.empty(0, dtype=torch.long)
+        for h, y in self._segments(self.epoch * self.count, self.count):
+            states, targets = torch.cat([states.view(-1, h.shape[1]), h]), torch.cat([targets, y])
+            whole = len(targets) // self.batch_size * self.batch_size
+            for at in range(0, whole, self.batch_size):
+                yield states[at : at + self.batch_size].unsqueeze(1), targets[at : at + self.batch_size]
+            states, targets = states[whole:], targets[whole:]

@@ -1,0 +1,396 @@
+"""One training loop for every phase and baseline: where loss is computed, how a step is taken, when to stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sized
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from lego.layers import TransformerLayer
+from lego.params import TrainParams
+from lego.progress import track
+from lego.transformer import BaseTransformer, compute_cost
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """Next-token loss at each of the layers first..last, each with weight loss_weight (ashem section 2)."""
+
+    layers: tuple[int, int]
+    loss_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        first, last = self.layers
+        if not 1 <= first <= last:
+            raise ValueError(f"StageConfig.layers must be (first, last) with 1 <= first <= last, got {self.layers}")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Where loss is computed and where inference stops; routing_threshold 0.0 = routing off, full depth."""
+
+    stages: list[StageConfig]
+    routing_threshold: float = 0.0
+    exit_layer: int = 1
+
+    def layer_weights(self) -> dict[int, float]:
+        """Loss weight of each layer that has one; weights of stages that share a layer add up."""
+        weights: dict[int, float] = {}
+        for stage in self.stages:
+            for layer in range(stage.layers[0], stage.layers[1] + 1):
+                weights[layer] = weights.get(layer, 0.0) + stage.loss_weight
+        return {layer: weight for layer, weight in sorted(weights.items()) if weight}
+
+
+def create_standard_config(num_layers: int) -> TrainingConfig:
+    """Loss at the last layer only."""
+    return TrainingConfig(stages=[StageConfig(layers=(num_layers, num_layers))])
+
+
+def create_deep_supervision_config(num_layers: int) -> TrainingConfig:
+    """Loss at every layer with equal weights 1/N (Lee et al. 2015)."""
+    return TrainingConfig(stages=[StageConfig((layer, layer), 1 / num_layers) for layer in range(1, num_layers + 1)])
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How an optimizer step is taken; the defaults change nothing about plain `loss.backward(); optimizer.step()`.
+
+    Args:
+        grad_clip: largest global gradient norm; 0 = no clipping.
+        accumulation: batches per optimizer step.
+        precision: `fp32` or `bf16` (autocast of the forward pass).
+        scheduler: stepped once per optimizer step.
+    """
+
+    grad_clip: float = 0.0
+    accumulation: int = 1
+    precision: str = "fp32"
+    scheduler: LRScheduler | None = None
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss became infinite or not a number; the message names step and learning rate."""
+
+
+def build_optimizer(
+    model: nn.Module, base_lr: float, weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.999)
+) -> AdamW:
+    """AdamW (Loshchilov & Hutter 2019) over what requires a gradient; norms and embeddings do not decay."""
+    spared = {id(p) for m in model.modules() if isinstance(m, nn.RMSNorm | nn.Embedding) for p in m.parameters()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if id(p) not in spared], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if id(p) in spared], "weight_decay": 0.0},
+    ]
+    return AdamW([group for group in groups if group["params"]], lr=base_lr, betas=betas, fused=True)
+
+
+def build_scheduler(optimizer: Optimizer, kind: str, warmup_steps: int, total_steps: int, min_ratio: float) -> LambdaLR:
+    """Linear warm-up, then `constant`, or `cosine` down to min_ratio at total_steps (Loshchilov & Hutter 2017)."""
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        if kind == "constant":
+            return 1.0
+        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+    return LambdaLR(optimizer, factor)
+
+
+def build_training(model: nn.Module, lr: float, total_steps: int, train: TrainParams) -> tuple[AdamW, StepOptions]:
+    """Optimizer and step options of a pipeline stage, as the `train` section of params.yaml says.
+
+    Args:
+        model: on its device; what requires a gradient is trained.
+        lr: peak learning rate.
+        total_steps: optimizer steps at which a cosine schedule ends.
+        train: the section.
+    """
+    optimizer = build_optimizer(model, lr, train.weight_decay, (train.beta1, train.beta2))
+    scheduler = build_scheduler(optimizer, train.schedule, train.warmup_steps, total_steps, train.min_lr_ratio)
+    if train.compile:
+        for module in model.modules():
+            if isinstance(module, TransformerLayer):
+                module.compile()
+    return optimizer, StepOptions(train.grad_clip, train.grad_accumulation, train.precision, scheduler)
+
+
+def run_epoch(
+    batches: Iterable[Any],
+    loss_of: Callable[[Any], tuple[Tensor, int]],
+    optimizer: Optimizer,
+    device: str | torch.device,
+    options: StepOptions = StepOptions(),
+) -> float:
+    """Trains on every batch once.
+
+    Args:
+        batches: what loss_of understands.
+        loss_of: batch -> (mean loss over its tokens, number of tokens).
+        optimizer: over the parameters to update.
+        device: where the loss is computed; chooses the autocast.
+        options: see StepOptions.
+
+    Returns:
+        Mean loss per token in nats.
+
+    Raises:
+        NonFiniteLossError: the parameters then are those before the failing step.
+    """
+    total, tokens, pending = torch.zeros((), dtype=torch.float64), 0, 0
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad(set_to_none=True)
+
+    def step() -> None:
+        if options.grad_clip:
+            nn.utils.clip_grad_norm_(parameters, options.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if options.scheduler is not None:
+            options.scheduler.step()
+
+    known = len(batches) if isinstance(batches, Sized) else 0
+    for count, batch in enumerate(track(batches, known, "training", "batch"), 1):
+        with _autocast(device, options.precision):
+            loss, n = loss_of(batch)
+        if not torch.isfinite(loss):
+            lr = optimizer.param_groups[0]["lr"]
+            optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteLossError(f"loss is {loss.item()} at step {count} of the epoch, learning rate {lr:g}")
+        (loss / options.accumulation).backward()
+        total += loss.detach().double().cpu() * n
+        tokens += n
+        pending += 1
+        if pending == options.accumulation:
+            step()
+            pending = 0
+    if pending:
+        step()
+    return (total / max(tokens, 1)).item()
+
+
+def _autocast(device: str | torch.device, precision: str) -> AbstractContextManager[Any]:
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+
+
+@dataclass
+class History:
+    """What a run of `fit` saw, epoch by epoch."""
+
+    train_losses: list[float] = field(default_factory=list)
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    best_epoch: int = 0
+    stopped_early: bool = False
+
+    def as_result(self) -> dict[str, Any]:
+        """The return value of `train_with_early_stopping`; val_losses holds perplexities, the historic key."""
+        return {
+            "train_losses": self.train_losses,
+            "val_losses": [e["ppl"] for e in self.evaluations],
+            "val_accs": [e["acc"] for e in self.evaluations],
+            "best_epoch": self.best_epoch,
+            "total_epochs": len(self.evaluations),
+            "stopped_early": self.stopped_early,
+        }
+
+
+def fit(
+    model: nn.Module,
+    train_once: Callable[[int], float],
+    evaluate: Callable[[], dict[str, float]],
+    *,
+    max_epochs: int,
+    patience: int,
+    min_delta: float = 0.0,
+    verbose: bool = True,
+    on_best: Callable[[int], None] = lambda epoch: None,
+) -> History:
+    """Epochs until validation perplexity stops falling; the model ends as it was at its best.
+
+    Args:
+        model: what is trained; its best state is restored, also when a loss is not finite.
+        train_once: epoch number from 0 -> mean training loss in nats per token.
+        evaluate: -> at least `ppl` and `acc` on validation text.
+        max_epochs: at most this many epochs.
+        patience: stop after this many epochs without a better perplexity.
+        min_delta: how much lower a perplexity must be to be better.
+        verbose: one line per epoch on stdout.
+        on_best: called with the epoch number (from 1) after each improvement.
+
+    Raises:
+        NonFiniteLossError: naming epoch, step and learning rate; the model then holds its last good state.
+    """
+    history, best_ppl = History(), math.inf
+    best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    try:
+        for epoch in range(1, max_epochs + 1):
+            try:
+                history.train_losses.append(train_once(epoch - 1))
+                stats = evaluate()
+                if not math.isfinite(stats["ppl"]):
+                    raise NonFiniteLossError(f"validation perplexity is {stats['ppl']}")
+            except NonFiniteLossError as error:
+                kept = f"the model of epoch {history.best_epoch}" if history.best_epoch else "the untrained model"
+                raise NonFiniteLossError(f"epoch {epoch}: {error}; {kept} is kept; lower the learning rate") from None
+            history.evaluations.append(stats)
+            if stats["ppl"] < best_ppl - min_delta:
+                best_ppl, history.best_epoch = stats["ppl"], epoch
+                for name, tensor in model.state_dict().items():
+                    best[name].copy_(tensor)
+                on_best(epoch)
+            if verbose:
+                print(
+                    f"epoch {epoch}/{max_epochs}: train loss {history.train_losses[-1]:.4f} nats, "
+                    + ", ".join(f"val {key} {value:.4f}" for key, value in stats.items())
+                    + (" (best)" if history.best_epoch == epoch else ""),
+                    flush=True,
+                )
+            if epoch - history.best_epoch >= patience:
+                history.stopped_early = True
+                break
+    finally:
+        model.load_state_dict(best)
+    return history
+
+
+def epoch_rows(result: dict[str, Any], tokens_per_epoch: int) -> list[dict[str, float]]:
+    """The curve of a run as rows for a CSV: epoch, tokens seen, train_loss, val_ppl, val_acc."""
+    columns = zip(result["train_losses"], result["val_losses"], result["val_accs"], strict=True)
+    return [
+        {"epoch": n, "tokens": n * tokens_per_epoch, "train_loss": loss, "val_ppl": ppl, "val_acc": acc}
+        for n, (loss, ppl, acc) in enumerate(columns, 1)
+    ]
+
+
+class Trainer:
+    """Losses, steps and evaluation of one training configuration (ashem section 2).
+
+    Args:
+        config: where loss is computed and where inference stops; its threshold and exit layer win over the model's.
+        vocab_size: entries of the vocabulary (V).
+        device: where batches and models go.
+        options: how a step is taken.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        vocab_size: int,
+        device: str | torch.device = "cpu",
+        *,
+        options: StepOptions = StepOptions(),
+    ) -> None:
+        self.config, self.vocab_size, self.device, self.options = config, vocab_size, device, options
+
+    def create_optimizer(
+        self, model: nn.Module, base_lr: float, *, weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.999)
+    ) -> AdamW:
+        """AdamW over what requires a gradient, without decay on norms and embeddings; moves the model to the device."""
+        return build_optimizer(model.to(self.device), base_lr, weight_decay, betas)
+
+    def compute_loss(self, model: BaseTransformer, x: Tensor, y: Tensor) -> Tensor:
+        """Weighted sum over the configured layers of the mean cross-entropy in nats, of x and y (B, T).
+
+        Raises:
+            ValueError: a configured layer lies beyond the model's depth.
+        """
+        weights = self.config.layer_weights()
+        deepest = max(weights, default=0)
+        if not 1 <= deepest <= model.num_layers:
+            raise ValueError(f"StageConfig names layer {deepest}, but the model has layers 1..{model.num_layers}")
+        h, done, loss = model.embedding(x), 0, torch.zeros((), device=x.device)
+        for layer, weight in weights.items():
+            h, done = model.run_layers(h, done + 1, layer), layer
+            logits = model.logits_at(h, layer).reshape(-1, self.vocab_size)  # (B * T, V)
+            loss = loss + weight * F.cross_entropy(logits.float(), y.reshape(-1))
+        return loss
+
+    def train_epoch(self, model: BaseTransformer, batches: Batches, optimizer: Optimizer) -> float:
+        """Trains on every (x, y) once; returns the mean loss in nats per token."""
+        model.to(self.device).train()
+
+        def loss_of(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
+            x, y = (part.to(self.device) for part in batch)
+            return self.compute_loss(model, x, y), y.numel()
+
+        return run_epoch(batches, loss_of, optimizer, self.device, self.options)
+
+    @torch.no_grad()
+    def evaluate(self, model: BaseTransformer, batches: Batches) -> dict[str, float]:
+        """Accuracy, perplexity, shallow_ratio and compute_cost of the (routed) model on all batches."""
+        model.to(self.device).eval()
+        threshold, k = self.config.routing_threshold, self.config.exit_layer
+        nll, right, shallow, tokens = 0.0, 0, 0, 0
+        for x, y in batches:
+            x, y = x.to(self.device), y.to(self.device)
+            if threshold == 0.0:
+                logits = model(x)
+            else:
+                logits, confidence = model.route(x, k, threshold)
+                shallow += int((confidence >= threshold).sum())
+            nll += F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="none").double().sum().item()
+            right += int((logits.argmax(-1) == y).sum())
+            tokens += y.numel()
+        ratio = shallow / tokens
+        return {
+            "acc": right / tokens,
+            "ppl": math.exp(min(nll / tokens, 700.0)),  # e^709 is the largest float
+            "shallow_ratio": ratio,
+            "compute_cost": compute_cost(ratio, k, model.num_layers),
+        }
+
+    def train_with_early_stopping(
+        self,
+        model: BaseTransformer,
+        train_batches: Batches,
+        val_batches: Batches,
+        optimizer: Optimizer,
+        max_epochs: int,
+        patience: int,
+        min_delta: float = 0.0,
+        verbose: bool = True,
+        *,
+        on_best: Callable[[int], None] = lambda epoch: None,
+    ) -> dict[str, Any]:
+        """Trains until validation perplexity stops falling and restores the best model.
+
+        Args:
+            model: what is trained.
+            train_batches, val_batches: re-iterables of (x, y) (B, T); `set_epoch`, if there, is called with 0, 1, ...
+            optimizer: over the parameters to update.
+            max_epochs, patience, min_delta, verbose, on_best: see `fit`.
+
+        Returns:
+            train_losses, val_losses (perplexities), val_accs, best_epoch (from 1), total_epochs, stopped_early.
+        """
+
+        def train_once(epoch: int) -> float:
+            if hasattr(train_batches, "set_epoch"):
+                train_batches.set_epoch(epoch)
+            return self.train_epoch(model, train_batches, optimizer)
+
+        return fit(
+            model,
+            train_once,
+            lambda: self.evaluate(model, val_batches),
+            max_epochs=max_epochs,
+            patience=patience,
+            min_delta=min_delta,
+            verbose=verbose,
+            on_best=on_best,
+        ).as_result()
