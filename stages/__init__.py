@@ -1,0 +1,1 @@
+"""One script per DVC stage: reads its deps, calls lego, writes its outs."""

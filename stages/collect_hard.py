@@ -1,0 +1,60 @@
+"""Mining: block 1's exit states, confidences and hard tokens of the text that phase 2 learns from.
+
+dvc repro collect_hard      (python -m stages.collect_hard)
+"""
+
+from lego.artifacts import atomic_folder, read_json, sha256, write_json
+from lego.ashem import exit_states
+from lego.batches import EvaluationBatches
+from lego.checkpoint import load_model
+from lego.corpus import PackedBlocks, train_part
+from lego.cost import Ledger
+from lego.harness import Stage, exit_cleanly, resolve_device
+from lego.hidden_states import StoreWriter
+from lego.params import load_params
+from lego.progress import share, track
+
+
+def main() -> None:
+    params = load_params()
+    ashem = params.ashem
+    with Stage("collect_hard", threads=params.train.threads) as stage, atomic_folder("data/hard") as folder:
+        part = (0.0, 1.0)
+        if ashem.hard_split == "train":
+            part = train_part(ashem.phase2_share, phase=2, phase2_text=ashem.phase2_text)
+        blocks = PackedBlocks("data/tokens", ashem.hard_split, part)
+        batches = EvaluationBatches(blocks, params.evaluation.batch_size)
+        model = load_model("data/phase1")
+        threshold = read_json("metrics/compute_threshold.json")["threshold"]
+        writer = StoreWriter(folder, threshold, ashem.store_dtype, ashem.shard_tokens)
+        device = resolve_device(params.train.device)
+        for batch in track(exit_states(model, batches, device), len(batches), "mining", "batch"):
+            writer.add(*batch)
+        macs = Ledger.of(model, blocks.seq_len).mine(blocks.tokens)
+        manifest = writer.close(
+            split=ashem.hard_split,
+            text="all" if ashem.hard_split == "validation" else ashem.phase2_text,
+            block1_sha256=sha256("data/phase1/model.safetensors"),
+            tokenizer_sha256=sha256("data/tokens/tokenizer/tokenizer.json"),
+            macs=macs,
+        )
+        hard, tokens = manifest["hard_tokens"], manifest["tokens"]
+        write_json(
+            "metrics/collect_hard.json",
+            {
+                "n_hard": hard,
+                "n_tokens": tokens,
+                "hard_share": hard / tokens,
+                "mean_hard_confidence": manifest["mean_hard_confidence"],
+                "store_relative_error": manifest["relative_error"],
+                "macs": macs,
+                "shards": len(manifest["shards"]),
+                "leaky": ashem.hard_split == "validation",
+            },
+        )
+        print(f"hard: {share(hard, tokens)} of {ashem.hard_split} text, below confidence {threshold:.4f}")
+        stage.record["counts"] = {"tokens": tokens}
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,49 @@
+"""The routed model on test text, the threshold sweep, and the yardstick beside it.
+
+dvc repro evaluate_routing      (python -m stages.evaluate_routing)
+"""
+
+from lego.artifacts import read_json, write_csv, write_json
+from lego.batches import EvaluationBatches
+from lego.checkpoint import load_model
+from lego.corpus import PackedBlocks, corpus_facts
+from lego.cost import Ledger
+from lego.evaluation import comparison_lines, routed_metrics, threshold_sweep, token_table
+from lego.harness import Stage, exit_cleanly, resolve_device
+from lego.params import load_params
+from lego.progress import share
+
+
+def main() -> None:
+    params = load_params()
+    with Stage("evaluate_routing", threads=params.train.threads) as stage:
+        test, validation = (
+            EvaluationBatches(PackedBlocks("data/tokens", split), params.evaluation.batch_size)
+            for split in ("test", "validation")
+        )
+        model, device = load_model("data/phase2"), resolve_device(params.train.device)
+        ledger = Ledger.of(model, test.blocks.seq_len)
+        tables = token_table(model, test, device), token_table(model, validation, device)
+        threshold = read_json("metrics/compute_threshold.json")["threshold"]
+        mined, phase1 = read_json("metrics/collect_hard.json"), read_json("metrics/train_phase1.json")
+        facts = corpus_facts("data/tokens")["splits"]
+        metrics = routed_metrics(*tables, threshold, ledger, facts["test"]["bytes"]) | {
+            "train_macs": phase1["train_macs"] + read_json("metrics/added_macs.json")["added_macs"],
+            "n_hard": mined["n_hard"],
+            "hard_share": mined["hard_share"],
+            "leaky": mined["leaky"],
+        }
+        write_json("metrics/evaluate_routing.json", metrics)
+        write_csv(
+            "metrics/curves/evaluate_routing.csv", threshold_sweep(tables[0], ledger, params.evaluation.sweep_points)
+        )
+        easy = int(tables[0].easy(threshold).sum())
+        print(
+            f"shallow {share(easy, test.blocks.tokens)} of test text; phase 1 converged: {phase1['phase1_converged']}"
+        )
+        print("\n".join(comparison_lines(metrics, read_json("metrics/baseline/shallow_continued.json"))))
+        stage.record["counts"] = {"tokens": test.blocks.tokens}
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
