@@ -1,0 +1,221 @@
+"""Mining and phase 2: the regressions of ashem sections 3 and 4, each named after its number."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import VOCAB, logits_close, random_batches
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lego import (
+    DeepSupervisionTransformer,
+    StageConfig,
+    Trainer,
+    TrainingConfig,
+    collect_hard_examples,
+    compute_confidence,
+    compute_confidence_threshold,
+    create_hard_example_loader,
+    create_standard_config,
+    evaluate_on_hard_examples,
+    grow_model,
+    train_upper_layers,
+)
+from lego.checkpoint import same_block1
+from lego.exits import quantile_threshold
+
+
+@pytest.fixture(scope="module")
+def block1() -> DeepSupervisionTransformer:
+    """A trained two-layer block 1."""
+    torch.manual_seed(0)
+    model = DeepSupervisionTransformer(VOCAB, 32, 2, 4, exit_layer=2)
+    trainer = Trainer(create_standard_config(2), VOCAB)
+    optimizer = trainer.create_optimizer(model, 3e-3)
+    for _ in range(6):
+        trainer.train_epoch(model, random_batches(40, seed=1), optimizer)
+    return model.eval()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    values=st.lists(st.floats(0, 1, width=32), min_size=1, max_size=60),
+    ratio=st.floats(0, 1),
+)
+def test_quantile_threshold_equals_brute_force(values, ratio):
+    ordered = sorted(values)
+    rank = ratio * (len(ordered) - 1)
+    low = int(rank)
+    high = min(low + 1, len(ordered) - 1)
+    expected = ordered[low] + (rank - low) * (ordered[high] - ordered[low])
+    threshold = quantile_threshold(torch.tensor(values), ratio)
+    assert threshold == pytest.approx(expected, abs=1e-5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(n=st.integers(2, 400), ratio=st.floats(0.01, 0.99), seed=st.integers(0, 2**31))
+def test_the_share_below_the_threshold_is_the_ratio(n, ratio, seed):
+    confidences = torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    threshold = quantile_threshold(confidences, ratio)
+    assert abs((confidences < threshold).float().mean().item() - ratio) <= 1 / n + 1e-6
+
+
+def test_threshold_of_a_model_is_the_quantile_of_its_confidences(block1, batches):
+    with torch.no_grad():
+        confidences = torch.cat([compute_confidence(block1, block1.forward_to_hidden(x)).flatten() for x, _ in batches])
+    threshold = compute_confidence_threshold(block1, batches, 0.3, "cpu")
+    assert threshold == torch.quantile(confidences, 0.3).item()
+
+
+def test_3_1_mining_is_per_token(block1):
+    data = random_batches(10, batch=8, length=24, seed=5)
+    threshold = compute_confidence_threshold(block1, data, 0.5, "cpu")
+    hard = collect_hard_examples(block1, data, threshold, "cpu")
+    tokens = sum(y.numel() for _, y in data)
+    assert len(hard["targets"]) == pytest.approx(0.5 * tokens, abs=1)
+    sequences_with_a_hard_token = sum(
+        (block1.compute_confidence(block1.forward_to_hidden(x)) < threshold).any(dim=1).sum().item() for x, _ in data
+    )
+    assert sequences_with_a_hard_token == 80  # every sequence: mining those would mine everything
+
+
+def test_3_2_hard_examples_are_exactly_the_tokens_below_the_threshold(block1, batches):
+    threshold = compute_confidence_threshold(block1, batches, 0.4, "cpu")
+    hard = collect_hard_examples(block1, batches, threshold, "cpu")
+    expected = {key: [] for key in hard}
+    with torch.no_grad():
+        for x, y in batches:  # brute force, token by token
+            h = block1.forward_to_hidden(x)
+            for b in range(x.shape[0]):
+                for t in range(x.shape[1]):
+                    confidence = block1.compute_confidence(h)[b, t]
+                    if confidence < threshold:
+                        for key, value in zip(hard, (x[b, t], h[b, t], y[b, t], confidence), strict=True):
+                            expected[key].append(value)
+    for key, tensor in hard.items():
+        assert torch.equal(tensor, torch.stack(expected[key]))
+    n = len(hard["targets"])
+    assert hard["hidden_states"].shape == (n, 32)
+    assert hard["inputs"].shape == hard["targets"].shape == hard["confidences"].shape == (n,)
+    assert hard["hidden_states"].dtype == block1.embedding.weight.dtype
+
+
+def test_no_hard_token_is_an_error_that_says_so(block1, batches):
+    with pytest.raises(ValueError, match="no hard token: no confidence lies below the threshold 0"):
+        collect_hard_examples(block1, batches, 0.0, "cpu")
+
+
+def test_the_loader_shuffles_is_re_iterable_and_loses_nothing(block1, batches):
+    hard = collect_hard_examples(block1, batches, 1.1, "cpu")
+    loader = create_hard_example_loader(hard, batch_size=7)
+    first, second = ([(h, y) for h, y in loader] for _ in range(2))
+    assert len(first) == len(loader)
+    assert first[0][0].shape == (7, 1, 32)
+    assert first[0][1].shape == (7,)
+    for passed in (first, second):
+        order = torch.cat([h.squeeze(1) for h, _ in passed])
+        assert torch.equal(order.sum(1).sort().values, hard["hidden_states"].sum(1).sort().values)
+    assert not torch.equal(torch.cat([y for _, y in first]), torch.cat([y for _, y in second]))
+
+
+def mined(block1, **options):
+    train = random_batches(40, seed=11)
+    threshold = compute_confidence_threshold(block1, random_batches(20, seed=12), 0.5, "cpu")
+    hard = collect_hard_examples(block1, train, threshold, "cpu")
+    grown = grow_model(block1, 4, routing_threshold=threshold, **options)
+    return threshold, hard, grown
+
+
+def phase2(grown, hard, epochs: int = 2, lr: float = 3e-3) -> None:
+    trainer = Trainer(create_standard_config(4), VOCAB)
+    optimizer = trainer.create_optimizer(grown, lr)
+    loader = create_hard_example_loader(hard, batch_size=64)
+    for _ in range(epochs):
+        train_upper_layers(grown, loader, optimizer, VOCAB, "cpu", num_lower_layers=2)
+
+
+def test_3_3_phase_2_never_calls_the_embedding_or_the_lower_layers(block1):
+    _, hard, grown = mined(block1)
+    called = []
+    for name, module in (("embedding", grown.embedding), *((f"layer {i + 1}", m) for i, m in enumerate(grown.layers))):
+        module.register_forward_hook(lambda *_, name=name: called.append(name))
+    phase2(grown, hard, epochs=1)
+    evaluate_on_hard_examples(grown, hard, VOCAB, "cpu")
+    assert set(called) == {"layer 3", "layer 4"}
+
+
+@pytest.mark.parametrize("context", ["token", "full"])
+@pytest.mark.parametrize("head", ["shared", "own"])
+@pytest.mark.parametrize("init", ["copy", "zero", "random"])
+def test_3_5_block_1_and_its_exit_are_bit_identical_after_phase_2(block1, context, head, init):
+    threshold, hard, grown = mined(block1, block2_context=context, head=head, init=init)
+    calibration = random_batches(20, seed=12)
+    shallow = [grown.forward_train(x)["shallow_logits"] for x, _ in calibration]
+    before = {name: tensor.clone() for name, tensor in grown.state_dict().items()}
+    phase2(grown, hard)
+    assert same_block1(block1, grown)
+    for (x, _), expected in zip(calibration, shallow, strict=True):
+        assert torch.equal(grown.forward_train(x)["shallow_logits"], expected)
+    changed = {
+        name.split(".")[0] for name, tensor in grown.state_dict().items() if not torch.equal(tensor, before[name])
+    }
+    assert changed == ({"layers", "deep_head"} if head == "own" else {"layers"})
+    routed = Trainer(TrainingConfig([StageConfig((4, 4))], threshold, 2), VOCAB).evaluate(grown, calibration)
+    tokens = sum(y.numel() for _, y in calibration)
+    assert routed["shallow_ratio"] == pytest.approx(0.5, abs=1 / tokens)  # the promised share, after phase 2 as before
+
+
+def test_section_4_a_trainable_shared_head_moves_block_1_and_is_selectable(block1):
+    _, hard, grown = mined(block1, head="shared_trainable")
+    x = random_batches(1, seed=12)[0][0]
+    before = grown.forward_train(x)["confidence"]
+    phase2(grown, hard)
+    assert not same_block1(block1, grown)
+    assert not torch.equal(grown.forward_train(x)["confidence"], before)
+
+
+def test_phase_2_on_train_helps_hard_tokens_of_unseen_text(block1):
+    _, hard, grown = mined(block1, init="zero")
+    unseen = collect_hard_examples(block1, random_batches(40, seed=13), grown.routing_threshold, "cpu")
+    before = evaluate_on_hard_examples(grown, unseen, VOCAB, "cpu")
+    phase2(grown, hard, epochs=4, lr=1e-3)
+    assert evaluate_on_hard_examples(grown, unseen, VOCAB, "cpu") < before
+
+
+@torch.no_grad()
+def test_zero_initialised_layers_leave_the_logits_and_copies_repeat_block_1(block1):
+    x = random_batches(1)[0][0]
+    for context in ("full", "token"):
+        zero = grow_model(block1, 5, init="zero", block2_context=context)
+        logits_close(zero(x), block1(x), 1e-6)
+    copied = grow_model(block1, 5, init="copy")
+    for new, old in ((2, 0), (3, 1), (4, 0)):
+        for name, tensor in copied.layers[new].state_dict().items():
+            source = block1.layers[1 if name.startswith("exit_norm") else old]
+            assert torch.equal(tensor, source.state_dict()[name])
+    fresh = grow_model(block1, 4, init="random")
+    assert not torch.equal(fresh.layers[2].mlp.up_proj.weight, block1.layers[0].mlp.up_proj.weight)
+
+
+def test_growing_refuses_what_it_cannot_do(block1):
+    for arguments, message in (
+        (dict(num_layers=2), "num_layers must exceed block 1's 2, got 2"),
+        (dict(num_layers=4, init="ones"), "init must be one of copy, zero, random, got 'ones'"),
+        (dict(num_layers=4, head="none"), "head must be shared, own or shared_trainable, got 'none'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grow_model(block1, **arguments)
+
+
+def test_evaluate_on_hard_examples_equals_brute_force(block1):
+    _, hard, grown = mined(block1, init="random")
+    with torch.no_grad():
+        h = hard["hidden_states"].unsqueeze(1)
+        for layer in grown.layers[2:]:
+            h = layer(h)
+        losses = torch.nn.functional.cross_entropy(
+            grown.output_head(grown.layers[3].exit_norm(h[:, 0])), hard["targets"]
+        )
+    ppl = evaluate_on_hard_examples(grown, hard, VOCAB, "cpu", batch_size=33, num_lower_layers=2)
+    assert ppl == pytest.approx(losses.exp().item(), rel=1e-5)

@@ -1,0 +1,223 @@
+"""The real pipeline through real dvc, tiny, in a temporary clone: reruns, experiments, diffs, determinism."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_pipeline import ORDER, outs, reruns
+
+from lego import DeepSupervisionTransformer, load_model
+from lego.artifacts import read_json
+from lego.checkpoint import same_block1
+from lego.evaluation import MODEL_KEYS
+
+TINY = {
+    "vocab_size": 300,
+    "max_tokenizer_bytes": 200_000,
+    "max_train_tokens": 16_000,
+    "max_validation_tokens": 4_000,
+    "max_calibration_tokens": 4_000,
+    "max_test_tokens": 4_000,
+    "dim": 32,
+    "ffn_dim": 64,
+    "seq_len": 32,
+    "batch_size": 8,
+    "tokens_per_epoch": 4_000,
+    "warmup_steps": 2,
+    "phase1_epochs": 2,
+    "phase2_epochs": 2,
+    "shard_tokens": 3_000,
+}
+
+
+class Clone:
+    """A temporary git repository with this tree's pipeline and tiny parameters."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        files = subprocess.run(
+            ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
+        )
+        for name in files.stdout.splitlines():
+            if name.split("/")[0] in {"lego", "stages", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"}:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ROOT / name, folder / name)
+        text = (folder / "params.yaml").read_text()
+        for key, value in TINY.items():
+            text, count = re.subn(rf"(?m)^(  {key}: )\S+", rf"\g<1>{value}", text)
+            assert count >= 1, key
+        (folder / "params.yaml").write_text(text)
+        self.run("git", "init", "-q")
+        self.commit("the tree")
+
+    def run(self, *command: str, fails: bool = False) -> str:
+        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        identity = {
+            f"GIT_{who}_{what}": "lego@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+        }
+        done = subprocess.run(
+            command,
+            cwd=self.folder,
+            env=os.environ | identity | {"PATH": path, "DVC_NO_ANALYTICS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode != 0) == fails, f"{' '.join(command)}:\n{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    def commit(self, message: str) -> None:
+        self.run("git", "add", "-A")
+        self.run("git", "commit", "-qm", message)
+
+    def json(self, name: str) -> dict:
+        return read_json(self.folder / name)
+
+
+def ran(output: str) -> list[str]:
+    return re.findall(r"^Running stage '(\w+)':$", output, re.M)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Clone:
+    clone = Clone(tmp_path_factory.mktemp("clone"))
+    output = clone.run("dvc", "repro")
+    assert ran(output) == ORDER
+    clone.output = output
+    clone.commit("the results")
+    return clone
+
+
+def recorded(clone: Clone) -> dict[str, str]:
+    """Digest of every out as dvc.lock holds it, times apart."""
+    import yaml
+
+    lock = yaml.safe_load((clone.folder / "dvc.lock").read_text())["stages"]
+    found = {out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"]}
+    return {path: md5 for path, md5 in found.items() if "timing" not in path}
+
+
+def test_all_outs_are_there_and_the_two_models_report_the_same_keys(clone):
+    for stage in ORDER:
+        for out in outs(stage):
+            assert (clone.folder / out).exists(), out
+    assert not (clone.folder / ".scratch").exists() or not any((clone.folder / ".scratch").iterdir())
+    routed, yardstick = (clone.json(f"metrics/{n}.json") for n in ("evaluate_routing", "baseline/shallow_continued"))
+    assert set(routed) == set(yardstick) == set(MODEL_KEYS)
+    assert routed["leaky"] is yardstick["leaky"] is False
+    assert len((clone.folder / "metrics/curves/evaluate_routing.csv").read_text().splitlines()) >= 22
+    assert re.search(r"ppl +[\d.]+ +[\d.]+", clone.output)  # printed last, the yardstick beside it
+    assert ran(clone.output)[-1] == "evaluate_routing"
+    timing = clone.json("metrics/timing/train_phase1.json")
+    assert {"python_executable", "torch_version", "seconds", "trained_tokens_per_second"} <= set(timing)
+
+
+def test_block_1_is_bit_identical_in_the_published_model(clone):
+    block1, model = (load_model(clone.folder / "data" / phase) for phase in ("phase1", "phase2"))
+    assert isinstance(model, DeepSupervisionTransformer)
+    assert same_block1(block1, model)
+    assert clone.json("metrics/train_phase2.json")["block1_unchanged"] is True
+    assert model.routing_threshold == clone.json("metrics/compute_threshold.json")["threshold"]
+    assert model.block2_context == "token"
+
+
+def test_the_yardstick_costs_what_mining_and_phase_2_cost(clone):
+    assert abs(clone.json("metrics/train_shallow_continued.json")["distance_from_budget"]) <= 0.02
+    routed, yardstick = (clone.json(f"metrics/{n}.json") for n in ("evaluate_routing", "baseline/shallow_continued"))
+    assert routed["train_macs"] == pytest.approx(yardstick["train_macs"], rel=0.02)
+    added = clone.json("metrics/added_macs.json")
+    assert added["added_macs"] == added["collect_hard_macs"] + added["train_phase2_macs"]
+    assert added["collect_hard_macs"] == clone.json("metrics/collect_hard.json")["macs"]
+
+
+def test_the_store_is_of_fresh_text_and_the_share_is_near_the_ratio(clone):
+    manifest = clone.json("data/hard/manifest.json")
+    assert (manifest["split"], manifest["text"], len(manifest["shards"])) == ("train", "fresh", 2)
+    assert manifest["tokens"] == clone.json("metrics/collect_hard.json")["n_tokens"]
+    assert 0.3 < manifest["hard_tokens"] / manifest["tokens"] < 0.7
+    assert clone.json("metrics/compute_threshold.json")["hard_share"] == pytest.approx(0.5, abs=0.001)
+
+
+def test_nothing_changed_nothing_runs(clone):
+    assert ran(clone.run("dvc", "repro")) == []
+    assert clone.run("dvc", "status").strip().endswith("Data and pipelines are up to date.")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("ashem.hard_example_ratio", "0.4"), ("ashem.phase2_lr", "2e-3"), ("evaluation.sweep_points", "31")],
+)
+def test_dry_runs_agree_with_the_table(clone, key, value):
+    """dvc names the stages whose key changed, and with --force-downstream also those that may follow."""
+    path = clone.folder / "params.yaml"
+    text = path.read_text()
+    try:
+        path.write_text(re.sub(rf"(?m)^(  {key.split('.')[1]}: )\S+", rf"\g<1>{value}", text))
+        assert path.read_text() != text
+        direct, following = reruns(key)
+        assert ran(clone.run("dvc", "repro", "--dry")) == direct
+        assert ran(clone.run("dvc", "repro", "--dry", "--force-downstream")) == [
+            stage for stage in ORDER if stage in direct + following
+        ]
+    finally:
+        path.write_text(text)
+
+
+def test_phase_2s_rate_leaves_the_yardstick_alone_when_no_step_was_taken_more_or_less(clone):
+    before = recorded(clone)
+    output = clone.run("dvc", "exp", "run", "-S", "ashem.phase2_lr=1e-05")
+    assert ran(output) == ["train_phase2", "evaluate_routing"]
+    changed = {path for path, md5 in recorded(clone).items() if before[path] != md5}
+    assert "data/phase2" in changed
+    assert not changed & {"data/baseline/shallow_continued", "metrics/added_macs.json", "data/hard"}
+    assert "phase2_lr: 1e-05" in (clone.folder / "params.yaml").read_text()  # dvc's spelling, which YAML reads as text
+    clone.run("git", "checkout", "-q", ".")
+    clone.run("dvc", "checkout", "-q")
+
+
+def test_an_experiment_reruns_what_it_affects_and_dvc_shows_the_difference(clone):
+    output = clone.run("dvc", "exp", "run", "-S", "ashem.hard_example_ratio=0.3")
+    direct, following = reruns("ashem.hard_example_ratio")
+    assert ran(output) == [stage for stage in ORDER if stage in direct + following]
+    difference = json.loads(clone.run("dvc", "metrics", "diff", "--json"))
+    routed = difference["metrics/evaluate_routing.json"]
+    assert routed["shallow_ratio"]["new"] > routed["shallow_ratio"]["old"]
+    assert difference["metrics/compute_threshold.json"]["threshold"]["new"] < 1
+    assert "metrics/train_phase1.json" not in difference
+    assert clone.json("metrics/compute_threshold.json")["hard_share"] == pytest.approx(0.3, abs=0.001)
+    assert json.loads(clone.run("dvc", "params", "diff", "--json")) == {
+        "params.yaml": {"ashem.hard_example_ratio": {"old": 0.5, "new": 0.3}}
+    }
+    clone.run("git", "checkout", "-q", ".")
+    clone.run("dvc", "checkout", "-q")
+    assert ran(clone.run("dvc", "repro")) == []
+
+
+def test_a_bad_parameter_touches_no_result_and_what_dvc_removed_comes_back(clone):
+    before = {path: (clone.folder / path).read_bytes() for path in ("data/phase2/model.safetensors", "dvc.lock")}
+    path = clone.folder / "params.yaml"
+    path.write_text(re.sub(r"(?m)^(  hard_example_ratio: )\S+", r"\g<1>1.5", path.read_text()))
+    output = clone.run("dvc", "repro", fails=True)
+    assert (
+        "error: params.yaml: ashem.hard_example_ratio must be in (0, 1), got 1.5 (earlier results come back" in output
+    )
+    assert "Traceback" not in output
+    clone.run("git", "checkout", "params.yaml", "dvc.lock", "metrics")
+    clone.run("dvc", "checkout")
+    assert before == {path: (clone.folder / path).read_bytes() for path in before}
+    assert ran(clone.run("dvc", "repro")) == []
+
+
+def test_a_second_run_gives_the_same_bytes(clone, tmp_path):
+    """In another folder, without cache or lock: every out but the timing files."""
+    again = Clone(tmp_path)
+    shutil.copy(clone.folder / "params.yaml", tmp_path / "params.yaml")
+    assert ran(again.run("dvc", "repro")) == ORDER
+    assert recorded(again) == recorded(clone)

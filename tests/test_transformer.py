@@ -1,0 +1,200 @@
+"""Models: equality with transformers' Llama, exits that agree by construction, contexts, routing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import VOCAB, logits_close, random_batches
+
+from lego import DeepSupervisionTransformer, StandardTransformer
+from lego.transformer import max_probability
+
+
+def llama_weights(model: StandardTransformer) -> dict[str, torch.Tensor]:
+    """Our weights under Llama's names: the exit norm of the last layer is Llama's final norm."""
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if name == "embedding.weight":
+            weights["model.embed_tokens.weight"] = tensor
+        elif name == "output_head.weight":
+            weights["lm_head.weight"] = tensor
+        elif name == f"layers.{model.num_layers - 1}.exit_norm.weight":
+            weights["model.norm.weight"] = tensor
+        elif "exit_norm" not in name:
+            weights[f"model.{name}"] = tensor
+    return weights
+
+
+def llama_twin(model: StandardTransformer, attention: str = "sdpa") -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    s = model.sizes
+    config = LlamaConfig(
+        vocab_size=s["vocab_size"],
+        hidden_size=s["dim"],
+        intermediate_size=s["ffn_dim"],
+        num_hidden_layers=s["num_layers"],
+        num_attention_heads=s["num_heads"],
+        num_key_value_heads=s["num_kv_heads"],
+        rms_norm_eps=s["norm_eps"],
+        rope_parameters={"rope_type": "default", "rope_theta": s["rope_theta"]},
+        tie_word_embeddings=s["tie_embeddings"],
+        attn_implementation=attention,
+    )
+    llama = LlamaForCausalLM(config)
+    missing, unexpected = llama.load_state_dict(llama_weights(model), strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"} if s["tie_embeddings"] else not missing
+    return llama
+
+
+CONFIGURATIONS = [
+    dict(dim=32, num_layers=2, num_heads=4),
+    dict(dim=48, num_layers=3, num_heads=6, num_kv_heads=2, ffn_dim=100),
+    dict(dim=64, num_layers=1, num_heads=2, num_kv_heads=1, rope_theta=500.0, norm_eps=1e-5),
+    dict(dim=40, num_layers=5, num_heads=5, num_kv_heads=5, ffn_dim=37, tie_embeddings=True),
+]
+
+
+@pytest.mark.parametrize("sizes", CONFIGURATIONS)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_full_depth_logits_equal_llama(sizes, attention):
+    model = StandardTransformer(VOCAB, **sizes).eval()
+    for parameter in model.parameters():  # norms away from one, weights large enough to tell differences
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    llama = llama_twin(model, attention).eval()
+    x = torch.randint(0, VOCAB, (3, 17))
+    with torch.no_grad():
+        expected = llama(x).logits
+        assert expected.std() > 0.5
+        logits_close(model(x), expected)
+        deep = DeepSupervisionTransformer(VOCAB, exit_layer=1, block2_context="full", **sizes).eval()
+        deep.load_state_dict(model.state_dict())
+        logits_close(deep(x), expected)
+
+
+def grown_like(num_layers: int = 4, exit_layer: int = 2, **options) -> DeepSupervisionTransformer:
+    model = DeepSupervisionTransformer(VOCAB, 32, num_layers, 4, exit_layer=exit_layer, **options).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("context", ["full", "token"])
+@torch.no_grad()
+def test_exits_agree(context):
+    model = grown_like(block2_context=context)
+    x = torch.randint(0, VOCAB, (2, 9))
+    every = model.forward_all_layers(x)
+    both = model.forward_train(x)
+    assert len(every) == 4
+    logits_close(every[3], model(x))
+    logits_close(every[1], both["shallow_logits"])
+    logits_close(every[3], both["deep_logits"])
+    hidden = model.forward_to_hidden(x)
+    assert hidden.shape == (2, 9, 32)
+    logits_close(model.compute_confidence(hidden), every[1].softmax(-1).amax(-1))
+    logits_close(model.compute_confidence(hidden), both["confidence"])
+    logits_close(model.logits_at(hidden, 2), every[1])
+    assert both["confidence"].shape == (2, 9)
+
+
+@pytest.mark.parametrize("context", ["full", "token"])
+@torch.no_grad()
+def test_routing_takes_each_token_from_the_exit_its_confidence_names(context):
+    model = grown_like(block2_context=context)
+    x = torch.randint(0, VOCAB, (3, 11))
+    both = model.forward_train(x)
+    model.routing_threshold = both["confidence"].median().item()
+    easy = both["confidence"] >= model.routing_threshold
+    expected = torch.where(easy.unsqueeze(-1), both["shallow_logits"], both["deep_logits"])
+    logits, stats = model.forward_inference(x)
+    logits_close(logits, expected)
+    share = easy.float().mean().item()
+    assert 0 < share < 1
+    assert stats["shallow_ratio"] == pytest.approx(share)
+    assert stats["compute_cost"] == pytest.approx(share * 0.5 + (1 - share))
+    assert stats["mean_confidence"] == pytest.approx(both["confidence"].mean().item())
+    assert model.forward_train(x)["shallow_ratio"] == pytest.approx(share)
+
+
+@torch.no_grad()
+def test_threshold_zero_is_routing_off_and_one_above_all_is_deep():
+    model = grown_like()
+    x = torch.randint(0, VOCAB, (2, 5))
+    for threshold, cost in ((0.0, 1.0), (1.1, 1.0)):
+        model.routing_threshold = threshold
+        logits, stats = model.forward_inference(x)
+        logits_close(logits, model(x))
+        assert (stats["shallow_ratio"], stats["compute_cost"]) == (0.0, cost)
+    model.routing_threshold = 1e-9
+    logits, stats = model.forward_inference(x)
+    logits_close(logits, model.forward_all_layers(x)[1])
+    assert (stats["shallow_ratio"], stats["compute_cost"]) == (1.0, 0.5)
+
+
+@torch.no_grad()
+def test_token_context_sees_no_other_token_above_the_exit_and_full_context_does():
+    hidden = torch.randn(2, 7, 32)
+    changed = hidden.clone()
+    changed[:, 0] += 1.0
+    token, full = grown_like(block2_context="token"), grown_like(block2_context="full")
+    logits_close(token.run_layers(hidden, 3, 4)[:, 1:], token.run_layers(changed, 3, 4)[:, 1:])
+    assert not torch.allclose(full.run_layers(hidden, 3, 4)[:, 1:], full.run_layers(changed, 3, 4)[:, 1:])
+    alone = torch.stack([token.run_layers(hidden[:, t : t + 1], 3, 4)[:, 0] for t in range(7)], dim=1)
+    logits_close(token.run_layers(hidden, 3, 4), alone)
+
+
+@torch.no_grad()
+def test_the_shortcut_for_a_lone_token_equals_attention_over_one_key():
+    layer = grown_like(num_kv_heads=2).layer(1)
+    lone, pair = torch.randn(1, 1, 32), torch.randn(1, 1, 32)
+    logits_close(layer(lone), layer(torch.cat([lone, pair], dim=1))[:, :1])  # causal: the first token sees only itself
+
+
+@torch.no_grad()
+def test_max_probability_is_the_largest_softmax_entry():
+    logits = torch.randn(50, VOCAB) * 10
+    logits_close(max_probability(logits), logits.softmax(-1).amax(-1), 1e-6)
+
+
+def test_parameter_names_are_llamas():
+    names = {name for name, _ in StandardTransformer(VOCAB, 32, 1, 4).layers[0].named_parameters()}
+    projections = {f"self_attn.{p}_proj.weight" for p in "qkvo"} | {
+        f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")
+    }
+    norms = {"input_layernorm.weight", "post_attention_layernorm.weight", "exit_norm.weight"}
+    assert names == projections | norms
+
+
+def test_a_plain_constructor_zeroes_nothing_and_ties_only_on_request():
+    model = DeepSupervisionTransformer(VOCAB, 32, 2, 4)
+    assert all(parameter.abs().min() >= 0 and parameter.abs().sum() > 0 for parameter in model.parameters())
+    assert model.output_head.weight is not model.embedding.weight
+    tied = DeepSupervisionTransformer(VOCAB, 32, 2, 4, tie_embeddings=True)
+    assert tied.output_head.weight is tied.embedding.weight
+    assert (model.exit_layer, model.routing_threshold, model.num_layers) == (1, 0.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(num_layers=2, exit_layer=3), "exit_layer must be in 1..num_layers = 2, got 3"),
+        (dict(num_layers=0, exit_layer=1), "num_layers must be at least 1, got 0"),
+        (dict(num_layers=2, block2_context="sentence"), "block2_context must be one of full, token, got 'sentence'"),
+        (dict(num_layers=2, num_kv_heads=3), "num_kv_heads must divide num_heads = 4, got 3"),
+        (dict(num_layers=2, dim=36), "dim must be a multiple of 2 * num_heads = 8, got 36"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message.replace("*", r"\*")):
+        DeepSupervisionTransformer(VOCAB, num_heads=4, **({"dim": 32} | arguments))
+
+
+def test_layers_are_called_as_modules():
+    model = DeepSupervisionTransformer(VOCAB, 32, 3, 4, exit_layer=1)
+    called = []
+    for number, layer in enumerate(model.layers, 1):
+        layer.register_forward_hook(lambda *_, number=number: called.append(number))
+    model(random_batches(1)[0][0])
+    assert called == [1, 2, 3]
