@@ -23,6 +23,7 @@ FIELDS = {  # our argument -> Hugging Face's field
     "ffn_dim": "intermediate_size",
     "rope_theta": "rope_theta",
     "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
     "tie_embeddings": "tie_word_embeddings",
     "own_head": "own_head",
 }

@@ -95,6 +95,8 @@ class Stage:
         self, error: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
+            if self.scratch.exists():
+                print(f"{self.name}: what it had reached is kept in {self.scratch}/", file=sys.stderr)
             return
         shutil.rmtree(self.scratch, ignore_errors=True)
         seconds = time.perf_counter() - self._start

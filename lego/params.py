@@ -95,6 +95,7 @@ class ModelParams(Section):
     tie_embeddings: bool
     rope_theta: Positive
     norm_eps: Positive
+    init_std: Positive
 
     @model_validator(mode="after")
     def _heads_fit(self) -> ModelParams:

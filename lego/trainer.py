@@ -209,6 +209,17 @@ class History:
         }
 
 
+def _epoch_line(epoch: int, max_epochs: int, history: History) -> str:
+    stats = history.evaluations[-1]
+    shallow = stats.get("shallow_ratio")
+    return (
+        f"epoch {epoch}/{max_epochs}: train loss {history.train_losses[-1]:.4f} nats, "
+        f"val ppl {stats['ppl']:.3f}, val acc {100 * stats['acc']:.2f} %"
+        + (f", shallow {100 * shallow:.1f} %" if shallow else "")
+        + (" (best)" if history.best_epoch == epoch else "")
+    )
+
+
 def fit(
     model: nn.Module,
     train_once: Callable[[int], float],
@@ -254,12 +265,7 @@ def fit(
                     best[name].copy_(tensor)
                 on_best(epoch)
             if verbose:
-                print(
-                    f"epoch {epoch}/{max_epochs}: train loss {history.train_losses[-1]:.4f} nats, "
-                    + ", ".join(f"val {key} {value:.4f}" for key, value in stats.items())
-                    + (" (best)" if history.best_epoch == epoch else ""),
-                    flush=True,
-                )
+                print(_epoch_line(epoch, max_epochs, history), flush=True)
             if epoch - history.best_epoch >= patience:
                 history.stopped_early = True
                 break

@@ -28,6 +28,7 @@ class BaseTransformer(nn.Module):
         ffn_dim: inner width of the MLP; default 8/3 dim, rounded up to a multiple of 32.
         rope_theta: base of the rotary frequencies.
         norm_eps: RMSNorm epsilon.
+        init_std: standard deviation of the initial weights; norms start at one.
         tie_embeddings: the output head shares the embedding's weight.
         own_head: layers above the exit have an output head of their own, `deep_head`.
 
@@ -46,6 +47,7 @@ class BaseTransformer(nn.Module):
         ffn_dim: int | None = None,
         rope_theta: float = 10000.0,
         norm_eps: float = 1e-6,
+        init_std: float = 0.02,
         tie_embeddings: bool = False,
         own_head: bool = False,
     ) -> None:
@@ -67,6 +69,7 @@ class BaseTransformer(nn.Module):
             "ffn_dim": ffn_dim,
             "rope_theta": rope_theta,
             "norm_eps": norm_eps,
+            "init_std": init_std,
             "tie_embeddings": tie_embeddings,
             "own_head": own_head,
         }
@@ -79,15 +82,11 @@ class BaseTransformer(nn.Module):
         )
         self.output_head = nn.Linear(dim, vocab_size, bias=False)
         self.deep_head = nn.Linear(dim, vocab_size, bias=False) if own_head else None
-        self.apply(self._init_weights)
+        for weight in self.parameters():
+            if weight.dim() == 2:
+                nn.init.normal_(weight, std=init_std)
         if tie_embeddings:
             self.output_head.weight = self.embedding.weight
-
-    @staticmethod
-    def _init_weights(module: nn.Module) -> None:
-        """Normal with standard deviation 0.02 (Radford et al. 2019); norms keep their ones."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
 
     def layer(self, number: int) -> TransformerLayer:
         """The layer of this number, from 1."""

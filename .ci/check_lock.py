@@ -1,0 +1,34 @@
+"""Fails if the root dvc.lock was not made by this code, these parameters and these commands, or if metrics differ.
+
+In a fresh clone the data is absent, which `dvc status` reports as deleted; anything else it reports is a mismatch.
+"""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+
+def mismatches(entry: Any, place: str = "") -> list[str]:
+    """Leaves of dvc's status tree other than absent data."""
+    if isinstance(entry, dict):
+        return [found for key, value in entry.items() for found in mismatches(value, f"{place} {key}".strip())]
+    if isinstance(entry, list):
+        return [found for value in entry for found in mismatches(value, place)]
+    absent = entry == "deleted" and place.split()[-1].startswith("data/")
+    return [] if absent else [f"{place}: {entry}"]
+
+
+def main() -> int:
+    done = subprocess.run([sys.executable, "-m", "dvc", "status", "--json", "dvc.yaml"], capture_output=True, text=True)
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        return 1
+    found = mismatches(json.loads(done.stdout))
+    for line in found:
+        print(f"dvc.lock: {line}; run dvc repro and commit dvc.lock and metrics/", file=sys.stderr)
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
