@@ -1,6 +1,6 @@
 """Fails if the root dvc.lock was not made by this code, these parameters and these commands, or if metrics differ.
 
-In a fresh clone the data is absent, which `dvc status` reports as deleted; anything else it reports is a mismatch.
+In a fresh clone the data is absent, which `dvc status` reports as deleted or not in cache; all else is a mismatch.
 """
 
 import json
@@ -15,7 +15,7 @@ def mismatches(entry: Any, place: str = "") -> list[str]:
         return [found for key, value in entry.items() for found in mismatches(value, f"{place} {key}".strip())]
     if isinstance(entry, list):
         return [found for value in entry for found in mismatches(value, place)]
-    absent = entry == "deleted" and place.split()[-1].startswith("data/")
+    absent = entry in {"deleted", "not in cache"} and place.split()[-1].startswith("data/")
     return [] if absent else [f"{place}: {entry}"]
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from lego.trainer import Batches, StepOptions, run_epoch
+from lego.exits import Batches
+from lego.steps import StepOptions, run_epoch
 from lego.transformer import BaseTransformer
 
 
@@ -158,5 +159,5 @@ def evaluate_on_hard_examples(
     for h, y in zip(states.split(batch_size), targets.split(batch_size), strict=True):
         logits = upper_logits(model, h.unsqueeze(1).to(device), num_lower_layers)
         losses = F.cross_entropy(logits.view(-1, vocab_size).float(), y.to(device), reduction="none")
-        nll += losses.double().sum().item()
+        nll += losses.cpu().double().sum().item()
     return math.exp(min(nll / len(targets), 700.0))

@@ -71,7 +71,7 @@ def load_model(folder: str | Path) -> BaseTransformer:
     except (KeyError, ValueError) as error:
         raise ArtifactError(f"{folder / CONFIG}: describes no model ({error}); run dvc checkout or dvc repro") from None
     tensors = read_tensors(folder / WEIGHTS)
-    if model.sizes["tie_embeddings"]:
+    if model.sizes["tie_embeddings"] and "embedding.weight" in tensors:
         tensors["output_head.weight"] = tensors["embedding.weight"]
     try:
         model.load_state_dict(tensors)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -186,6 +187,20 @@ def save_blocks(rows: np.ndarray, folder: str | Path) -> None:
     datasets.Dataset(table, fingerprint=fingerprint).save_to_disk(str(folder))
 
 
+def _read_arrow(folder: Path) -> np.ndarray:
+    """The rows (n, seq_len + 1) that save_blocks wrote, mapped into memory where the file is one piece.
+
+    `datasets.load_from_disk` would map the same file, but importing it costs every stage a second.
+    """
+    files = [folder / entry["filename"] for entry in read_json(folder / "state.json")["_data_files"]]
+    chunks = []
+    for file in files:
+        column = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()["input_ids"]
+        width = column.type.list_size
+        chunks += [chunk.flatten().to_numpy().reshape(-1, width) for chunk in column.chunks]
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+
 class PackedBlocks:
     """Memory-mapped blocks of one split.
 
@@ -199,21 +214,19 @@ class PackedBlocks:
     """
 
     def __init__(self, folder: str | Path, split: str, part: tuple[float, float] = (0.0, 1.0)) -> None:
-        import datasets
-
+        source = Path(folder) / split
         try:
-            dataset = datasets.load_from_disk(str(Path(folder) / split))
-        except (OSError, ValueError) as error:
-            raise ArtifactError(f"{Path(folder) / split}: cannot be read ({error}); run dvc repro to make it") from None
-        self.dataset = dataset.with_format("numpy")
-        self.first, last = (round(share * len(dataset)) for share in part)
+            self.table = _read_arrow(source)  # (n, seq_len + 1)
+        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
+            raise ArtifactError(f"{source}: cannot be read ({error}); run dvc repro to make it") from None
+        self.first, last = (round(share * len(self.table)) for share in part)
         self.count = last - self.first
         if self.count < 1:
             raise CorpusError(
-                f"{Path(folder) / split}: the part {part[0]:g} to {part[1]:g} of its {len(dataset)} blocks is empty; "
+                f"{source}: the part {part[0]:g} to {part[1]:g} of its {len(self.table)} blocks is empty; "
                 "change params.yaml: ashem.phase2_share or raise data.max_train_tokens"
             )
-        self.seq_len = len(dataset[0]["input_ids"]) - 1
+        self.seq_len = self.table.shape[1] - 1
 
     def __len__(self) -> int:
         return self.count
@@ -225,8 +238,7 @@ class PackedBlocks:
 
     def rows(self, indices: Tensor) -> Tensor:
         """Token ids (b, seq_len + 1) of the blocks at `indices` (b,)."""
-        rows = self.dataset[(indices + self.first).tolist()]["input_ids"]
-        return torch.from_numpy(np.asarray(rows)).long()
+        return torch.from_numpy(self.table[(indices + self.first).numpy()]).long()
 
 
 def train_part(phase2_share: float, phase: int, phase2_text: str = "fresh") -> tuple[float, float]:
@@ -236,5 +248,10 @@ def train_part(phase2_share: float, phase: int, phase2_text: str = "fresh") -> t
 
 
 def corpus_facts(folder: str | Path) -> dict[str, Any]:
-    """What tokenize counted: `{split: {tokens, bytes, documents, sha256}}` and the vocabulary size."""
+    """What tokenize counted: vocab_size, seq_len and `splits: {split: {tokens, bytes, documents, sha256}}`."""
     return read_json(Path(folder) / "corpus.json")
+
+
+def data_digests(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of each split's blocks, for the record of a stage."""
+    return {f"{split}_sha256": facts["sha256"] for split, facts in corpus_facts(folder)["splits"].items()}

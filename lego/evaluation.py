@@ -73,7 +73,7 @@ def perplexity(nll: np.ndarray) -> float:
 
 def _losses(logits: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
     nll = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="none")  # (B * T,)
-    return nll.double().cpu().numpy(), (logits.argmax(-1) == y).flatten().cpu().numpy()
+    return nll.cpu().double().numpy(), (logits.argmax(-1) == y).flatten().cpu().numpy()
 
 
 @torch.no_grad()
@@ -205,7 +205,7 @@ def shallow_metrics(
         "acc": float(test.right_deep.mean()),
         "ppl": ppl,
         "bits_per_byte": bits_per_byte(test.nll_deep, test_bytes),
-        "shallow_ppl": perplexity(block1_test.nll_shallow),
+        "shallow_ppl": ppl,
         "deep_ppl": ppl,
         "hard_ppl_before": before,
         "hard_ppl_after": after,
@@ -214,7 +214,7 @@ def shallow_metrics(
         "shallow_ratio": 1.0,
         "compute_cost": compute_cost(1.0, ledger.exit_layer, ledger.num_layers),
         "flops_ratio": ledger.shallow() / ledger.full,
-        "oracle_ppl": perplexity(np.minimum(block1_test.nll_shallow, test.nll_deep)),
+        "oracle_ppl": ppl,  # it has one exit to choose from
     }
     missing = {"break_even_shallow_ratio": None, "threshold": None}  # it does not route
     return {key: None if math.isnan(value) else value for key, value in metrics.items()} | missing

@@ -75,10 +75,11 @@ class Stage:
         self.threads = threads
         self.scratch = Path(".scratch") / name
         self.record: dict[str, Any] = {}
+        self.kept = False
 
     def keep(self, name: str) -> Path:
         """A folder for what must outlive a failure of this stage; gone once the stage succeeds."""
-        folder = self.scratch / name
+        self.kept, folder = True, self.scratch / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
@@ -86,7 +87,9 @@ class Stage:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         _reuse_freed_memory()
         torch.set_num_threads(self.threads)
-        torch.use_deterministic_algorithms(True)
+        torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would load the compiler: 2 s a stage
+        # nothing here reads memory before it is written, so it need not be filled for determinism
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.manual_seed(self.seed)
         self._start = time.perf_counter()
         return self
@@ -95,8 +98,8 @@ class Stage:
         self, error: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            if self.scratch.exists():
-                print(f"{self.name}: what it had reached is kept in {self.scratch}/", file=sys.stderr)
+            if self.kept:
+                print(f"{self.name}: the best model it reached is in {self.scratch}/", file=sys.stderr)
             return
         shutil.rmtree(self.scratch, ignore_errors=True)
         seconds = time.perf_counter() - self._start

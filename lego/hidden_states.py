@@ -188,32 +188,37 @@ class HardTokenBatches:
     def __len__(self) -> int:
         return self.steps
 
-    def _segments(self, start: int, count: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tokens start..start+count of the stream, a shard's worth or less at a time."""
+    def _segments(self, start: int, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Tokens start..start+count of the stream: per shard its states (m, D), targets (m,) and the rows to take."""
         sizes = [shard["hard_tokens"] for shard in self.store.shards]
         number, skip = divmod(start, self.store.hard_tokens)
         while count > 0:
-            for index in stream_indices(
-                len(sizes), number * len(sizes), len(sizes), derived_seed(self.seed, "shards")
-            ).tolist():
+            order = stream_indices(len(sizes), number * len(sizes), len(sizes), derived_seed(self.seed, "shards"))
+            for index in order.tolist():
                 take = min(sizes[index] - skip, count)
                 if take > 0:
-                    hard = self.store.hard_examples(index)
-                    chosen = stream_indices(
+                    shuffled = stream_indices(
                         sizes[index], number * sizes[index] + skip, take, derived_seed(self.seed, index)
                     )
-                    yield hard["hidden_states"][chosen], hard["targets"][chosen]
+                    shard = self.store.read_shard(index)
+                    hard = shard["hard"].flatten().nonzero().squeeze(1)  # (n_hard,)
+                    yield shard["exit_states"].flatten(0, 1), shard["targets"].flatten(), hard[shuffled]
+                    del shard  # before the next one is read
                     count -= take
                 skip = max(0, skip - sizes[index])
-                if count <= 0:
-                    return
             number += 1
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        states, targets = torch.empty(0), torch.empty(0, dtype=torch.long)
-        for h, y in self._segments(self.epoch * self.count, self.count):
-            states, targets = torch.cat([states.view(-1, h.shape[1]), h]), torch.cat([targets, y])
-            whole = len(targets) // self.batch_size * self.batch_size
-            for at in range(0, whole, self.batch_size):
-                yield states[at : at + self.batch_size].unsqueeze(1), targets[at : at + self.batch_size]
-            states, targets = states[whole:], targets[whole:]
+        states: list[Tensor] = []  # parts of the batch that is being filled
+        targets: list[Tensor] = []
+        missing = self.batch_size
+        for h, y, rows in self._segments(self.epoch * self.count, self.count):
+            while len(rows):
+                part, rows = rows[:missing], rows[missing:]
+                states.append(h[part].float())
+                targets.append(y[part].long())
+                missing -= len(part)
+                if not missing:
+                    yield torch.cat(states).unsqueeze(1), torch.cat(targets)  # (B, 1, D), (B,)
+                    states, targets, missing = [], [], self.batch_size
+            del h, y

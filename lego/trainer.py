@@ -1,10 +1,9 @@
-"""One training loop for every phase and baseline: where loss is computed, how a step is taken, when to stop."""
+"""One training loop for every phase and baseline: where loss is computed, and when to stop."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sized
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from lego.layers import TransformerLayer
-from lego.params import TrainParams
-from lego.progress import track
+from lego.steps import NonFiniteLossError, StepOptions, build_optimizer, run_epoch
 from lego.transformer import BaseTransformer, compute_cost
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -62,132 +58,6 @@ def create_deep_supervision_config(num_layers: int) -> TrainingConfig:
     return TrainingConfig(stages=[StageConfig((layer, layer), 1 / num_layers) for layer in range(1, num_layers + 1)])
 
 
-@dataclass(frozen=True)
-class StepOptions:
-    """How an optimizer step is taken; the defaults change nothing about plain `loss.backward(); optimizer.step()`.
-
-    Args:
-        grad_clip: largest global gradient norm; 0 = no clipping.
-        accumulation: batches per optimizer step.
-        precision: `fp32` or `bf16` (autocast of the forward pass).
-        scheduler: stepped once per optimizer step.
-    """
-
-    grad_clip: float = 0.0
-    accumulation: int = 1
-    precision: str = "fp32"
-    scheduler: LRScheduler | None = None
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss became infinite or not a number; the message names step and learning rate."""
-
-
-def build_optimizer(
-    model: nn.Module, base_lr: float, weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.999)
-) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019) over what requires a gradient; norms and embeddings do not decay."""
-    spared = {id(p) for m in model.modules() if isinstance(m, nn.RMSNorm | nn.Embedding) for p in m.parameters()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if id(p) not in spared], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if id(p) in spared], "weight_decay": 0.0},
-    ]
-    return AdamW([group for group in groups if group["params"]], lr=base_lr, betas=betas, fused=True)
-
-
-def build_scheduler(optimizer: Optimizer, kind: str, warmup_steps: int, total_steps: int, min_ratio: float) -> LambdaLR:
-    """Linear warm-up, then `constant`, or `cosine` down to min_ratio at total_steps (Loshchilov & Hutter 2017)."""
-
-    def factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        if kind == "constant":
-            return 1.0
-        progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-        return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * progress)) / 2
-
-    return LambdaLR(optimizer, factor)
-
-
-def build_training(model: nn.Module, lr: float, total_steps: int, train: TrainParams) -> tuple[AdamW, StepOptions]:
-    """Optimizer and step options of a pipeline stage, as the `train` section of params.yaml says.
-
-    Args:
-        model: on its device; what requires a gradient is trained.
-        lr: peak learning rate.
-        total_steps: optimizer steps at which a cosine schedule ends.
-        train: the section.
-    """
-    optimizer = build_optimizer(model, lr, train.weight_decay, (train.beta1, train.beta2))
-    scheduler = build_scheduler(optimizer, train.schedule, train.warmup_steps, total_steps, train.min_lr_ratio)
-    if train.compile:
-        for module in model.modules():
-            if isinstance(module, TransformerLayer):
-                module.compile()
-    return optimizer, StepOptions(train.grad_clip, train.grad_accumulation, train.precision, scheduler)
-
-
-def run_epoch(
-    batches: Iterable[Any],
-    loss_of: Callable[[Any], tuple[Tensor, int]],
-    optimizer: Optimizer,
-    device: str | torch.device,
-    options: StepOptions = StepOptions(),
-) -> float:
-    """Trains on every batch once.
-
-    Args:
-        batches: what loss_of understands.
-        loss_of: batch -> (mean loss over its tokens, number of tokens).
-        optimizer: over the parameters to update.
-        device: where the loss is computed; chooses the autocast.
-        options: see StepOptions.
-
-    Returns:
-        Mean loss per token in nats.
-
-    Raises:
-        NonFiniteLossError: the parameters then are those before the failing step.
-    """
-    total, tokens, pending = torch.zeros((), dtype=torch.float64), 0, 0
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    optimizer.zero_grad(set_to_none=True)
-
-    def step() -> None:
-        if options.grad_clip:
-            nn.utils.clip_grad_norm_(parameters, options.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if options.scheduler is not None:
-            options.scheduler.step()
-
-    known = len(batches) if isinstance(batches, Sized) else 0
-    for count, batch in enumerate(track(batches, known, "training", "batch"), 1):
-        with _autocast(device, options.precision):
-            loss, n = loss_of(batch)
-        if not torch.isfinite(loss):
-            lr = optimizer.param_groups[0]["lr"]
-            optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteLossError(f"loss is {loss.item()} at step {count} of the epoch, learning rate {lr:g}")
-        (loss / options.accumulation).backward()
-        total += loss.detach().double().cpu() * n
-        tokens += n
-        pending += 1
-        if pending == options.accumulation:
-            step()
-            pending = 0
-    if pending:
-        step()
-    return (total / max(tokens, 1)).item()
-
-
-def _autocast(device: str | torch.device, precision: str) -> AbstractContextManager[Any]:
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
-
-
 @dataclass
 class History:
     """What a run of `fit` saw, epoch by epoch."""
@@ -195,6 +65,7 @@ class History:
     train_losses: list[float] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
     best_epoch: int = 0
+    best: dict[str, float] = field(default_factory=lambda: {"ppl": math.inf})
     stopped_early: bool = False
 
     def as_result(self) -> dict[str, Any]:
@@ -229,6 +100,7 @@ def fit(
     patience: int,
     min_delta: float = 0.0,
     verbose: bool = True,
+    keep_start: bool = False,
     on_best: Callable[[int], None] = lambda epoch: None,
 ) -> History:
     """Epochs until validation perplexity stops falling; the model ends as it was at its best.
@@ -241,12 +113,17 @@ def fit(
         patience: stop after this many epochs without a better perplexity.
         min_delta: how much lower a perplexity must be to be better.
         verbose: one line per epoch on stdout.
+        keep_start: evaluate the model before the first epoch too, and return it (best_epoch 0) if no epoch is better.
         on_best: called with the epoch number (from 1) after each improvement.
 
     Raises:
         NonFiniteLossError: naming epoch, step and learning rate; the model then holds its last good state.
     """
-    history, best_ppl = History(), math.inf
+    history = History()
+    if keep_start:
+        history.best = evaluate()
+        if verbose:
+            print(f"start: val ppl {history.best['ppl']:.3f}", flush=True)
     best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     try:
         for epoch in range(1, max_epochs + 1):
@@ -256,11 +133,13 @@ def fit(
                 if not math.isfinite(stats["ppl"]):
                     raise NonFiniteLossError(f"validation perplexity is {stats['ppl']}")
             except NonFiniteLossError as error:
-                kept = f"the model of epoch {history.best_epoch}" if history.best_epoch else "the untrained model"
-                raise NonFiniteLossError(f"epoch {epoch}: {error}; {kept} is kept; lower the learning rate") from None
+                reached = (
+                    f"the best epoch before it was {history.best_epoch}" if history.best_epoch else "none was better"
+                )
+                raise NonFiniteLossError(f"epoch {epoch}: {error}; {reached}; lower the learning rate") from None
             history.evaluations.append(stats)
-            if stats["ppl"] < best_ppl - min_delta:
-                best_ppl, history.best_epoch = stats["ppl"], epoch
+            if stats["ppl"] < history.best["ppl"] - min_delta:
+                history.best, history.best_epoch = stats, epoch
                 for name, tensor in model.state_dict().items():
                     best[name].copy_(tensor)
                 on_best(epoch)
@@ -274,11 +153,23 @@ def fit(
     return history
 
 
-def epoch_rows(result: dict[str, Any], tokens_per_epoch: int) -> list[dict[str, float]]:
-    """The curve of a run as rows for a CSV: epoch, tokens seen, train_loss, val_ppl, val_acc."""
+def epoch_rows(result: dict[str, Any], tokens_per_epoch: int, total_tokens: int) -> list[dict[str, float]]:
+    """The curve of a run as rows for a CSV: epoch, tokens seen, train_loss, val_ppl, val_acc.
+
+    Args:
+        result: what `train_with_early_stopping` returns.
+        tokens_per_epoch: tokens in a full epoch; the last one may be cut.
+        total_tokens: tokens seen in all.
+    """
     columns = zip(result["train_losses"], result["val_losses"], result["val_accs"], strict=True)
     return [
-        {"epoch": n, "tokens": n * tokens_per_epoch, "train_loss": loss, "val_ppl": ppl, "val_acc": acc}
+        {
+            "epoch": n,
+            "tokens": min(n * tokens_per_epoch, total_tokens),
+            "train_loss": loss,
+            "val_ppl": ppl,
+            "val_acc": acc,
+        }
         for n, (loss, ppl, acc) in enumerate(columns, 1)
     ]
 
@@ -349,7 +240,8 @@ class Trainer:
             else:
                 logits, confidence = model.route(x, k, threshold)
                 shallow += int((confidence >= threshold).sum())
-            nll += F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="none").double().sum().item()
+            losses = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="none")
+            nll += losses.cpu().double().sum().item()  # not every device has float64
             right += int((logits.argmax(-1) == y).sum())
             tokens += y.numel()
         ratio = shallow / tokens

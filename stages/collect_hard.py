@@ -7,7 +7,7 @@ from lego.artifacts import atomic_folder, read_json, sha256, write_json
 from lego.ashem import exit_states
 from lego.batches import EvaluationBatches
 from lego.checkpoint import load_model
-from lego.corpus import PackedBlocks, train_part
+from lego.corpus import PackedBlocks, data_digests, train_part
 from lego.cost import Ledger
 from lego.harness import Stage, exit_cleanly, resolve_device
 from lego.hidden_states import StoreWriter
@@ -34,7 +34,7 @@ def main() -> None:
         manifest = writer.close(
             split=ashem.hard_split,
             text="all" if ashem.hard_split == "validation" else ashem.phase2_text,
-            block1_sha256=sha256("data/phase1/model.safetensors"),
+            block1_sha256=sha256("data/phase1"),
             tokenizer_sha256=sha256("data/tokens/tokenizer/tokenizer.json"),
             macs=macs,
         )
@@ -53,7 +53,7 @@ def main() -> None:
             },
         )
         print(f"hard: {share(hard, tokens)} of {ashem.hard_split} text, below confidence {threshold:.4f}")
-        stage.record["counts"] = {"tokens": tokens}
+        stage.record |= data_digests("data/tokens") | {"counts": {"tokens": tokens}}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ dvc repro compute_threshold      (python -m stages.compute_threshold)
 from lego.artifacts import write_json
 from lego.batches import EvaluationBatches
 from lego.checkpoint import load_model
-from lego.corpus import PackedBlocks
+from lego.corpus import PackedBlocks, data_digests
 from lego.exits import collect_confidences, quantile_threshold
 from lego.harness import Stage, exit_cleanly, resolve_device
 from lego.params import load_params
@@ -33,7 +33,7 @@ def main() -> None:
                 "leaky": leaky,
             },
         )
-        stage.record["counts"] = {"tokens": confidences.numel()}
+        stage.record |= data_digests("data/tokens") | {"counts": {"tokens": confidences.numel()}}
 
 
 if __name__ == "__main__":

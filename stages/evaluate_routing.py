@@ -6,7 +6,7 @@ dvc repro evaluate_routing      (python -m stages.evaluate_routing)
 from lego.artifacts import read_json, write_csv, write_json
 from lego.batches import EvaluationBatches
 from lego.checkpoint import load_model
-from lego.corpus import PackedBlocks, corpus_facts
+from lego.corpus import PackedBlocks, corpus_facts, data_digests
 from lego.cost import Ledger
 from lego.evaluation import comparison_lines, routed_metrics, threshold_sweep, token_table
 from lego.harness import Stage, exit_cleanly, resolve_device
@@ -42,7 +42,7 @@ def main() -> None:
             f"shallow {share(easy, test.blocks.tokens)} of test text; phase 1 converged: {phase1['phase1_converged']}"
         )
         print("\n".join(comparison_lines(metrics, read_json("metrics/baseline/shallow_continued.json"))))
-        stage.record["counts"] = {"tokens": test.blocks.tokens}
+        stage.record |= data_digests("data/tokens") | {"counts": {"tokens": test.blocks.tokens}}
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ def main() -> None:
             for name, nll in (("unigram", unigram), ("fivegram", fivegram.nll(ids[split]))):
                 metrics |= {f"{split}_{name}_ppl": math.exp(nll), f"{split}_{name}_bits_per_byte": nll * per_byte}
         write_json("metrics/tokenize.json", metrics)
-        stage.record["counts"] = {"tokens": sum(len(part) for part in ids.values())}
+        stage.record |= {f"{split}_sha256": fact["sha256"] for split, fact in facts.items()}
+        stage.record |= {"counts": {"tokens": sum(len(part) for part in ids.values())}}
 
 
 if __name__ == "__main__":

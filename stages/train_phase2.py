@@ -9,23 +9,48 @@ from lego.artifacts import atomic_folder, sha256, write_csv, write_json
 from lego.ashem import train_upper_layers
 from lego.batches import EvaluationBatches
 from lego.checkpoint import grow_model, load_model, same_block1, save_model
-from lego.corpus import PackedBlocks
+from lego.corpus import PackedBlocks, corpus_facts, data_digests
 from lego.cost import Ledger
 from lego.harness import Stage, exit_cleanly, resolve_device
 from lego.hidden_states import HardTokenBatches, HiddenStateStore
-from lego.params import load_params
-from lego.trainer import StageConfig, Trainer, TrainingConfig, build_training, epoch_rows, fit
+from lego.params import Params, load_params
+from lego.steps import build_training
+from lego.trainer import History, StageConfig, Trainer, TrainingConfig, epoch_rows, fit
+from lego.transformer import DeepSupervisionTransformer
+
+
+def train(params: Params, stage: Stage, model: DeepSupervisionTransformer, batches: HardTokenBatches) -> History:
+    """Trains what the grown model has on top of block 1 until routed validation perplexity stops falling."""
+    ashem, device = params.ashem, resolve_device(params.train.device)
+    validation = EvaluationBatches(PackedBlocks("data/tokens", "validation"), params.evaluation.batch_size)
+    vocab_size, k, n = model.sizes["vocab_size"], model.exit_layer, model.num_layers
+    steps = ashem.phase2_epochs * -(-len(batches) // params.train.grad_accumulation)
+    optimizer, options = build_training(model.to(device), ashem.phase2_lr, steps, params.train)
+    routed = Trainer(TrainingConfig([StageConfig((n, n))], model.routing_threshold, k), vocab_size, device)
+
+    def train_once(epoch: int) -> float:
+        batches.set_epoch(epoch)
+        return train_upper_layers(model, batches, optimizer, vocab_size, device, k, options=options)
+
+    return fit(
+        model,
+        train_once,
+        lambda: routed.evaluate(model, validation),
+        max_epochs=ashem.phase2_epochs,
+        patience=ashem.phase2_patience,
+        keep_start=True,
+        on_best=lambda epoch: save_model(model, stage.keep("best")),
+    )
 
 
 def main() -> None:
     params = load_params()
-    train, ashem = params.train, params.ashem
-    with Stage("train_phase2", params.seed, train.threads) as stage:
+    ashem, batch_blocks = params.ashem, params.train.batch_size
+    with Stage("train_phase2", params.seed, params.train.threads) as stage:
         store = HiddenStateStore("data/hard")
-        store.verify(sha256("data/phase1/model.safetensors"), sha256("data/tokens/tokenizer/tokenizer.json"))
-        validation = EvaluationBatches(PackedBlocks("data/tokens", "validation"), params.evaluation.batch_size)
+        store.verify(sha256("data/phase1"), sha256("data/tokens/tokenizer/tokenizer.json"))
+        seq_len, leaky = corpus_facts("data/tokens")["seq_len"], store.manifest["split"] == "validation"
         block1 = load_model("data/phase1")
-        k, vocab_size, seq_len = block1.num_layers, block1.sizes["vocab_size"], validation.blocks.seq_len
         torch.manual_seed(stage.seed)  # load_model drew random weights before it replaced them
         model = grow_model(
             block1,
@@ -34,36 +59,19 @@ def main() -> None:
             routing_threshold=store.threshold,
             block2_context="token" if ashem.phase2_context == "token" else "full",
             head=ashem.head,
-        ).to(device := resolve_device(train.device))
-        batches = HardTokenBatches(store, train.batch_size * seq_len, train.tokens_per_epoch, stage.seed)
-        steps = ashem.phase2_epochs * -(-len(batches) // train.grad_accumulation)
-        optimizer, options = build_training(model, ashem.phase2_lr, steps, train)
-        n = ashem.phase2_layers
-        routed = Trainer(TrainingConfig([StageConfig((n, n))], store.threshold, k), vocab_size, device)
-
-        def train_once(epoch: int) -> float:
-            batches.set_epoch(epoch)
-            return train_upper_layers(model, batches, optimizer, vocab_size, device, k, options=options)
-
-        result = fit(
-            model,
-            train_once,
-            lambda: routed.evaluate(model, validation),
-            max_epochs=ashem.phase2_epochs,
-            patience=ashem.phase2_patience,
-            on_best=lambda epoch: save_model(model, stage.keep("best")),
-        ).as_result()
+        )
+        batches = HardTokenBatches(store, batch_blocks * seq_len, params.train.tokens_per_epoch, stage.seed)
+        history = train(params, stage, model, batches)
         with atomic_folder("data/phase2") as folder:
             save_model(model, folder, tokenizer="data/tokens/tokenizer")
+        result = history.as_result()
         seen = result["total_epochs"] * batches.count
-        macs = Ledger.of(model, seq_len).train_block2(seen, head_trains=ashem.head != "shared")
-        leaky = store.manifest["split"] == "validation"
-        write_csv("metrics/curves/train_phase2.csv", epoch_rows(result, batches.count))
+        write_csv("metrics/curves/train_phase2.csv", epoch_rows(result, batches.count, seen))
         write_json(
             "metrics/train_phase2.json",
             {
-                "val_ppl": min(result["val_losses"]),
-                "val_acc": result["val_accs"][result["best_epoch"] - 1],
+                "val_ppl": history.best["ppl"],
+                "val_acc": history.best["acc"],
                 "best_epoch": result["best_epoch"],
                 "total_epochs": result["total_epochs"],
                 "hard_tokens_seen": seen,
@@ -73,9 +81,10 @@ def main() -> None:
                 "leaky": leaky,
             },
         )
+        macs = Ledger.of(model, seq_len).train_block2(seen, head_trains=ashem.head != "shared")
         budget = {"collect_hard_macs": store.manifest["macs"], "train_phase2_macs": macs}
         write_json("metrics/added_macs.json", budget | {"added_macs": sum(budget.values()), "leaky": leaky})
-        stage.record["counts"] = {"trained_tokens": seen}
+        stage.record |= data_digests("data/tokens") | {"counts": {"trained_tokens": seen}}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -35,8 +36,13 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded() -> Iterator[None]:
+    """A known seed before each test, and torch's switches as they were after it: stages set them for their process."""
     torch.manual_seed(0)
+    yield
+    torch.set_deterministic_debug_mode("default")
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.set_num_threads(2)
 
 
 def logits_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import subprocess
 import sys
@@ -29,52 +30,81 @@ def test_importing_lego_loads_no_room():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+NO = inspect.Parameter.empty
+MODEL = {"vocab_size": NO, "dim": NO, "num_layers": NO, "num_heads": NO}
 SIGNATURES = {
-    "StandardTransformer": ["vocab_size", "dim", "num_layers", "num_heads"],
-    "DeepSupervisionTransformer": ["vocab_size", "dim", "num_layers", "num_heads", "exit_layer", "routing_threshold"],
-    "Trainer": ["config", "vocab_size", "device"],
-    "StageConfig": ["layers", "loss_weight"],
-    "TrainingConfig": ["stages", "routing_threshold", "exit_layer"],
-    "create_standard_config": ["num_layers"],
-    "create_deep_supervision_config": ["num_layers"],
-    "compute_confidence": ["model", "hidden_state"],
-    "compute_confidence_threshold": ["model", "val_batches", "target_ratio", "device"],
-    "collect_hard_examples": ["model", "val_batches", "threshold", "device"],
-    "create_hard_example_loader": ["hard_examples", "batch_size"],
-    "train_upper_layers": ["model", "hard_batches", "optimizer", "vocab_size", "device", "num_lower_layers"],
-    "evaluate_on_hard_examples": ["model", "hard_examples", "vocab_size", "device", "batch_size", "num_lower_layers"],
+    "StandardTransformer": MODEL,
+    "DeepSupervisionTransformer": MODEL | {"exit_layer": 1, "routing_threshold": 0.0},
+    "Trainer": {"config": NO, "vocab_size": NO, "device": "cpu"},
+    "StageConfig": {"layers": NO, "loss_weight": 1.0},
+    "TrainingConfig": {"stages": NO, "routing_threshold": 0.0, "exit_layer": 1},
+    "create_standard_config": {"num_layers": NO},
+    "create_deep_supervision_config": {"num_layers": NO},
+    "compute_confidence": {"model": NO, "hidden_state": NO},
+    "compute_confidence_threshold": {"model": NO, "val_batches": NO, "target_ratio": NO, "device": NO},
+    "collect_hard_examples": {"model": NO, "val_batches": NO, "threshold": NO, "device": NO},
+    "create_hard_example_loader": {"hard_examples": NO, "batch_size": NO},
+    "train_upper_layers": {
+        "model": NO,
+        "hard_batches": NO,
+        "optimizer": NO,
+        "vocab_size": NO,
+        "device": NO,
+        "num_lower_layers": 2,
+    },
+    "evaluate_on_hard_examples": {
+        "model": NO,
+        "hard_examples": NO,
+        "vocab_size": NO,
+        "device": NO,
+        "batch_size": 64,
+        "num_lower_layers": 2,
+    },
 }
 TRAINER_METHODS = {
-    "create_optimizer": ["model", "base_lr"],
-    "compute_loss": ["model", "x", "y"],
-    "train_epoch": ["model", "batches", "optimizer"],
-    "evaluate": ["model", "batches"],
-    "train_with_early_stopping": [
-        "model",
-        "train_batches",
-        "val_batches",
-        "optimizer",
-        "max_epochs",
-        "patience",
-        "min_delta",
-        "verbose",
-    ],
+    "create_optimizer": {"model": NO, "base_lr": NO},
+    "compute_loss": {"model": NO, "x": NO, "y": NO},
+    "train_epoch": {"model": NO, "batches": NO, "optimizer": NO},
+    "evaluate": {"model": NO, "batches": NO},
+    "train_with_early_stopping": {
+        "model": NO,
+        "train_batches": NO,
+        "val_batches": NO,
+        "optimizer": NO,
+        "max_epochs": NO,
+        "patience": NO,
+        "min_delta": 0.0,
+        "verbose": True,
+    },
 }
 
 
-def positional(function) -> list[str]:
+def positional(function) -> dict[str, object]:
     parameters = inspect.signature(function).parameters.values()
-    return [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"]
+    return {p.name: p.default for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"}
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signatures_are_frozen(name):
-    assert positional(getattr(lego, name)) == SIGNATURES[name]
+    signature = positional(getattr(lego, name))
+    assert signature == SIGNATURES[name]
+    assert list(signature) == list(SIGNATURES[name])
 
 
 @pytest.mark.parametrize("name", TRAINER_METHODS)
 def test_trainer_signatures_are_frozen(name):
-    assert positional(getattr(Trainer, name)) == TRAINER_METHODS[name]
+    signature = positional(getattr(Trainer, name))
+    assert signature == TRAINER_METHODS[name]
+    assert list(signature) == list(TRAINER_METHODS[name])
+
+
+def test_type_checkers_see_the_same_names():
+    """A lazy `__getattr__` hides types, so a stub names what is handed on."""
+    stub = ast.parse((ROOT / "lego" / "__init__.pyi").read_text())
+    handed_on = {
+        alias.asname: node.module for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert handed_on == {name: f"lego.{home}" for name, home in lego._HOME.items()}
 
 
 def test_ashem_config_keeps_the_originals_defaults_and_params_yaml_its_own():
@@ -88,16 +118,16 @@ def test_ashem_config_keeps_the_originals_defaults_and_params_yaml_its_own():
         "phase2_patience": 3,
     }
     ashem = load_params(ROOT / "params.yaml").ashem
-    values = {name: getattr(ashem, name) for name in asdict(ASHEMConfig())}
-    assert ASHEMConfig(**values) == ASHEMConfig(
-        phase1_layers=2,
-        phase1_lr=values["phase1_lr"],
-        phase1_patience=1,
-        hard_example_ratio=0.5,
-        phase2_layers=4,
-        phase2_lr=values["phase2_lr"],
-        phase2_patience=3,
-    )
+    own = ASHEMConfig(**{name: getattr(ashem, name) for name in asdict(ASHEMConfig())})
+    assert asdict(own) == {
+        "phase1_layers": 2,
+        "phase1_lr": 6e-3,
+        "phase1_patience": 1,
+        "hard_example_ratio": 0.5,
+        "phase2_layers": 4,
+        "phase2_lr": 2e-3,
+        "phase2_patience": 3,
+    }
 
 
 @pytest.mark.parametrize("fresh_optimizer", [False, True])

@@ -9,7 +9,16 @@ import torch
 from conftest import VOCAB, logits_close
 
 from lego import DeepSupervisionTransformer, StandardTransformer, grow_model, load_model, save_model
-from lego.artifacts import ArtifactError, atomic_folder, derived_seed, read_json, sha256, write_csv, write_json
+from lego.artifacts import (
+    ArtifactError,
+    atomic_folder,
+    derived_seed,
+    read_json,
+    sha256,
+    write_csv,
+    write_json,
+    write_tensors,
+)
 from lego.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.progress import share, track
 
@@ -88,6 +97,10 @@ def test_a_damaged_model_folder_is_named(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(weights[:100])
     with pytest.raises(ArtifactError, match=r"model\.safetensors: cannot be read as safetensors"):
         load_model(tmp_path)
+    save_model(StandardTransformer(VOCAB, 32, 1, 4, tie_embeddings=True), tmp_path)
+    write_tensors(tmp_path / "model.safetensors", {"other": torch.zeros(1)})
+    with pytest.raises(ArtifactError, match=r"model\.safetensors: does not fit config\.json"):
+        load_model(tmp_path)
 
 
 def test_a_grown_model_starts_with_block_1s_function(tmp_path):
@@ -97,7 +110,7 @@ def test_a_grown_model_starts_with_block_1s_function(tmp_path):
     logits_close(grown.forward_train(x)["shallow_logits"], block1(x), 0)
 
 
-def test_a_stage_records_time_and_versions_apart_from_its_results(tmp_path, monkeypatch):
+def test_a_stage_records_time_and_versions_apart_from_its_results(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with Stage("demo", seed=3, threads=2) as stage:
         (stage.keep("best") / "x").write_text("kept until success")
@@ -112,7 +125,10 @@ def test_a_stage_records_time_and_versions_apart_from_its_results(tmp_path, monk
         stage.keep("best")
         raise RuntimeError
     assert stage.scratch.exists()
-    torch.use_deterministic_algorithms(False)
+    assert capsys.readouterr().err == "demo: the best model it reached is in .scratch/demo/\n"
+    with pytest.raises(RuntimeError), Stage("demo"):
+        raise RuntimeError
+    assert capsys.readouterr().err == ""  # what lies there is another run's
 
 
 def test_seeds_differ_by_stage_and_run_and_fit_32_bits():

@@ -208,6 +208,43 @@ def test_growing_refuses_what_it_cannot_do(block1):
             grow_model(block1, **arguments)
 
 
+GOLDEN = {
+    "phase 1 loss": 4.29222,
+    "threshold": 0.0534362,
+    "hard tokens": 960,
+    "hard confidence": 0.0438028,
+    "hard ppl before": 65.2247,
+    "phase 2 loss": 4.11442,
+    "hard ppl after": 55.7882,
+    "routed acc": 0.208333,
+    "routed ppl": 43.2403,
+    "routed shallow_ratio": 0.5,
+    "routed compute_cost": 0.75,
+}
+
+
+def test_3_6_numbers_survive_refactoring():
+    """Recorded at the first release, from a fixed seed; a change of behaviour needs a new option, not new numbers."""
+    torch.manual_seed(0)
+    model = DeepSupervisionTransformer(VOCAB, 32, 2, 4, exit_layer=2)
+    trainer = Trainer(create_standard_config(2), VOCAB)
+    data = random_batches(40, seed=1)
+    found = {"phase 1 loss": trainer.train_epoch(model, data, trainer.create_optimizer(model, 1e-2))}
+    found["threshold"] = compute_confidence_threshold(model, data, 0.5, "cpu")
+    hard = collect_hard_examples(model, data, found["threshold"], "cpu")
+    found |= {"hard tokens": len(hard["targets"]), "hard confidence": hard["confidences"].mean().item()}
+    grown = grow_model(model, 4, init="copy", routing_threshold=found["threshold"])
+    found["hard ppl before"] = evaluate_on_hard_examples(grown, hard, VOCAB, "cpu")
+    optimizer = trainer.create_optimizer(grown, 1e-3)
+    loader = create_hard_example_loader(hard, 64)
+    found["phase 2 loss"] = train_upper_layers(grown, loader, optimizer, VOCAB, "cpu", num_lower_layers=2)
+    found["hard ppl after"] = evaluate_on_hard_examples(grown, hard, VOCAB, "cpu")
+    routed = Trainer(TrainingConfig([StageConfig((4, 4))], found["threshold"], 2), VOCAB).evaluate(grown, data)
+    found |= {f"routed {key}": value for key, value in routed.items()}
+    assert found.keys() == GOLDEN.keys()
+    assert found == {key: pytest.approx(value, rel=2e-3) for key, value in GOLDEN.items()}
+
+
 def test_evaluate_on_hard_examples_equals_brute_force(block1):
     _, hard, grown = mined(block1, init="random")
     with torch.no_grad():

@@ -63,8 +63,9 @@ def test_a_package_never_straddles_two_splits(splits):
     assert home["asyncio"] == {split_of("asyncio", **SHARES)}
 
 
-def test_the_splits_share_few_20_grams(splits, tokenizer):
+def test_the_splits_share_few_20_grams(splits):
     params = load_params(ROOT / "params.yaml").data
+    tokenizer = fit_bpe((d.text for d in splits["train"]), params.vocab_size, params.max_tokenizer_bytes)
     limits = {"train": params.max_train_tokens, "test": params.max_test_tokens}
     grams = {}
     for split, limit in limits.items():
@@ -181,7 +182,12 @@ def test_the_two_phases_read_disjoint_parts_that_cover_train(tmp_path):
 
 
 def test_missing_blocks_are_named(tmp_path):
-    with pytest.raises(ArtifactError, match=r"train: cannot be read .*; run dvc repro to make it"):
+    with pytest.raises(ArtifactError, match=r"train/state\.json: cannot be read .*; run dvc repro to make it"):
+        PackedBlocks(tmp_path, "train")
+    save_blocks(pack(np.arange(1001, dtype=np.int32), 10), tmp_path / "train")
+    file = tmp_path / "train" / "data-00000-of-00001.arrow"
+    file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(ArtifactError, match=r"train: cannot be read"):
         PackedBlocks(tmp_path, "train")
 
 

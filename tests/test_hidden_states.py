@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 from conftest import VOCAB, random_batches
@@ -97,13 +99,27 @@ def test_an_epoch_can_be_had_without_those_before_it(tmp_path, model):
     assert running.count == 150  # whole batches
 
 
-def test_one_shard_at_a_time_is_read(tmp_path, model, monkeypatch):
+def test_one_shard_at_a_time_is_in_memory(tmp_path, model, monkeypatch):
     store, _ = write(tmp_path, model)
-    read = []
+    read: list[int] = []
+    earlier: list[weakref.ref] = []
     original = HiddenStateStore.read_shard
-    monkeypatch.setattr(HiddenStateStore, "read_shard", lambda self, i: (read.append(i), original(self, i))[1])
-    assert sum(len(y) for _, y in epoch(store, 0, batch_size=20, tokens=240)) == 240
-    assert sorted(read) == [0, 1, 2, 3]  # each once in a pass
+
+    def watched(self, index):
+        assert all(reference() is None for reference in earlier), "an earlier shard is still held"
+        shard = original(self, index)
+        read.append(index)
+        earlier.extend(weakref.ref(tensor.untyped_storage()) for tensor in shard.values())
+        return shard
+
+    monkeypatch.setattr(HiddenStateStore, "read_shard", watched)
+    batches = HardTokenBatches(store, batch_size=70, tokens_per_epoch=240, seed=3)  # batches span shards
+    tokens = 0
+    for h, y in batches:
+        tokens += len(y)
+        assert h.untyped_storage().nbytes() == h.numel() * 4  # a batch holds no more than itself
+    assert tokens == 280
+    assert sorted(read[:4]) == [0, 1, 2, 3]  # each once in a pass
 
 
 def test_a_store_of_another_model_or_tokenizer_is_refused(tmp_path, model):

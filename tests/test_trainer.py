@@ -6,7 +6,8 @@ import math
 
 import pytest
 import torch
-from conftest import VOCAB, random_batches
+import torch._dynamo.testing
+from conftest import ROOT, VOCAB, random_batches
 from test_transformer import llama_twin
 from torch.nn import functional as F
 
@@ -21,7 +22,10 @@ from lego import (
     create_deep_supervision_config,
     create_standard_config,
 )
-from lego.trainer import build_scheduler, fit
+from lego.layers import TransformerLayer
+from lego.params import load_params
+from lego.steps import build_scheduler, build_training
+from lego.trainer import epoch_rows, fit
 
 
 def small(num_layers: int = 2, **sizes) -> StandardTransformer:
@@ -103,19 +107,22 @@ def test_twenty_steps_equal_a_hugging_face_llama_trained_on_the_same_batches():
     assert curve == pytest.approx(GOLDEN_CURVE, abs=1e-3)
 
 
-def test_gradient_accumulation_equals_the_large_batch(batches):
+@pytest.mark.parametrize("count", [6, 5])
+def test_gradient_accumulation_equals_the_large_batch(count):
+    """Also where batches differ in size and the last step has fewer of them; SGD shows gradients as they are."""
+    batches = [(x[: 1 + n % 3], y[: 1 + n % 3]) for n, (x, y) in enumerate(random_batches(count))]
     large = [
-        (torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in zip(batches[::2], batches[1::2], strict=True)
+        tuple(torch.cat(column) for column in zip(*batches[at : at + 2], strict=True)) for at in range(0, count, 2)
     ]
     states = []
     for data, accumulation in ((large, 1), (batches, 2)):
         torch.manual_seed(0)
         model = small()
         trainer = Trainer(create_standard_config(2), VOCAB, options=StepOptions(accumulation=accumulation))
-        trainer.train_epoch(model, data, trainer.create_optimizer(model, 1e-2))
+        trainer.train_epoch(model, data, torch.optim.SGD(model.parameters(), lr=1.0))
         states.append(model.state_dict())
     for name, tensor in states[0].items():
-        torch.testing.assert_close(tensor, states[1][name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tensor, states[1][name], rtol=1e-5, atol=1e-6)
 
 
 def test_norms_and_embeddings_do_not_decay_and_the_frozen_is_left_out():
@@ -183,6 +190,7 @@ def test_evaluation_equals_brute_force(batches):
 def scripted(perplexities: list[float], **options):
     """fit() over a model whose single weight is the number of the epoch."""
     model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(model.weight, -1.0)
 
     def train_once(epoch: int) -> float:
         torch.nn.init.constant_(model.weight, epoch + 1)
@@ -232,13 +240,64 @@ def test_a_non_finite_loss_names_step_and_rate_and_leaves_the_best_model(batches
     def keep(epoch: int) -> None:
         kept.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
 
-    message = r"epoch 2: loss is nan at step 4 of the epoch, learning rate 0\.001; the model of epoch 1 is kept"
+    message = r"epoch 2: loss is nan at step 4 of the epoch, learning rate 0\.001; the best epoch before it was 1"
     with pytest.raises(NonFiniteLossError, match=message):
         trainer.train_with_early_stopping(
             model, Explodes(), batches, optimizer, max_epochs=3, patience=1, verbose=False, on_best=keep
         )
     assert len(kept) == 1
     assert all(torch.equal(tensor, kept[0][name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+def test_a_step_with_a_non_finite_gradient_is_not_taken(batches, grad_clip):
+    model = small()
+    model.layers[0].mlp.up_proj.weight.register_hook(lambda gradient: gradient * math.inf)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = Trainer(create_standard_config(2), VOCAB, options=StepOptions(grad_clip=grad_clip))
+    with pytest.raises(NonFiniteLossError, match=r"gradient norm is (nan|inf) at step 1 of the epoch"):
+        trainer.train_epoch(model, batches, trainer.create_optimizer(model, 1e-3))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_start_that_no_epoch_beats_is_kept():
+    history, weight, bests = scripted([3, 5, 4, 3.5], max_epochs=3, patience=3, keep_start=True)
+    assert (history.best_epoch, history.best["ppl"], bests) == (0, 3, [])
+    assert weight == -1.0
+    assert history.as_result()["val_losses"] == [5, 4, 3.5]
+    history, weight, _ = scripted([3, 5, 2, 3.5], max_epochs=3, patience=3, keep_start=True)
+    assert (history.best_epoch, history.best["ppl"], weight) == (2, 2, 2.0)
+
+
+def test_the_rows_of_a_curve_end_at_the_tokens_really_seen():
+    result = {"train_losses": [3.0, 2.0], "val_losses": [9.0, 8.0], "val_accs": [0.1, 0.2]}
+    rows = epoch_rows(result, tokens_per_epoch=100, total_tokens=130)
+    assert [row["tokens"] for row in rows] == [100, 130]
+    assert rows[1] == {"epoch": 2, "tokens": 130, "train_loss": 2.0, "val_ppl": 8.0, "val_acc": 0.2}
+
+
+def test_compiled_layers_take_the_same_steps_under_the_same_names(batches, monkeypatch):
+    """Through graph capture, with the backend that runs the captured graph as it is."""
+    backend = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    plain_compile = torch.nn.Module.compile
+    monkeypatch.setattr(TransformerLayer, "compile", lambda self: plain_compile(self, backend=backend))
+    train = load_params(ROOT / "params.yaml").train
+    curves, captured = [], []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        model = small()
+        section = train.model_copy(update={"compile": compiled, "warmup_steps": 2})
+        optimizer, options = build_training(model, 1e-3, 10, section)
+        trainer = Trainer(create_standard_config(2), VOCAB, options=options)
+        curve = []
+        for _ in range(2):
+            curve.append(trainer.train_epoch(model, batches, optimizer))
+            captured.append(backend.frame_count)
+        curves.append(curve)
+    assert curves[0] == pytest.approx(curves[1], rel=1e-6)
+    assert captured[:2] == [0, 0]
+    assert captured[2] == captured[3] > 0  # nothing is captured again in the second epoch
+    assert model.state_dict().keys() == small().state_dict().keys()
 
 
 def test_set_epoch_is_called_from_zero(batches):

@@ -97,6 +97,7 @@ def test_exits_agree(context):
     logits_close(model.compute_confidence(hidden), both["confidence"])
     logits_close(model.logits_at(hidden, 2), every[1])
     assert both["confidence"].shape == (2, 9)
+    assert set(both) == {"shallow_logits", "deep_logits", "confidence", "shallow_ratio"}
 
 
 @pytest.mark.parametrize("context", ["full", "token"])
@@ -112,6 +113,8 @@ def test_routing_takes_each_token_from_the_exit_its_confidence_names(context):
     logits_close(logits, expected)
     share = easy.float().mean().item()
     assert 0 < share < 1
+    assert set(stats) == {"mean_confidence", "shallow_ratio", "compute_cost"}
+    assert all(type(value) is float for value in stats.values())
     assert stats["shallow_ratio"] == pytest.approx(share)
     assert stats["compute_cost"] == pytest.approx(share * 0.5 + (1 - share))
     assert stats["mean_confidence"] == pytest.approx(both["confidence"].mean().item())
@@ -169,7 +172,11 @@ def test_parameter_names_are_llamas():
 
 def test_a_plain_constructor_zeroes_nothing_and_ties_only_on_request():
     model = DeepSupervisionTransformer(VOCAB, 32, 2, 4)
-    assert all(parameter.abs().min() >= 0 and parameter.abs().sum() > 0 for parameter in model.parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:
+            assert torch.equal(parameter, torch.ones(32)), name
+        else:
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
     assert model.output_head.weight is not model.embedding.weight
     tied = DeepSupervisionTransformer(VOCAB, 32, 2, 4, tie_embeddings=True)
     assert tied.output_head.weight is tied.embedding.weight
