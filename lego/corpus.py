@@ -8,6 +8,7 @@ seq_len + 1 ids; the last one is only a target and opens the next row, so every 
 from __future__ import annotations
 
 import hashlib
+import math
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -250,6 +251,16 @@ def train_part(phase2_share: float, phase: int, phase2_text: str = "fresh") -> t
 def corpus_facts(folder: str | Path) -> dict[str, Any]:
     """What tokenize counted: vocab_size, seq_len and `splits: {split: {tokens, bytes, documents, sha256}}`."""
     return read_json(Path(folder) / "corpus.json")
+
+
+def bits_per_byte(ppl: float, facts: dict[str, Any]) -> float:
+    """Loss in bits per byte of text, comparable across tokenizers.
+
+    Args:
+        ppl: perplexity per token of a split.
+        facts: what `corpus_facts` says of that split.
+    """
+    return math.log2(ppl) * facts["tokens"] / facts["bytes"]
 
 
 def data_digests(folder: str | Path) -> dict[str, str]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lego.corpus import bits_per_byte
 from lego.cost import Ledger
 from lego.transformer import BaseTransformer, compute_cost, max_probability
 
@@ -36,6 +38,20 @@ MODEL_KEYS = (
     "leaky",
 )
 """Keys of every model's metrics file, so that `dvc metrics diff` and tables line up; null where one has no meaning."""
+
+
+PRINTED_KEYS = (
+    "ppl",
+    "shallow_ppl",
+    "deep_ppl",
+    "oracle_ppl",
+    "bits_per_byte",
+    "acc",
+    "hard_ppl_before",
+    "hard_ppl_after",
+    "shallow_ratio",
+    "flops_ratio",
+)
 
 
 @dataclass(frozen=True)
@@ -104,16 +120,6 @@ def token_table(
     return TokenTable(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
 
-def bits_per_byte(nll: np.ndarray, text_bytes: int) -> float:
-    """Total loss of a text in bits, per byte of it: comparable across tokenizers.
-
-    Args:
-        nll: loss in nats of each predicted token (n,).
-        text_bytes: bytes of the predicted tokens.
-    """
-    return float(nll.sum()) / math.log(2) / text_bytes
-
-
 def threshold_sweep(table: TokenTable, ledger: Ledger, points: int) -> list[dict[str, float]]:
     """Routed results at thresholds that let about 0, 1/(points-1), ..., all tokens leave early.
 
@@ -139,7 +145,7 @@ def threshold_sweep(table: TokenTable, ledger: Ledger, points: int) -> list[dict
 
 
 def routed_metrics(
-    test: TokenTable, validation: TokenTable, threshold: float, ledger: Ledger, test_bytes: int
+    test: TokenTable, validation: TokenTable, threshold: float, ledger: Ledger, test_facts: dict[str, Any]
 ) -> dict[str, float | None]:
     """The keys of MODEL_KEYS that follow from what the model said of validation and test text.
 
@@ -147,7 +153,7 @@ def routed_metrics(
         test, validation: token tables of the routed model.
         threshold: of routing, from calibration text.
         ledger: costs of the model.
-        test_bytes: bytes of the predicted test tokens.
+        test_facts: what `corpus_facts` says of the test split.
     """
     nll = test.routed_nll(threshold)
     ratio = float(test.easy(threshold).mean())
@@ -156,7 +162,7 @@ def routed_metrics(
     metrics = {
         "acc": float(test.routed_right(threshold).mean()),
         "ppl": perplexity(nll),
-        "bits_per_byte": bits_per_byte(nll, test_bytes),
+        "bits_per_byte": bits_per_byte(perplexity(nll), test_facts),
         "shallow_ppl": perplexity(test.nll_shallow),
         "deep_ppl": perplexity(test.nll_deep),
         "hard_ppl_before": before,
@@ -180,7 +186,7 @@ def shallow_metrics(
     block1_validation: TokenTable,
     threshold: float,
     ledger: Ledger,
-    test_bytes: int,
+    test_facts: dict[str, Any],
 ) -> dict[str, float | None]:
     """The same keys for a model of block 1's depth that answers every token.
 
@@ -192,7 +198,7 @@ def shallow_metrics(
         block1_test, block1_validation: token tables of block 1 after phase 1.
         threshold: of the routed model.
         ledger: costs of the routed model, to which flops_ratio and compute_cost refer.
-        test_bytes: bytes of the predicted test tokens.
+        test_facts: what `corpus_facts` says of the test split.
     """
 
     def paired(block1: TokenTable, model: TokenTable) -> TokenTable:
@@ -204,7 +210,7 @@ def shallow_metrics(
     metrics = {
         "acc": float(test.right_deep.mean()),
         "ppl": ppl,
-        "bits_per_byte": bits_per_byte(test.nll_deep, test_bytes),
+        "bits_per_byte": bits_per_byte(ppl, test_facts),
         "shallow_ppl": ppl,
         "deep_ppl": ppl,
         "hard_ppl_before": before,
@@ -223,7 +229,7 @@ def shallow_metrics(
 def comparison_lines(ashem: dict[str, float], yardstick: dict[str, float]) -> list[str]:
     """The two models side by side, as the pipeline prints them last."""
     lines = [f"{'test':>26} {'ASHEM':>12} {'shallow_continued':>18}"]
-    for key in ("ppl", "bits_per_byte", "acc", "hard_ppl_before", "hard_ppl_after", "shallow_ratio", "flops_ratio"):
+    for key in PRINTED_KEYS:
         left, right = (f"{value:.4f}" if value is not None else "-" for value in (ashem.get(key), yardstick.get(key)))
         lines.append(f"{key:>26} {left:>12} {right:>18}")
     return lines

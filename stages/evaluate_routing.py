@@ -27,7 +27,7 @@ def main() -> None:
         threshold = read_json("metrics/compute_threshold.json")["threshold"]
         mined, phase1 = read_json("metrics/collect_hard.json"), read_json("metrics/train_phase1.json")
         facts = corpus_facts("data/tokens")["splits"]
-        metrics = routed_metrics(*tables, threshold, ledger, facts["test"]["bytes"]) | {
+        metrics = routed_metrics(*tables, threshold, ledger, facts["test"]) | {
             "train_macs": phase1["train_macs"] + read_json("metrics/added_macs.json")["added_macs"],
             "n_hard": mined["n_hard"],
             "hard_share": mined["hard_share"],

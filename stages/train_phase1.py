@@ -8,7 +8,7 @@ from typing import Any
 from lego.artifacts import atomic_folder, write_csv, write_json
 from lego.batches import EvaluationBatches, TrainingBatches
 from lego.checkpoint import save_model
-from lego.corpus import PackedBlocks, corpus_facts, data_digests, train_part
+from lego.corpus import PackedBlocks, bits_per_byte, corpus_facts, data_digests, train_part
 from lego.cost import Ledger
 from lego.harness import Stage, exit_cleanly, resolve_device
 from lego.params import Params, load_params
@@ -24,6 +24,7 @@ def train(params: Params, stage: Stage, batches: TrainingBatches) -> tuple[BaseT
     sizes = params.model.model_dump(exclude={"seq_len"})
     vocab_size, depth = corpus_facts("data/tokens")["vocab_size"], ashem.phase1_layers
     model = DeepSupervisionTransformer(vocab_size, num_layers=depth, exit_layer=depth, **sizes).to(device)
+    print(f"block 1: {sum(p.numel() for p in model.parameters()):,} parameters on {device}", flush=True)
     steps = ashem.phase1_epochs * -(-len(batches) // params.train.grad_accumulation)
     optimizer, options = build_training(model, ashem.phase1_lr, steps, params.train)
     trainer = Trainer(create_standard_config(depth), vocab_size, device, options=options)
@@ -50,12 +51,13 @@ def main() -> None:
             save_model(model, folder, tokenizer="data/tokens/tokenizer")
         epoch_tokens = batches.count * blocks.seq_len
         tokens = result["total_epochs"] * epoch_tokens
-        best = result["best_epoch"] - 1
+        best, facts = result["best_epoch"] - 1, corpus_facts("data/tokens")["splits"]
         write_csv("metrics/curves/train_phase1.csv", epoch_rows(result, epoch_tokens, tokens))
         write_json(
             "metrics/train_phase1.json",
             {
                 "val_ppl": result["val_losses"][best],
+                "val_bits_per_byte": bits_per_byte(result["val_losses"][best], facts["validation"]),
                 "val_acc": result["val_accs"][best],
                 "best_epoch": result["best_epoch"],
                 "total_epochs": result["total_epochs"],

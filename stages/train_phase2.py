@@ -9,7 +9,7 @@ from lego.artifacts import atomic_folder, sha256, write_csv, write_json
 from lego.ashem import train_upper_layers
 from lego.batches import EvaluationBatches
 from lego.checkpoint import grow_model, load_model, same_block1, save_model
-from lego.corpus import PackedBlocks, corpus_facts, data_digests
+from lego.corpus import PackedBlocks, bits_per_byte, corpus_facts, data_digests
 from lego.cost import Ledger
 from lego.harness import Stage, exit_cleanly, resolve_device
 from lego.hidden_states import HardTokenBatches, HiddenStateStore
@@ -49,7 +49,8 @@ def main() -> None:
     with Stage("train_phase2", params.seed, params.train.threads) as stage:
         store = HiddenStateStore("data/hard")
         store.verify(sha256("data/phase1"), sha256("data/tokens/tokenizer/tokenizer.json"))
-        seq_len, leaky = corpus_facts("data/tokens")["seq_len"], store.manifest["split"] == "validation"
+        facts = corpus_facts("data/tokens")
+        seq_len, leaky = facts["seq_len"], store.manifest["split"] == "validation"
         block1 = load_model("data/phase1")
         torch.manual_seed(stage.seed)  # load_model drew random weights before it replaced them
         model = grow_model(
@@ -61,6 +62,8 @@ def main() -> None:
             head=ashem.head,
         )
         batches = HardTokenBatches(store, batch_blocks * seq_len, params.train.tokens_per_epoch, stage.seed)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"block 2: {trainable:,} trainable parameters, {store.hard_tokens:,} hard tokens stored", flush=True)
         history = train(params, stage, model, batches)
         with atomic_folder("data/phase2") as folder:
             save_model(model, folder, tokenizer="data/tokens/tokenizer")
@@ -71,12 +74,13 @@ def main() -> None:
             "metrics/train_phase2.json",
             {
                 "val_ppl": history.best["ppl"],
+                "val_bits_per_byte": bits_per_byte(history.best["ppl"], facts["splits"]["validation"]),
                 "val_acc": history.best["acc"],
                 "best_epoch": result["best_epoch"],
                 "total_epochs": result["total_epochs"],
                 "hard_tokens_seen": seen,
                 "hard_tokens_stored": store.hard_tokens,
-                "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "trainable_parameters": trainable,
                 "block1_unchanged": same_block1(block1, model),
                 "leaky": leaky,
             },

@@ -10,7 +10,7 @@ from typing import Any
 from lego.artifacts import atomic_folder, read_json, write_csv, write_json
 from lego.batches import EvaluationBatches, TrainingBatches
 from lego.checkpoint import load_model, save_model
-from lego.corpus import PackedBlocks, corpus_facts, data_digests, train_part
+from lego.corpus import PackedBlocks, bits_per_byte, corpus_facts, data_digests, train_part
 from lego.cost import Ledger
 from lego.evaluation import shallow_metrics, token_table
 from lego.harness import Stage, StageError, exit_cleanly, resolve_device
@@ -61,7 +61,7 @@ def model_metrics(params: Params, model: BaseTransformer, block1: BaseTransforme
         **tables,
         threshold=read_json("metrics/compute_threshold.json")["threshold"],
         ledger=ledger.grown(params.ashem.phase2_layers, params.ashem.phase2_context),
-        test_bytes=corpus_facts("data/tokens")["splits"]["test"]["bytes"],
+        test_facts=corpus_facts("data/tokens")["splits"]["test"],
     )
 
 
@@ -75,11 +75,13 @@ def main() -> None:
         affordable = round(budget["added_macs"] / ledger.train_block1(blocks.seq_len))
         if not affordable:
             raise StageError("metrics/added_macs.json: the budget pays for no block; raise ashem.phase2_epochs")
+        tokens = affordable * blocks.seq_len
+        print(f"block 1 trains on: {tokens:,} tokens for {budget['added_macs']:.3e} MACs", flush=True)
         history = train(params, stage, model, blocks, affordable)
         with atomic_folder("data/baseline/shallow_continued") as folder:
             save_model(model, folder, tokenizer="data/tokens/tokenizer")
-        tokens = affordable * blocks.seq_len
         macs = ledger.train_block1(tokens)
+        validation = corpus_facts("data/tokens")["splits"]["validation"]
         common = {
             "train_macs": read_json("metrics/train_phase1.json")["train_macs"] + macs,
             "n_hard": None,  # it learns from every token
@@ -97,6 +99,7 @@ def main() -> None:
                 "best_epoch": history.best_epoch,
                 "total_epochs": len(history.evaluations),
                 "val_ppl": history.best["ppl"],
+                "val_bits_per_byte": bits_per_byte(history.best["ppl"], validation),
                 "leaky": budget["leaky"],
             },
         )

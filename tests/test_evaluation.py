@@ -10,9 +10,9 @@ import torch
 from conftest import VOCAB, random_batches
 
 from lego import DeepSupervisionTransformer, Ledger, StageConfig, StandardTransformer, Trainer, TrainingConfig
+from lego.corpus import bits_per_byte
 from lego.evaluation import (
     MODEL_KEYS,
-    bits_per_byte,
     comparison_lines,
     perplexity,
     routed_metrics,
@@ -22,6 +22,7 @@ from lego.evaluation import (
 )
 
 TEST, VALIDATION = random_batches(6, seed=1), random_batches(5, seed=2)
+FACTS = {"tokens": 6 * 4 * 12, "bytes": 1000}
 
 
 @pytest.fixture(scope="module", params=["token", "full"])
@@ -38,7 +39,7 @@ def test_the_table_gives_what_the_trainer_measures_at_any_threshold(model):
     for ratio in (0.1, 0.5, 0.9):
         threshold = float(np.quantile(table.confidence, ratio))
         stats = Trainer(TrainingConfig([StageConfig((4, 4))], threshold, 2), VOCAB).evaluate(model, TEST)
-        metrics = routed_metrics(table, table, threshold, ledger, 1000)
+        metrics = routed_metrics(table, table, threshold, ledger, FACTS)
         for key, value in stats.items():
             assert metrics[key] == pytest.approx(value, rel=1e-4)
     with torch.no_grad():
@@ -51,7 +52,7 @@ def test_the_table_gives_what_the_trainer_measures_at_any_threshold(model):
 def test_hard_perplexities_and_oracle_by_brute_force(model):
     table = token_table(model, TEST, "cpu")
     threshold = float(np.median(table.confidence))
-    metrics = routed_metrics(table, table, threshold, Ledger.of(model, 12), 1000)
+    metrics = routed_metrics(table, table, threshold, Ledger.of(model, 12), FACTS)
     hard = [i for i, c in enumerate(table.confidence) if c < threshold]
     assert metrics["hard_ppl_before"] == pytest.approx(math.exp(np.mean([table.nll_shallow[i] for i in hard])))
     assert metrics["hard_ppl_after"] == pytest.approx(math.exp(np.mean([table.nll_deep[i] for i in hard])))
@@ -60,8 +61,11 @@ def test_hard_perplexities_and_oracle_by_brute_force(model):
     assert metrics["oracle_ppl"] <= min(metrics["ppl"], metrics["deep_ppl"], metrics["shallow_ppl"])
 
 
-def test_bits_per_byte():
-    assert bits_per_byte(np.full(10, math.log(2)), 5) == pytest.approx(2.0)
+def test_bits_per_byte(model):
+    assert bits_per_byte(2.0, {"tokens": 10, "bytes": 5}) == pytest.approx(2.0)
+    table = token_table(model, TEST, "cpu")
+    metrics = routed_metrics(table, table, 0.0, Ledger.of(model, 12), FACTS)
+    assert metrics["bits_per_byte"] == pytest.approx(table.nll_shallow.sum() / math.log(2) / 1000)
 
 
 def test_the_sweep_runs_from_always_deep_to_always_shallow(model):
@@ -84,11 +88,11 @@ def test_both_kinds_of_model_report_the_same_keys(model):
     added = {"train_macs", "n_hard", "hard_share", "leaky"}
     table, validation = token_table(model, TEST, "cpu"), token_table(model, VALIDATION, "cpu")
     ledger = Ledger.of(model, 12)
-    routed = routed_metrics(table, validation, 0.5, ledger, 1000)
+    routed = routed_metrics(table, validation, 0.5, ledger, FACTS)
     shallow_model = StandardTransformer(VOCAB, 32, 2, 4)
     continued, continued_validation = (token_table(shallow_model, data, "cpu") for data in (TEST, VALIDATION))
     threshold = float(np.median(table.confidence))
-    shallow = shallow_metrics(continued, continued_validation, table, validation, threshold, ledger, 1000)
+    shallow = shallow_metrics(continued, continued_validation, table, validation, threshold, ledger, FACTS)
     assert routed.keys() | added == shallow.keys() | added == set(MODEL_KEYS)
     assert not (routed.keys() | shallow.keys()) & added
     hard = table.confidence < threshold  # the same tokens as the routed model's
@@ -103,6 +107,6 @@ def test_both_kinds_of_model_report_the_same_keys(model):
 
 def test_no_hard_token_leaves_null_and_not_nan(model):
     table = token_table(model, TEST, "cpu")
-    metrics = routed_metrics(table, table, 0.0, Ledger.of(model, 12), 1000)
+    metrics = routed_metrics(table, table, 0.0, Ledger.of(model, 12), FACTS)
     assert metrics["hard_ppl_before"] is None
     assert metrics["shallow_ratio"] == 1.0
