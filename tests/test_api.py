@@ -122,10 +122,10 @@ def test_ashem_config_keeps_the_originals_defaults_and_params_yaml_its_own():
     assert asdict(own) == {
         "phase1_layers": 2,
         "phase1_lr": 6e-3,
-        "phase1_patience": 1,
+        "phase1_patience": 3,
         "hard_example_ratio": 0.5,
         "phase2_layers": 4,
-        "phase2_lr": 2e-3,
+        "phase2_lr": 1e-3,
         "phase2_patience": 3,
     }
 
