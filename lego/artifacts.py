@@ -58,11 +58,11 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Reads a JSON object.
+def read_json(path: str | Path, *required: str) -> dict[str, Any]:
+    """Reads a JSON object that has the required keys.
 
     Raises:
-        ArtifactError: the file is missing, not JSON, or not an object.
+        ArtifactError: the file is missing, not JSON, not an object, or lacks a key.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -72,6 +72,8 @@ def read_json(path: str | Path) -> dict[str, Any]:
         raise ArtifactError(f"{path}: is not valid JSON; run dvc checkout or dvc repro to restore it") from None
     if not isinstance(content, dict):
         raise ArtifactError(f"{path}: must hold a JSON object; run dvc checkout or dvc repro to restore it")
+    if missing := [key for key in required if key not in content]:
+        raise ArtifactError(f"{path}: lacks {', '.join(missing)}; run dvc checkout or dvc repro to restore it")
     return content
 
 

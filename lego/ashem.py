@@ -97,7 +97,13 @@ def create_hard_example_loader(hard_examples: dict[str, Tensor], batch_size: int
 
 
 def upper_logits(model: BaseTransformer, hidden_states: Tensor, num_lower_layers: int) -> Tensor:
-    """Logits (B, V) of lone exit states (B, 1, D) after layers num_lower_layers + 1..N."""
+    """Logits (B, V) of lone exit states (B, 1, D) after layers num_lower_layers + 1..N.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    if not 1 <= num_lower_layers < model.num_layers:
+        raise ValueError(f"num_lower_layers must be in 1..{model.num_layers - 1}, got {num_lower_layers}")
     h = model.run_layers(hidden_states, num_lower_layers + 1, model.num_layers)
     return model.logits_at(h, model.num_layers).squeeze(1)  # (B, V)
 

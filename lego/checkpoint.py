@@ -68,7 +68,7 @@ def load_model(folder: str | Path) -> BaseTransformer:
             model: BaseTransformer = DeepSupervisionTransformer(**arguments, **routing)
         else:
             model = StandardTransformer(**arguments)
-    except (KeyError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ArtifactError(f"{folder / CONFIG}: describes no model ({error}); run dvc checkout or dvc repro") from None
     tensors = read_tensors(folder / WEIGHTS)
     if model.sizes["tie_embeddings"] and "embedding.weight" in tensors:

@@ -250,7 +250,7 @@ def train_part(phase2_share: float, phase: int, phase2_text: str = "fresh") -> t
 
 def corpus_facts(folder: str | Path) -> dict[str, Any]:
     """What tokenize counted: vocab_size, seq_len and `splits: {split: {tokens, bytes, documents, sha256}}`."""
-    return read_json(Path(folder) / "corpus.json")
+    return read_json(Path(folder) / "corpus.json", "vocab_size", "seq_len", "splits")
 
 
 def bits_per_byte(ppl: float, facts: dict[str, Any]) -> float:

@@ -117,6 +117,6 @@ def exit_cleanly(main: Callable[[], None]) -> None:
     """Runs a stage's main(); errors a user can mend become one line on stderr and exit code 1."""
     try:
         main()
-    except (ParamsError, ArtifactError, StageError, FloatingPointError) as error:
+    except (ParamsError, ArtifactError, StageError, FloatingPointError, OSError) as error:
         print(f"error: {error} ({RECOVERY})", file=sys.stderr)
         raise SystemExit(1) from None

@@ -120,7 +120,8 @@ class HiddenStateStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.manifest = read_json(self.folder / MANIFEST)
+        required = ("shards", "hard_tokens", "threshold", "split", "macs", "block1_sha256", "tokenizer_sha256")
+        self.manifest = read_json(self.folder / MANIFEST, *required)
         try:
             self.shards: list[dict[str, Any]] = self.manifest["shards"]
             self.hard_tokens: int = self.manifest["hard_tokens"]

@@ -108,6 +108,7 @@ def run_epoch(
         Mean loss per token in nats.
 
     Raises:
+        ValueError: there is no batch.
         NonFiniteLossError: the loss or the gradient of a step is not finite; the step is not taken.
     """
     total, tokens, steps, pending, pending_tokens = 0.0, 0, 0, 0, 0
@@ -142,9 +143,11 @@ def run_epoch(
         if pending == options.accumulation:
             step()
             steps, pending, pending_tokens = steps + 1, 0, 0
+    if not tokens:
+        raise ValueError("no batches: give a re-iterable such as a list or DataLoader; a generator lasts for one pass")
     if pending:
         step()
-    return total / max(tokens, 1)
+    return total / tokens
 
 
 def _autocast(device: str | torch.device, precision: str) -> AbstractContextManager[Any]:

@@ -142,7 +142,12 @@ class BaseTransformer(nn.Module):
 
         A token leaves at `exit_layer` if its confidence is at least `threshold`; threshold 0.0 is routing off: every
         token takes the full depth.
+
+        Raises:
+            ValueError: exit_layer is none of the model's layers.
         """
+        if not 1 <= exit_layer <= self.num_layers:
+            raise ValueError(f"exit_layer must be in 1..num_layers = {self.num_layers}, got {exit_layer}")
         h = self.run_layers(self.embedding(x), 1, exit_layer)
         logits = self.logits_at(h, exit_layer)
         confidence = max_probability(logits)

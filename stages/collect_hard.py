@@ -25,7 +25,7 @@ def main() -> None:
         blocks = PackedBlocks("data/tokens", ashem.hard_split, part)
         batches = EvaluationBatches(blocks, params.evaluation.batch_size)
         model = load_model("data/phase1")
-        threshold = read_json("metrics/compute_threshold.json")["threshold"]
+        threshold = read_json("metrics/compute_threshold.json", "threshold")["threshold"]
         writer = StoreWriter(folder, threshold, ashem.store_dtype, ashem.shard_tokens)
         device = resolve_device(params.train.device)
         for batch in track(exit_states(model, batches, device), len(batches), "mining", "batch"):

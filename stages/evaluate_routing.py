@@ -24,7 +24,7 @@ def main() -> None:
         model, device = load_model("data/phase2"), resolve_device(params.train.device)
         ledger = Ledger.of(model, test.blocks.seq_len)
         tables = token_table(model, test, device), token_table(model, validation, device)
-        threshold = read_json("metrics/compute_threshold.json")["threshold"]
+        threshold = read_json("metrics/compute_threshold.json", "threshold")["threshold"]
         mined, phase1 = read_json("metrics/collect_hard.json"), read_json("metrics/train_phase1.json")
         facts = corpus_facts("data/tokens")["splits"]
         metrics = routed_metrics(*tables, threshold, ledger, facts["test"]) | {

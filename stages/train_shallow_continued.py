@@ -27,7 +27,10 @@ def train(params: Params, stage: Stage, model: BaseTransformer, blocks: PackedBl
     per_epoch = -(-train.tokens_per_epoch // blocks.seq_len)
     batches = TrainingBatches(blocks, train.batch_size, per_epoch, stage.seed, total_blocks=affordable)
     epochs = -(-affordable // batches.blocks_per_epoch)
-    steps = -(-affordable // (train.batch_size * train.grad_accumulation))
+    steps = 0
+    for epoch in range(epochs):  # an epoch ends with a step of its own, so count them one by one
+        batches.set_epoch(epoch)
+        steps += -(-len(batches) // train.grad_accumulation)
     optimizer, options = build_training(model.to(device), params.yardstick.lr, steps, train)
     trainer = Trainer(create_standard_config(model.num_layers), model.sizes["vocab_size"], device, options=options)
 
@@ -59,7 +62,7 @@ def model_metrics(params: Params, model: BaseTransformer, block1: BaseTransforme
         tables[f"block1_{split}"] = token_table(block1, batches, device)
     return shallow_metrics(
         **tables,
-        threshold=read_json("metrics/compute_threshold.json")["threshold"],
+        threshold=read_json("metrics/compute_threshold.json", "threshold")["threshold"],
         ledger=ledger.grown(params.ashem.phase2_layers, params.ashem.phase2_context),
         test_facts=corpus_facts("data/tokens")["splits"]["test"],
     )

@@ -198,6 +198,13 @@ def test_zero_initialised_layers_leave_the_logits_and_copies_repeat_block_1(bloc
     assert not torch.equal(fresh.layers[2].mlp.up_proj.weight, block1.layers[0].mlp.up_proj.weight)
 
 
+def test_block_2_needs_a_layer_above_the_lower_ones(block1):
+    _, hard, grown = mined(block1)
+    for wrong in (0, 4, 7):
+        with pytest.raises(ValueError, match=rf"num_lower_layers must be in 1\.\.3, got {wrong}"):
+            evaluate_on_hard_examples(grown, hard, VOCAB, "cpu", num_lower_layers=wrong)
+
+
 def test_growing_refuses_what_it_cannot_do(block1):
     for arguments, message in (
         (dict(num_layers=2), "num_layers must exceed block 1's 2, got 2"),

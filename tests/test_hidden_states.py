@@ -31,7 +31,7 @@ def write(folder, model, dtype="float32", shard_tokens=100, ratio=0.5):
     writer = StoreWriter(folder, threshold, dtype, shard_tokens)
     for batch in exit_states(model, DATA, "cpu"):
         writer.add(*batch)
-    writer.close(split="train", block1_sha256="b", tokenizer_sha256="t")
+    writer.close(split="train", block1_sha256="b", tokenizer_sha256="t", macs=1)
     return HiddenStateStore(folder), threshold
 
 
@@ -151,7 +151,7 @@ def test_a_damaged_store_is_refused(tmp_path, model):
         HiddenStateStore(tmp_path)
     del manifest["threshold"]
     write_json(tmp_path / "manifest.json", manifest)
-    with pytest.raises(ArtifactError, match="lacks 'threshold'"):
+    with pytest.raises(ArtifactError, match="lacks threshold; run dvc checkout"):
         HiddenStateStore(tmp_path)
 
 

@@ -300,6 +300,17 @@ def test_compiled_layers_take_the_same_steps_under_the_same_names(batches, monke
     assert model.state_dict().keys() == small().state_dict().keys()
 
 
+def test_a_generator_that_is_used_up_is_an_error_and_not_an_epoch_of_nothing(batches):
+    model = small()
+    trainer = Trainer(create_standard_config(2), VOCAB)
+    optimizer = trainer.create_optimizer(model, 1e-3)
+    once = (batch for batch in batches)
+    with pytest.raises(ValueError, match="no batches: give a re-iterable such as a list"):
+        trainer.train_with_early_stopping(model, once, batches, optimizer, max_epochs=3, patience=3, verbose=False)
+    with pytest.raises(ValueError, match=r"exit_layer must be in 1\.\.num_layers = 2, got 3"):
+        Trainer(TrainingConfig([StageConfig((2, 2))], 0.5, 3), VOCAB).evaluate(model, batches)
+
+
 def test_set_epoch_is_called_from_zero(batches):
     class Loader(list):
         def set_epoch(self, epoch: int) -> None:
