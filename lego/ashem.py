@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lego.exits import Batches
@@ -96,16 +95,11 @@ def create_hard_example_loader(hard_examples: dict[str, Tensor], batch_size: int
     return HardExampleLoader(hard_examples["hidden_states"], hard_examples["targets"], batch_size)
 
 
-def upper_logits(model: BaseTransformer, hidden_states: Tensor, num_lower_layers: int) -> Tensor:
-    """Logits (B, V) of lone exit states (B, 1, D) after layers num_lower_layers + 1..N.
-
-    Raises:
-        ValueError: there is no such layer.
-    """
+def _require_fit(model: BaseTransformer, vocab_size: int, num_lower_layers: int) -> None:
     if not 1 <= num_lower_layers < model.num_layers:
         raise ValueError(f"num_lower_layers must be in 1..{model.num_layers - 1}, got {num_lower_layers}")
-    h = model.run_layers(hidden_states, num_lower_layers + 1, model.num_layers)
-    return model.logits_at(h, model.num_layers).squeeze(1)  # (B, V)
+    if vocab_size != model.sizes["vocab_size"]:
+        raise ValueError(f"vocab_size must be the model's {model.sizes['vocab_size']}, got {vocab_size}")
 
 
 def train_upper_layers(
@@ -131,13 +125,17 @@ def train_upper_layers(
 
     Returns:
         Mean loss in nats per hard token.
+
+    Raises:
+        ValueError: vocab_size or num_lower_layers does not fit the model.
     """
+    _require_fit(model, vocab_size, num_lower_layers)
     model.to(device).train()
 
     def loss_of(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, int]:
         h, y = (part.to(device) for part in batch)
-        logits = upper_logits(model, h, num_lower_layers)
-        return F.cross_entropy(logits.view(-1, vocab_size).float(), y), y.numel()
+        h = model.run_layers(h, num_lower_layers + 1, model.num_layers)  # (B, 1, D)
+        return model.loss_at(h, model.num_layers, y), y.numel()
 
     return run_epoch(hard_batches, loss_of, optimizer, device, options)
 
@@ -158,12 +156,15 @@ def evaluate_on_hard_examples(
         hard_examples: with hidden_states (n, D) and targets (n,).
         vocab_size, device, num_lower_layers: as in train_upper_layers.
         batch_size: tokens per forward pass.
+
+    Raises:
+        ValueError: vocab_size or num_lower_layers does not fit the model.
     """
+    _require_fit(model, vocab_size, num_lower_layers)
     model.to(device).eval()
     nll = 0.0
     states, targets = hard_examples["hidden_states"], hard_examples["targets"]
     for h, y in zip(states.split(batch_size), targets.split(batch_size), strict=True):
-        logits = upper_logits(model, h.unsqueeze(1).to(device), num_lower_layers)
-        losses = F.cross_entropy(logits.view(-1, vocab_size).float(), y.to(device), reduction="none")
-        nll += losses.cpu().double().sum().item()
+        h = model.run_layers(h.unsqueeze(1).to(device), num_lower_layers + 1, model.num_layers)  # (b, 1, D)
+        nll += model.read_at(h, model.num_layers, y.to(device))[0].cpu().double().sum().item()
     return math.exp(min(nll / len(targets), 700.0))

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from lego.corpus import bits_per_byte
 from lego.cost import Ledger
-from lego.transformer import BaseTransformer, compute_cost, max_probability
+from lego.transformer import BaseTransformer, compute_cost
 
 MODEL_KEYS = (
     "acc",
@@ -87,11 +86,6 @@ def perplexity(nll: np.ndarray) -> float:
     return math.exp(min(float(nll.mean()), 700.0))
 
 
-def _losses(logits: Tensor, y: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    nll = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="none")  # (B * T,)
-    return nll.cpu().double().numpy(), (logits.argmax(-1) == y).flatten().cpu().numpy()
-
-
 @torch.no_grad()
 def token_table(
     model: BaseTransformer, batches: Iterable[tuple[Tensor, Tensor]], device: str | torch.device
@@ -104,20 +98,17 @@ def token_table(
         device: where the model runs.
     """
     model.to(device).eval()
-    columns: list[tuple[np.ndarray, ...]] = []
+    columns: list[tuple[Tensor, ...]] = []
     for x, y in batches:
         x, y = x.to(device), y.to(device)
         h = model.forward_to_hidden(x)
-        shallow = model.logits_at(h, model.exit_layer)
-        at_exit = _losses(shallow, y)
+        shallow = model.read_at(h, model.exit_layer, y)
+        deep = shallow
         if model.exit_layer < model.num_layers:
-            h = model.run_layers(h, model.exit_layer + 1, model.num_layers)
-            deep = _losses(model.logits_at(h, model.num_layers), y)
-        else:
-            deep = at_exit
-        confidence = max_probability(shallow).flatten().cpu().numpy()
-        columns.append((at_exit[0], deep[0], at_exit[1], deep[1], confidence))
-    return TokenTable(*(np.concatenate(column) for column in zip(*columns, strict=True)))
+            deep = model.read_at(model.run_layers(h, model.exit_layer + 1, model.num_layers), model.num_layers, y)
+        columns.append((shallow[0], deep[0], shallow[1], deep[1], shallow[2]))
+    nll_shallow, nll_deep, *rest = (torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True))
+    return TokenTable(nll_shallow.astype(np.float64), nll_deep.astype(np.float64), *rest)
 
 
 def threshold_sweep(table: TokenTable, ledger: Ledger, points: int) -> list[dict[str, float]]:

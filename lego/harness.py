@@ -42,7 +42,7 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _reuse_freed_memory() -> None:
+def reuse_freed_memory() -> None:
     """Lets glibc keep large freed blocks: else every step maps and clears the pages of its logits anew."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -85,7 +85,7 @@ class Stage:
 
     def __enter__(self) -> Stage:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
-        _reuse_freed_memory()
+        reuse_freed_memory()
         torch.set_num_threads(self.threads)
         torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms would load the compiler: 2 s a stage
         # nothing here reads memory before it is written, so it need not be filled for determinism

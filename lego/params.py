@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -240,9 +239,9 @@ def load_params(path: str | Path = "params.yaml") -> Params:
         raise ParamsError("; ".join(f"{path}: {_sentence(e)}" for e in error.errors())) from None
 
 
-def main(load: Callable[[], Params] = load_params) -> int:
+def main() -> int:
     try:
-        print(load().model_dump_json(indent=2))
+        print(load_params().model_dump_json(indent=2))
     except ParamsError as error:
         print(error, file=sys.stderr)
         return 1

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
 from lego.steps import NonFiniteLossError, StepOptions, build_optimizer, run_epoch
@@ -38,6 +37,10 @@ class TrainingConfig:
     stages: list[StageConfig]
     routing_threshold: float = 0.0
     exit_layer: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.routing_threshold >= 0:  # NaN fails every comparison
+            raise ValueError(f"routing_threshold must be at least 0.0, got {self.routing_threshold}")
 
     def layer_weights(self) -> dict[int, float]:
         """Loss weight of each layer that has one; weights of stages that share a layer add up."""
@@ -93,7 +96,8 @@ def _epoch_line(epoch: int, max_epochs: int, history: History) -> str:
 
 def fit(
     model: nn.Module,
-    train_once: Callable[[int], float],
+    batches: Iterable[Any],
+    train_once: Callable[[], float],
     evaluate: Callable[[], dict[str, float]],
     *,
     max_epochs: int,
@@ -107,7 +111,8 @@ def fit(
 
     Args:
         model: what is trained; its best state is restored, also when a loss is not finite.
-        train_once: epoch number from 0 -> mean training loss in nats per token.
+        batches: what train_once reads; its `set_epoch`, if there, is called with 0, 1, ... before each epoch.
+        train_once: -> mean training loss of an epoch in nats per token.
         evaluate: -> at least `ppl` and `acc` on validation text.
         max_epochs: at most this many epochs.
         patience: stop after this many epochs without a better perplexity.
@@ -128,7 +133,9 @@ def fit(
     try:
         for epoch in range(1, max_epochs + 1):
             try:
-                history.train_losses.append(train_once(epoch - 1))
+                if hasattr(batches, "set_epoch"):
+                    batches.set_epoch(epoch - 1)
+                history.train_losses.append(train_once())
                 stats = evaluate()
                 if not math.isfinite(stats["ppl"]):
                     raise NonFiniteLossError(f"validation perplexity is {stats['ppl']}")
@@ -213,8 +220,7 @@ class Trainer:
         h, done, loss = model.embedding(x), 0, torch.zeros((), device=x.device)
         for layer, weight in weights.items():
             h, done = model.run_layers(h, done + 1, layer), layer
-            logits = model.logits_at(h, layer).reshape(-1, self.vocab_size)  # (B * T, V)
-            loss = loss + weight * F.cross_entropy(logits.float(), y.reshape(-1))
+            loss = loss + weight * model.loss_at(h, layer, y)
         return loss
 
     def train_epoch(self, model: BaseTransformer, batches: Batches, optimizer: Optimizer) -> float:
@@ -235,15 +241,19 @@ class Trainer:
         nll, right, shallow, tokens = 0.0, 0, 0, 0
         for x, y in batches:
             x, y = x.to(self.device), y.to(self.device)
-            if threshold == 0.0:
-                logits = model(x)
-            else:
-                logits, confidence = model.route(x, k, threshold)
-                shallow += int((confidence >= threshold).sum())
-            losses = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="none")
+            read = k if threshold else model.num_layers
+            h = model.states_at(x, read)
+            losses, correct, confidence = model.read_at(h, read, y)
+            if threshold:
+                hard = confidence.view_as(y) < threshold  # (B, T)
+                deep = model.read_at(model.deepen(h, hard, k), model.num_layers, y[hard])
+                losses[hard.flatten()], correct[hard.flatten()] = deep[:2]
+                shallow += int((~hard).sum())
             nll += losses.cpu().double().sum().item()  # not every device has float64
-            right += int((logits.argmax(-1) == y).sum())
+            right += int(correct.sum())
             tokens += y.numel()
+        if not tokens:
+            raise ValueError("no batches to evaluate: give a re-iterable that yields at least one (x, y)")
         ratio = shallow / tokens
         return {
             "acc": right / tokens,
@@ -277,14 +287,10 @@ class Trainer:
             train_losses, val_losses (perplexities), val_accs, best_epoch (from 1), total_epochs, stopped_early.
         """
 
-        def train_once(epoch: int) -> float:
-            if hasattr(train_batches, "set_epoch"):
-                train_batches.set_epoch(epoch)
-            return self.train_epoch(model, train_batches, optimizer)
-
         return fit(
             model,
-            train_once,
+            train_batches,
+            lambda: self.train_epoch(model, train_batches, optimizer),
             lambda: self.evaluate(model, val_batches),
             max_epochs=max_epochs,
             patience=patience,

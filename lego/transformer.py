@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lego.layers import TransformerLayer
+from lego.losses import linear_cross_entropy, read_exit
 
 BLOCK2_CONTEXTS = ("full", "token")
 
@@ -54,8 +55,9 @@ class BaseTransformer(nn.Module):
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         ffn_dim = 32 * math.ceil(8 * dim / 96) if ffn_dim is None else ffn_dim
-        if num_layers < 1:
-            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        counts = {"num_layers": num_layers, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        if wrong := [name for name, count in counts.items() if count < 1]:
+            raise ValueError(f"{wrong[0]} must be at least 1, got {counts[wrong[0]]}")
         if dim % (2 * num_heads):
             raise ValueError(f"dim must be a multiple of 2 * num_heads = {2 * num_heads}, got {dim}")
         if num_heads % num_kv_heads:
@@ -111,10 +113,23 @@ class BaseTransformer(nn.Module):
             h = self.layers[index - 1](h)
         return h.reshape(B, T, D)
 
+    def head_at(self, layer: int) -> nn.Linear:
+        """The output head through which a layer is read."""
+        return self.deep_head if self.deep_head is not None and layer > self.exit_layer else self.output_head
+
     def logits_at(self, h: Tensor, layer: int) -> Tensor:
         """Reads a layer's un-normed output (..., D) as logits (..., V)."""
-        head = self.deep_head if self.deep_head is not None and layer > self.exit_layer else self.output_head
-        return head(self.layer(layer).exit_norm(h))
+        return self.head_at(layer)(self.layer(layer).exit_norm(h))
+
+    def loss_at(self, h: Tensor, layer: int, y: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of a layer's un-normed output (..., D) for targets (...,)."""
+        normed = self.layer(layer).exit_norm(h).flatten(0, -2)  # (n, D)
+        return linear_cross_entropy(normed, self.head_at(layer).weight, y.flatten())
+
+    def read_at(self, h: Tensor, layer: int, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Per token (n,) of un-normed outputs (..., D) for targets (...,): loss in nats, right or not, confidence."""
+        normed = self.layer(layer).exit_norm(h).flatten(0, -2)  # (n, D)
+        return read_exit(normed, self.head_at(layer).weight, y.flatten())
 
     def forward(self, x: Tensor) -> Tensor:
         """Full-depth logits (B, T, V) of token ids (B, T)."""
@@ -128,9 +143,19 @@ class BaseTransformer(nn.Module):
             logits.append(self.logits_at(h, layer))
         return logits
 
+    def states_at(self, x: Tensor, layer: int) -> Tensor:
+        """Un-normed output (B, T, D) of a layer for token ids (B, T).
+
+        Raises:
+            ValueError: the model has no such layer.
+        """
+        if not 1 <= layer <= self.num_layers:
+            raise ValueError(f"exit_layer must be in 1..num_layers = {self.num_layers}, got {layer}")
+        return self.run_layers(self.embedding(x), 1, layer)
+
     def forward_to_hidden(self, x: Tensor) -> Tensor:
         """Un-normed output (B, T, D) of the exit layer; StandardTransformer exits at its last layer."""
-        return self.run_layers(self.embedding(x), 1, self.exit_layer)
+        return self.states_at(x, self.exit_layer)
 
     def compute_confidence(self, h: Tensor) -> Tensor:
         """Largest softmax probability at the exit layer (...,) for exit states h (..., D)."""
@@ -146,20 +171,20 @@ class BaseTransformer(nn.Module):
         Raises:
             ValueError: exit_layer is none of the model's layers.
         """
-        if not 1 <= exit_layer <= self.num_layers:
-            raise ValueError(f"exit_layer must be in 1..num_layers = {self.num_layers}, got {exit_layer}")
-        h = self.run_layers(self.embedding(x), 1, exit_layer)
+        h = self.states_at(x, exit_layer)
         logits = self.logits_at(h, exit_layer)
         confidence = max_probability(logits)
         if threshold == 0.0:
             return self.logits_at(self.run_layers(h, exit_layer + 1, self.num_layers), self.num_layers), confidence
         hard = confidence < threshold
-        if self.block2_context == "token" and exit_layer >= self.exit_layer:  # the hard tokens need no other token
-            deep = self.run_layers(h[hard].unsqueeze(1), exit_layer + 1, self.num_layers).squeeze(1)  # (n_hard, D)
-        else:
-            deep = self.run_layers(h, exit_layer + 1, self.num_layers)[hard]
-        logits[hard] = self.logits_at(deep, self.num_layers).to(logits.dtype)
+        logits[hard] = self.logits_at(self.deepen(h, hard, exit_layer), self.num_layers).to(logits.dtype)
         return logits, confidence
+
+    def deepen(self, h: Tensor, hard: Tensor, exit_layer: int) -> Tensor:
+        """Full-depth states (n_hard, D) of the tokens marked in hard (B, T), from outputs h (B, T, D) of exit_layer."""
+        if self.block2_context == "token" and exit_layer >= self.exit_layer:  # the hard tokens need no other token
+            return self.run_layers(h[hard].unsqueeze(1), exit_layer + 1, self.num_layers).squeeze(1)
+        return self.run_layers(h, exit_layer + 1, self.num_layers)[hard]
 
 
 def max_probability(logits: Tensor) -> Tensor:
@@ -183,7 +208,7 @@ class DeepSupervisionTransformer(BaseTransformer):
         **sizes: keyword arguments of BaseTransformer.
 
     Raises:
-        ValueError: exit_layer outside the model, or an unknown block2_context.
+        ValueError: exit_layer outside the model, a threshold below 0, or an unknown block2_context.
     """
 
     def __init__(
@@ -203,6 +228,8 @@ class DeepSupervisionTransformer(BaseTransformer):
             raise ValueError(f"exit_layer must be in 1..num_layers = {num_layers}, got {exit_layer}")
         if block2_context not in BLOCK2_CONTEXTS:
             raise ValueError(f"block2_context must be one of {', '.join(BLOCK2_CONTEXTS)}, got {block2_context!r}")
+        if not routing_threshold >= 0:  # NaN fails every comparison
+            raise ValueError(f"routing_threshold must be at least 0.0, got {routing_threshold}")
         self.exit_layer = exit_layer
         self.routing_threshold = routing_threshold
         self.block2_context = block2_context

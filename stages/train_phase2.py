@@ -27,14 +27,10 @@ def train(params: Params, stage: Stage, model: DeepSupervisionTransformer, batch
     steps = ashem.phase2_epochs * -(-len(batches) // params.train.grad_accumulation)
     optimizer, options = build_training(model.to(device), ashem.phase2_lr, steps, params.train)
     routed = Trainer(TrainingConfig([StageConfig((n, n))], model.routing_threshold, k), vocab_size, device)
-
-    def train_once(epoch: int) -> float:
-        batches.set_epoch(epoch)
-        return train_upper_layers(model, batches, optimizer, vocab_size, device, k, options=options)
-
     return fit(
         model,
-        train_once,
+        batches,
+        lambda: train_upper_layers(model, batches, optimizer, vocab_size, device, k, options=options),
         lambda: routed.evaluate(model, validation),
         max_epochs=ashem.phase2_epochs,
         patience=ashem.phase2_patience,

@@ -34,13 +34,10 @@ def train(params: Params, stage: Stage, model: BaseTransformer, blocks: PackedBl
     optimizer, options = build_training(model.to(device), params.yardstick.lr, steps, train)
     trainer = Trainer(create_standard_config(model.num_layers), model.sizes["vocab_size"], device, options=options)
 
-    def train_once(epoch: int) -> float:
-        batches.set_epoch(epoch)
-        return trainer.train_epoch(model, batches, optimizer)
-
     history = fit(
         model,
-        train_once,
+        batches,
+        lambda: trainer.train_epoch(model, batches, optimizer),
         lambda: trainer.evaluate(model, validation),
         max_epochs=epochs,
         patience=epochs + 1,  # the whole budget is spent

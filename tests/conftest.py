@@ -12,7 +12,7 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 VOCAB = 97
 
@@ -42,7 +42,7 @@ def _seeded() -> Iterator[None]:
     yield
     torch.set_deterministic_debug_mode("default")
     torch.utils.deterministic.fill_uninitialized_memory = True
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 def logits_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:

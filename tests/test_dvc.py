@@ -51,6 +51,7 @@ TINY = {
     "phase2_epochs": 2,
     "lr": "1.0e-03",
     "shard_tokens": 9_000,
+    "threads": 1,
 }
 
 
@@ -58,10 +59,14 @@ COPIED = {"lego", "stages", ".ci", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml
 
 
 class Clone:
-    """A temporary git repository with this tree's pipeline and tiny parameters."""
+    """A git repository in a temporary folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    @classmethod
+    def of_this_tree(cls, folder: Path) -> Clone:
+        """A new repository with this tree's pipeline and tiny parameters."""
         files = subprocess.run(
             ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
         )
@@ -74,8 +79,10 @@ class Clone:
             text, count = re.subn(rf"(?m)^(  {key}: )\S+", rf"\g<1>{value}", text)
             assert count >= 1, key
         (folder / "params.yaml").write_text(text)
-        self.run("git", "init", "-q")
-        self.commit("the tree")
+        clone = cls(folder)
+        clone.run("git", "init", "-q")
+        clone.commit("the tree")
+        return clone
 
     def run(self, *command: str, fails: bool = False) -> str:
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -106,7 +113,7 @@ def ran(output: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Clone:
-    clone = Clone(tmp_path_factory.mktemp("clone"))
+    clone = Clone.of_this_tree(tmp_path_factory.mktemp("clone"))
     output = clone.run("dvc", "repro")
     assert ran(output) == ORDER
     clone.output = output
@@ -259,18 +266,24 @@ def test_an_experiment_reruns_what_it_affects_and_dvc_shows_the_difference(clone
 
 
 def test_a_bad_parameter_touches_no_result_and_what_dvc_removed_comes_back(clone):
-    before = {path: (clone.folder / path).read_bytes() for path in ("data/phase2/model.safetensors", "dvc.lock")}
+    results = ("data/phase2/model.safetensors", "metrics/compute_threshold.json", "dvc.lock")
+    before = {path: (clone.folder / path).read_bytes() for path in results}
     path = clone.folder / "params.yaml"
-    path.write_text(re.sub(r"(?m)^(  hard_example_ratio: )\S+", r"\g<1>1.5", path.read_text()))
-    output = clone.run("dvc", "repro", fails=True)
-    assert (
-        "error: params.yaml: ashem.hard_example_ratio must be in (0, 1), got 1.5 (earlier results come back" in output
-    )
-    assert "Traceback" not in output
-    clone.run("git", "checkout", "params.yaml", "dvc.lock", "metrics")
-    clone.run("dvc", "checkout")
-    assert before == {path: (clone.folder / path).read_bytes() for path in before}
-    assert ran(clone.run("dvc", "repro")) == []
+    right = path.read_text()
+    for remedy in ("correct it", "checkout"):
+        path.write_text(re.sub(r"(?m)^(  hard_example_ratio: )\S+", r"\g<1>1.5", right))
+        output = clone.run("dvc", "repro", fails=True)
+        reason = "error: params.yaml: ashem.hard_example_ratio must be in (0, 1), got 1.5 (earlier results come back"
+        assert reason in output
+        assert "Traceback" not in output
+        assert not (clone.folder / "metrics/compute_threshold.json").exists()  # dvc removes a stage's outs first
+        if remedy == "checkout":
+            clone.run("git", "checkout", "params.yaml", "dvc.lock", "metrics")
+            clone.run("dvc", "checkout")
+        else:
+            path.write_text(right)
+            assert ran(clone.run("dvc", "repro")) == []  # from dvc's run cache
+        assert before == {path: (clone.folder / path).read_bytes() for path in before}
 
 
 def run_in_process(folder: Path, stages: list[str], monkeypatch) -> None:
@@ -309,8 +322,7 @@ def test_a_second_run_gives_the_same_bytes_and_a_leaky_one_says_so(clone, tmp_pa
 
 def test_the_lock_check_passes_a_fresh_clone_and_names_changed_code(clone, tmp_path):
     clone.run("git", "clone", "-q", str(clone.folder), str(tmp_path / "fresh"))
-    fresh = Clone.__new__(Clone)
-    fresh.folder = tmp_path / "fresh"
+    fresh = Clone(tmp_path / "fresh")
     assert not (fresh.folder / "data").exists()
     fresh.run(sys.executable, ".ci/check_lock.py")
     with (fresh.folder / "lego/cost.py").open("a") as file:

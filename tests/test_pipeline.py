@@ -233,7 +233,7 @@ def test_stage_scripts_are_short():
 
 FLOORS = [
     {"params", "artifacts", "progress", "harness"},
-    {"corpus", "layers", "transformer", "checkpoint", "cost", "batches", "ngram"},
+    {"corpus", "layers", "transformer", "checkpoint", "cost", "batches", "ngram", "losses"},
     {"steps", "trainer", "exits", "hidden_states"},
     {"ashem"},
     {"evaluation"},

@@ -192,14 +192,20 @@ def scripted(perplexities: list[float], **options):
     model = torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(model.weight, -1.0)
 
-    def train_once(epoch: int) -> float:
-        torch.nn.init.constant_(model.weight, epoch + 1)
-        return 1.0
+    class Epochs:
+        def set_epoch(self, epoch: int) -> None:
+            torch.nn.init.constant_(model.weight, epoch + 1)
 
     values = iter(perplexities)
     bests: list[int] = []
     history = fit(
-        model, train_once, lambda: {"ppl": next(values), "acc": 0.0}, verbose=False, on_best=bests.append, **options
+        model,
+        Epochs(),
+        lambda: 1.0,
+        lambda: {"ppl": next(values), "acc": 0.0},
+        verbose=False,
+        on_best=bests.append,
+        **options,
     )
     return history, model.weight.item(), bests
 

@@ -1,0 +1,95 @@
+"""Next-token losses straight from exit states: logits exist for a few rows at a time, never for a whole batch.
+
+Shapes: n tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+LOGITS_IN_CACHE, LOGITS_ON_GPU = 2**19, 2**26  # elements at a time: 2 MiB of float32 on a CPU, 256 MiB elsewhere
+
+
+def _rows_at_a_time(weight: Tensor) -> int:
+    return max(1, (LOGITS_IN_CACHE if weight.device.type == "cpu" else LOGITS_ON_GPU) // len(weight))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradient is formed in the forward pass, chunk by chunk, while the chunk's logits are at hand."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+        kind = h.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        needs_h, needs_weight = ctx.needs_input_grad[:2]
+        dh = torch.empty_like(h) if needs_h else None
+        dw = torch.zeros_like(weight) if needs_weight else None
+        total = torch.zeros((), device=h.device)
+        with torch.autocast(kind, enabled=False):
+            w = weight.to(dtype)
+            rows = _rows_at_a_time(weight)
+            for start in range(0, len(y), rows):
+                chunk, target = h[start : start + rows].to(dtype), y[start : start + rows, None]  # (r, D), (r, 1)
+                logits = (chunk @ w.t()).float()  # (r, V)
+                logits -= logits.amax(dim=1, keepdim=True)
+                right = logits.gather(1, target)  # (r, 1)
+                norm = logits.exp_().sum(dim=1, keepdim=True)  # (r, 1)
+                total += (norm.log() - right).sum()
+                if dh is None and dw is None:
+                    continue
+                gradient = logits.div_(norm * len(y))  # softmax / n: the gradient but for the target's -1 / n
+                gradient.scatter_add_(1, target, torch.full_like(right, -1 / len(y)))
+                gradient = gradient.to(dtype)
+                if dh is not None:
+                    dh[start : start + rows] = gradient @ w
+                if dw is not None and dw.dtype == dtype:
+                    torch.addmm(dw, gradient.t(), chunk, out=dw)
+                elif dw is not None:
+                    dw += gradient.t() @ chunk
+        ctx.save_for_backward(dh, dw)
+        return total / len(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        dh, dw = ctx.saved_tensors
+        return None if dh is None else dh * scale, None if dw is None else dw * scale, None
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of the logits h @ weight.T, equal to `F.cross_entropy` up to rounding.
+
+    Its memory is that of the gradients of h and weight, whatever V is, as in Wijmans et al. 2024 (arXiv 2411.09009).
+    Under autocast the products run in its type and the softmax in float32.
+
+    Args:
+        h: normed states (n, D).
+        weight: of the output head (V, D).
+        y: targets (n,).
+    """
+    return _LinearCrossEntropy.apply(h, weight, y)
+
+
+@torch.no_grad()
+def read_exit(h: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What an exit says of each token: loss in nats (n,), whether its best guess is right (n,), confidence (n,).
+
+    Args:
+        h: normed states (n, D).
+        weight: of the output head (V, D).
+        y: targets (n,).
+    """
+    parts = []
+    rows = _rows_at_a_time(weight)
+    for chunk, target in zip(h.split(rows), y.split(rows), strict=True):
+        logits = (chunk @ weight.t()).float()  # (r, V)
+        best, guess = logits.max(dim=1)  # (r,)
+        norm = logits.logsumexp(dim=1)  # (r,)
+        right = logits.gather(1, target[:, None]).squeeze(1)  # (r,)
+        parts.append((norm - right, guess == target, (best - norm).exp()))
+    nll, right_guess, confidence = (torch.cat(column) for column in zip(*parts, strict=True))
+    return nll, right_guess, confidence
