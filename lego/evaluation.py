@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lego.corpus import bits_per_byte
+from lego.blocks import bits_per_byte
 from lego.cost import Ledger
 from lego.transformer import BaseTransformer, compute_cost
 

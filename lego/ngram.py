@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,3 +94,22 @@ class KneserNey:
     def nll(self, ids: np.ndarray) -> float:
         """Mean negative log-likelihood in nats of ids (m,)."""
         return float(-np.log(self.probabilities(ids)).mean())
+
+
+def references(
+    train: np.ndarray, held_out: dict[str, np.ndarray], vocab_size: int, tokens_per_byte: dict[str, float]
+) -> dict[str, float]:
+    """Perplexity and bits per byte of a unigram and an interpolated 5-gram fitted on train (n,), by held-out split.
+
+    Args:
+        train: token ids (n,).
+        held_out: token ids (m,) by split.
+        vocab_size: number of possible ids.
+        tokens_per_byte: of each held-out split.
+    """
+    fivegram, metrics = KneserNey(train, vocab_size, order=5), {}
+    for split, ids in held_out.items():
+        for name, nll in (("unigram", unigram_nll(train, ids, vocab_size)), ("fivegram", fivegram.nll(ids))):
+            metrics[f"{split}_{name}_ppl"] = math.exp(nll)
+            metrics[f"{split}_{name}_bits_per_byte"] = nll * tokens_per_byte[split] / math.log(2)
+    return metrics

@@ -62,10 +62,22 @@ class Section(BaseModel):
 
 
 class DataParams(Section):
-    source: Literal["python-stdlib"]
-    tokenizer: Literal["bpe"]
+    source: Literal["python-stdlib", "text", "hub"]
+    path: str
+    column: str
+    split_on: str | None
+    hub_name: str | None
+    hub_config: str | None
+    hub_split: str
+    hub_revision: str | None
+    streaming: bool
+    near_duplicates: Literal["keep", "drop"]
+    near_duplicate_similarity: Share
+    tokenizer: Literal["bpe", "word", "pretrained"]
+    pretrained: str | None
     vocab_size: Annotated[int, _at_least(257)]  # 256 bytes and end-of-text
     max_tokenizer_bytes: Count
+    max_ngram_tokens: Count
     max_train_tokens: Count
     max_validation_tokens: Count
     max_calibration_tokens: Count
@@ -82,6 +94,18 @@ class DataParams(Section):
                 f"validation_share + calibration_share + test_share must be below 1 to leave train text, "
                 f"got {held_out:g}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _complete(self) -> DataParams:
+        if self.source == "hub" and not self.hub_name:
+            raise ValueError("hub_name must name a dataset when data.source is hub, got nothing")
+        if self.tokenizer == "pretrained" and not self.pretrained:
+            raise ValueError("pretrained must name a tokenizer or its folder when data.tokenizer is pretrained")
+        try:
+            re.compile(self.split_on or "")
+        except re.error as error:
+            raise ValueError(f"split_on must be a regular expression ({error}), got {self.split_on!r}") from None
         return self
 
 
@@ -206,6 +230,8 @@ def _sentence(error: Any) -> str:
             return f"{key} must be a whole number, got {shown}"
         case "float_type":
             return f"{key} must be a number, got {shown}"
+        case "string_type":
+            return f"{key} must be text, got {shown}"
         case "bool_type":
             return f"{key} must be true or false, got {shown}"
         case "model_type" | "dict_type" | "model_attributes_type":

@@ -4,42 +4,57 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 from tqdm import tqdm
 
 T = TypeVar("T")
 PLAIN_INTERVAL = 10.0  # seconds between lines where there is no terminal
+LINE = "{desc}: {n_fmt}/{total_fmt} {unit} ({percentage:.0f} %), {rate_noinv_fmt}, {remaining} left"
+LINE_WITHOUT_TOTAL = "{desc}: {n_fmt} {unit}, {rate_noinv_fmt}"
 
 
-def track(items: Iterable[T], total: int, description: str, unit: str) -> Iterator[T]:
-    """Passes items on while showing count, percent and time left: a bar on a terminal, else a line every 10 s.
+def track(
+    items: Iterable[T],
+    total: int | None,
+    description: str,
+    unit: str,
+    size: Callable[[T], int] = lambda item: 1,
+) -> Iterator[T]:
+    """Passes items on while showing count, percent, rate and time left: a bar on a terminal, else a line every 10 s.
 
     Args:
         items: what to pass on.
-        total: how many items there are; 0 if unknown, then nothing is shown.
+        total: how many units there are; None if unknown.
         description: what is being done.
-        unit: what one item is, e.g. "batch".
+        unit: what is counted, e.g. "batch".
+        size: how many units an item is.
     """
-    if not total:
-        yield from items
-        return
     if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=description, unit=unit, leave=False)
+        with tqdm(total=total, desc=description, unit=unit, leave=False, unit_scale=(total or 0) > 10_000) as bar:
+            for item in items:
+                yield item
+                bar.update(size(item))
         return
     start = shown = time.monotonic()
-    for count, item in enumerate(items, 1):
+    count = 0
+    for item in items:
         yield item
+        count += size(item)
         now = time.monotonic()
         if now - shown >= PLAIN_INTERVAL:
             shown = now
-            bar = "{desc}: {n_fmt}/{total_fmt} {unit} ({percentage:.0f} %), {remaining} left"
-            print(
-                tqdm.format_meter(count, total, now - start, prefix=description, unit=unit, bar_format=bar),
-                file=sys.stderr,
-                flush=True,
+            line = tqdm.format_meter(
+                count,
+                total or 0,
+                now - start,
+                prefix=description,
+                unit=unit,
+                unit_scale=count > 10_000,
+                bar_format=LINE if total else LINE_WITHOUT_TOTAL,
             )
+            print(line, file=sys.stderr, flush=True)
 
 
 def share(part: int, whole: int, unit: str = "tokens") -> str:

@@ -132,7 +132,7 @@ def run_epoch(
         if options.scheduler is not None:
             options.scheduler.step()
 
-    known = len(batches) if isinstance(batches, Sized) else 0
+    known = len(batches) if isinstance(batches, Sized) else None
     for batch in track(batches, known, "training", "batch"):
         with _autocast(device, options.precision):
             loss, n = loss_of(batch)

@@ -6,8 +6,8 @@ dvc repro collect_hard      (python -m stages.collect_hard)
 from lego.artifacts import atomic_folder, read_json, sha256, write_json
 from lego.ashem import exit_states
 from lego.batches import EvaluationBatches
+from lego.blocks import PackedBlocks, data_digests, train_part
 from lego.checkpoint import load_model
-from lego.corpus import PackedBlocks, data_digests, train_part
 from lego.cost import Ledger
 from lego.harness import Stage, exit_cleanly, resolve_device
 from lego.hidden_states import StoreWriter

@@ -5,8 +5,8 @@ dvc repro compute_threshold      (python -m stages.compute_threshold)
 
 from lego.artifacts import write_json
 from lego.batches import EvaluationBatches
+from lego.blocks import PackedBlocks, data_digests
 from lego.checkpoint import load_model
-from lego.corpus import PackedBlocks, data_digests
 from lego.exits import collect_confidences, quantile_threshold
 from lego.harness import Stage, exit_cleanly, resolve_device
 from lego.params import load_params

@@ -5,8 +5,8 @@ dvc repro evaluate_routing      (python -m stages.evaluate_routing)
 
 from lego.artifacts import read_json, write_csv, write_json
 from lego.batches import EvaluationBatches
+from lego.blocks import PackedBlocks, corpus_facts, data_digests
 from lego.checkpoint import load_model
-from lego.corpus import PackedBlocks, corpus_facts, data_digests
 from lego.cost import Ledger
 from lego.evaluation import comparison_lines, routed_metrics, threshold_sweep, token_table
 from lego.harness import Stage, exit_cleanly, resolve_device

@@ -3,63 +3,60 @@
 dvc repro tokenize          (python -m stages.tokenize)
 """
 
-import hashlib
-import math
-
-import numpy as np
+from pathlib import Path
 
 from lego.artifacts import atomic_folder, write_json
-from lego.corpus import (
-    SPLITS,
-    encode,
-    fit_bpe,
-    pack,
-    save_blocks,
-    save_tokenizer,
-    split_documents,
-    stdlib_documents,
-    token_bytes,
-)
+from lego.blocks import BlockWriter
+from lego.corpus import SPLITS, Corpus, NearDuplicates
 from lego.harness import Stage, exit_cleanly
-from lego.ngram import KneserNey, unigram_nll
-from lego.params import load_params
+from lego.ngram import references
+from lego.params import DataParams, load_params
+from lego.progress import track
+from lego.sources import documents
+from lego.tokenizer import TextEncoder, fit_bpe, fit_words, write_tokens
+
+BYTES_PER_TOKEN = 8  # when streaming: so much text surely gives a token, whatever the tokenizer
+
+
+def gather(data: DataParams, path: Path) -> Corpus:
+    """The source's documents by split; of a stream no more than the token limits can use."""
+    shares = {split: getattr(data, f"{split}_share") for split in SPLITS[1:]}
+    enough = {split: BYTES_PER_TOKEN * getattr(data, f"max_{split}_tokens") for split in SPLITS}
+    streaming = data.source == "hub" and data.streaming
+    read = track(documents(data), None, "reading", "document")
+    return Corpus(read, path, shares, enough if streaming else None)
+
+
+def fit_tokenizer(data: DataParams, corpus: Corpus) -> TextEncoder:
+    if data.tokenizer == "pretrained":
+        return TextEncoder.load(str(data.pretrained))
+    fit = fit_bpe if data.tokenizer == "bpe" else fit_words
+    return TextEncoder.fitted(fit(corpus.texts("train"), data.vocab_size, data.max_tokenizer_bytes))
 
 
 def main() -> None:
     params = load_params()
     data, seq_len = params.data, params.model.seq_len
     with Stage("tokenize") as stage, atomic_folder("data/tokens") as folder:
-        splits = split_documents(
-            stdlib_documents(),
-            validation=data.validation_share,
-            calibration=data.calibration_share,
-            test=data.test_share,
-        )
-        tokenizer = fit_bpe((d.text for d in splits["train"]), data.vocab_size, data.max_tokenizer_bytes)
-        save_tokenizer(tokenizer, folder / "tokenizer")
-        limits = {split: getattr(data, f"max_{split}_tokens") for split in SPLITS}
-        lengths, ids, facts = token_bytes(tokenizer), {}, {}
-        for split, documents in splits.items():
-            ids[split], used = encode(tokenizer, [d.text for d in documents], limits[split])
-            rows = pack(ids[split], seq_len)
-            save_blocks(rows, folder / split)
-            facts[split] = {
-                "documents": used,
-                "tokens": rows[:, 1:].size,
-                "bytes": int(lengths[rows[:, 1:]].sum()),
-                "sha256": hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest(),
-            }
-        write_json(folder / "corpus.json", {"vocab_size": data.vocab_size, "seq_len": seq_len, "splits": facts})
-        fivegram = KneserNey(ids["train"], data.vocab_size, order=5)
+        corpus = gather(data, stage.scratch / "documents.arrow")
+        encoder = fit_tokenizer(data, corpus)
+        encoder.save(folder / "tokenizer")
+        near = NearDuplicates(data.near_duplicate_similarity) if data.near_duplicates == "drop" else None
+        facts, ids = {}, {}
+        for split in ("test", "calibration", "validation", "train"):  # in this order near-duplicates give way
+            texts = corpus.texts(split) if near is None else near.novel(corpus.texts(split), remember=split != "train")
+            writer, limit = BlockWriter(folder / split, seq_len), getattr(data, f"max_{split}_tokens")
+            encoded = track(encoder.encode(texts), limit, f"tokenizing {split}", "token", size=lambda one: len(one[0]))
+            facts[split], ids[split] = write_tokens(encoded, encoder, writer, limit, data.max_ngram_tokens)
+        write_json(folder / "corpus.json", {"vocab_size": encoder.vocab_size, "seq_len": seq_len, "splits": facts})
         metrics = {f"{split}_{key}": value for split, fact in facts.items() for key, value in fact.items()}
-        for split in ("validation", "test"):
-            per_byte = len(ids[split]) / lengths[ids[split]].sum() / math.log(2)
-            unigram = unigram_nll(ids["train"], ids[split], data.vocab_size)
-            for name, nll in (("unigram", unigram), ("fivegram", fivegram.nll(ids[split]))):
-                metrics |= {f"{split}_{name}_ppl": math.exp(nll), f"{split}_{name}_bits_per_byte": nll * per_byte}
-        write_json("metrics/tokenize.json", metrics)
+        dropped = {"duplicates": corpus.duplicates, "near_duplicates": near.dropped if near else 0}
+        per_byte = {split: facts[split]["tokens"] / facts[split]["bytes"] for split in facts}
+        held_out = {split: ids[split] for split in ("validation", "test")}
+        metrics |= references(ids["train"], held_out, encoder.vocab_size, per_byte)
+        write_json("metrics/tokenize.json", metrics | dropped)
         stage.record |= {f"{split}_sha256": fact["sha256"] for split, fact in facts.items()}
-        stage.record |= {"counts": {"tokens": sum(len(part) for part in ids.values())}}
+        stage.record |= {"counts": {"tokens": sum(fact["tokens"] for fact in facts.values())}}
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from typing import Any
 
 from lego.artifacts import atomic_folder, write_csv, write_json
 from lego.batches import EvaluationBatches, TrainingBatches
+from lego.blocks import PackedBlocks, bits_per_byte, corpus_facts, data_digests, train_part
 from lego.checkpoint import save_model
-from lego.corpus import PackedBlocks, bits_per_byte, corpus_facts, data_digests, train_part
 from lego.cost import Ledger
 from lego.harness import Stage, exit_cleanly, resolve_device
 from lego.params import Params, load_params

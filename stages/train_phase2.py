@@ -8,8 +8,8 @@ import torch
 from lego.artifacts import atomic_folder, sha256, write_csv, write_json
 from lego.ashem import train_upper_layers
 from lego.batches import EvaluationBatches
+from lego.blocks import PackedBlocks, bits_per_byte, corpus_facts, data_digests
 from lego.checkpoint import grow_model, load_model, same_block1, save_model
-from lego.corpus import PackedBlocks, bits_per_byte, corpus_facts, data_digests
 from lego.cost import Ledger
 from lego.harness import Stage, exit_cleanly, resolve_device
 from lego.hidden_states import HardTokenBatches, HiddenStateStore

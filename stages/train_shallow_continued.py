@@ -9,8 +9,8 @@ from typing import Any
 
 from lego.artifacts import atomic_folder, read_json, write_csv, write_json
 from lego.batches import EvaluationBatches, TrainingBatches
+from lego.blocks import PackedBlocks, bits_per_byte, corpus_facts, data_digests, train_part
 from lego.checkpoint import load_model, save_model
-from lego.corpus import PackedBlocks, bits_per_byte, corpus_facts, data_digests, train_part
 from lego.cost import Ledger
 from lego.evaluation import shallow_metrics, token_table
 from lego.harness import Stage, StageError, exit_cleanly, resolve_device

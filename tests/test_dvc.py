@@ -28,9 +28,12 @@ from lego import (
 )
 from lego.artifacts import read_json, sha256
 from lego.batches import EvaluationBatches
+from lego.blocks import PackedBlocks
 from lego.checkpoint import same_block1
-from lego.corpus import SPLITS, PackedBlocks, fit_bpe, split_documents, stdlib_documents
+from lego.corpus import SPLITS, Corpus
 from lego.evaluation import MODEL_KEYS
+from lego.sources import stdlib_documents
+from lego.tokenizer import fit_bpe
 
 TINY = {
     "vocab_size": 300,
@@ -55,7 +58,7 @@ TINY = {
 }
 
 
-COPIED = {"lego", "stages", ".ci", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"}
+COPIED = {"lego", "stages", "text", ".ci", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"}
 
 
 class Clone:
@@ -186,9 +189,9 @@ def test_the_store_holds_the_last_part_of_train_which_phase_1_did_not_read(clone
     assert clone.json("metrics/train_phase1.json")["train_text_tokens"] == round(0.6 * len(train)) * 32
 
 
-def test_the_tokenizer_is_fitted_on_train_alone(clone):
-    documents = split_documents(stdlib_documents(), validation=0.1, calibration=0.1, test=0.1)
-    expected = fit_bpe((d.text for d in documents["train"]), TINY["vocab_size"], TINY["max_tokenizer_bytes"])
+def test_the_tokenizer_is_fitted_on_train_alone(clone, tmp_path):
+    corpus = Corpus(stdlib_documents(), tmp_path / "spool", dict(validation=0.1, calibration=0.1, test=0.1))
+    expected = fit_bpe(corpus.texts("train"), TINY["vocab_size"], TINY["max_tokenizer_bytes"])
     published = Tokenizer.from_file(str(clone.folder / "data/tokens/tokenizer/tokenizer.json"))
     assert published.get_vocab() == expected.get_vocab()
 

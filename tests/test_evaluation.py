@@ -10,7 +10,7 @@ import torch
 from conftest import VOCAB, random_batches
 
 from lego import DeepSupervisionTransformer, Ledger, StageConfig, StandardTransformer, Trainer, TrainingConfig
-from lego.corpus import bits_per_byte
+from lego.blocks import bits_per_byte
 from lego.evaluation import (
     MODEL_KEYS,
     comparison_lines,

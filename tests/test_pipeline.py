@@ -233,7 +233,19 @@ def test_stage_scripts_are_short():
 
 FLOORS = [
     {"params", "artifacts", "progress", "harness"},
-    {"corpus", "layers", "transformer", "checkpoint", "cost", "batches", "ngram", "losses"},
+    {
+        "corpus",
+        "layers",
+        "transformer",
+        "checkpoint",
+        "cost",
+        "batches",
+        "ngram",
+        "losses",
+        "blocks",
+        "tokenizer",
+        "sources",
+    },
     {"steps", "trainer", "exits", "hidden_states"},
     {"ashem"},
     {"evaluation"},

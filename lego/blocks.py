@@ -1,0 +1,186 @@
+"""Packed blocks of token ids: written as they come, read memory-mapped.
+
+A split is one stream of tokens: its documents in hashed order, an end-of-text token after each. The stream is cut into
+blocks of seq_len tokens, so a block may hold the end of one document and the start of the next. Each row stores
+seq_len + 1 ids; the last one is only a target and opens the next row, so every token but the first is predicted once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from lego.artifacts import ArtifactError, read_json
+
+ROWS_AT_A_TIME = 8192  # blocks per record batch
+
+
+class CorpusError(ArtifactError):
+    """Text that cannot be turned into blocks; the message names the key or file and the remedy."""
+
+
+def pack(ids: np.ndarray, seq_len: int) -> np.ndarray:
+    """Rows (n, seq_len + 1) of a token stream (m,); neighbours overlap by one id, an incomplete last row is dropped."""
+    n = max(0, (len(ids) - 1) // seq_len)
+    starts = np.arange(n)[:, None] * seq_len  # (n, 1)
+    return ids[starts + np.arange(seq_len + 1)]  # (n, seq_len + 1)
+
+
+class BlockWriter:
+    """Packs a token stream into an Arrow dataset with the one column `input_ids`, a few thousand blocks at a time.
+
+    Args:
+        folder: the dataset to write.
+        seq_len: tokens per block.
+    """
+
+    def __init__(self, folder: str | Path, seq_len: int) -> None:
+        self.folder, self.seq_len = Path(folder), seq_len
+        self.scratch = self.folder.with_name(f".{self.folder.name}.arrow")
+        self.schema = pa.schema([("input_ids", pa.list_(pa.int32(), seq_len + 1))])
+        self.file = pa.OSFile(str(self.scratch), "wb")
+        self.writer = pa.ipc.new_stream(self.file, self.schema)
+        self.pending = np.empty(0, dtype=np.int32)
+        self.digest = hashlib.sha256()
+        self.rows = self.ids = 0
+
+    def add(self, ids: np.ndarray) -> None:
+        """Takes the next ids (m,) of the stream."""
+        self.ids += len(ids)
+        self.pending = np.concatenate([self.pending, ids.astype(np.int32)])
+        if len(self.pending) > ROWS_AT_A_TIME * self.seq_len:
+            self._flush()
+
+    def _flush(self) -> None:
+        rows = pack(self.pending, self.seq_len)
+        self.pending = self.pending[len(rows) * self.seq_len :].copy()
+        for part in np.array_split(rows, range(ROWS_AT_A_TIME, len(rows), ROWS_AT_A_TIME)):
+            column = pa.FixedSizeListArray.from_arrays(part.ravel(), self.seq_len + 1)
+            self.writer.write_batch(pa.record_batch([column], schema=self.schema))
+        self.digest.update(np.ascontiguousarray(rows).tobytes())
+        self.rows += len(rows)
+
+    def close(self) -> None:
+        """Writes the dataset in the format that `datasets.load_from_disk` reads.
+
+        Raises:
+            CorpusError: the stream was shorter than one row.
+        """
+        self._flush()
+        self.writer.close()
+        self.file.close()
+        if not self.rows:
+            self.scratch.unlink()
+            raise CorpusError(
+                f"params.yaml: model.seq_len is {self.seq_len}, but the {self.folder.name} split has only {self.ids} "
+                "tokens; lower it, or raise data.max_*_tokens or the split's share"
+            )
+        import datasets
+
+        datasets.disable_progress_bars()
+        table = datasets.Dataset.from_file(str(self.scratch)).data
+        # the fingerprint names datasets' own cache files; taken from the content, so that equal text gives equal bytes
+        datasets.Dataset(table, fingerprint=self.sha256[:16]).save_to_disk(str(self.folder))
+        self.scratch.unlink()
+
+    @property
+    def sha256(self) -> str:
+        """Of the rows as int32."""
+        return self.digest.hexdigest()
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens: each row has seq_len targets."""
+        return self.rows * self.seq_len
+
+
+def _read_arrow(folder: Path) -> list[np.ndarray]:
+    """The rows (n, seq_len + 1) that a BlockWriter wrote, in pieces, each mapped into memory.
+
+    `datasets.load_from_disk` would map the same files, but importing it costs every stage a second.
+    """
+    files = [folder / entry["filename"] for entry in read_json(folder / "state.json", "_data_files")["_data_files"]]
+    pieces = []
+    for file in files:
+        column = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()["input_ids"]
+        width = column.type.list_size
+        pieces += [chunk.flatten().to_numpy().reshape(-1, width) for chunk in column.chunks]
+    return pieces
+
+
+class PackedBlocks:
+    """Memory-mapped blocks of one split.
+
+    Args:
+        folder: the tokenize stage's output, data/tokens.
+        split: one of SPLITS.
+        part: (from, to) as shares of the split's blocks; default all.
+
+    Raises:
+        ArtifactError: the folder is missing or damaged.
+    """
+
+    def __init__(self, folder: str | Path, split: str, part: tuple[float, float] = (0.0, 1.0)) -> None:
+        source = Path(folder) / split
+        try:
+            self.pieces = _read_arrow(source)
+            self.starts = np.cumsum([0, *(len(piece) for piece in self.pieces)])
+            self.seq_len = self.pieces[0].shape[1] - 1
+        except (OSError, pa.ArrowException, KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"{source}: cannot be read ({error}); run dvc repro to make it") from None
+        total = int(self.starts[-1])
+        self.first, last = (round(share * total) for share in part)
+        self.count = last - self.first
+        if self.count < 1:
+            raise CorpusError(
+                f"{source}: the part {part[0]:g} to {part[1]:g} of its {total} blocks is empty; "
+                "change params.yaml: ashem.phase2_share or raise data.max_train_tokens"
+            )
+
+    def __len__(self) -> int:
+        return self.count
+
+    @property
+    def tokens(self) -> int:
+        """Predicted tokens: each row has seq_len targets."""
+        return self.count * self.seq_len
+
+    def rows(self, indices: Tensor) -> Tensor:
+        """Token ids (b, seq_len + 1) of the blocks at `indices` (b,)."""
+        wanted = indices.numpy() + self.first
+        piece = np.searchsorted(self.starts, wanted, side="right") - 1
+        rows = [self.pieces[p][row] for p, row in zip(piece, wanted - self.starts[piece], strict=True)]
+        return torch.from_numpy(np.stack(rows)).long()
+
+
+def train_part(phase2_share: float, phase: int, phase2_text: str = "fresh") -> tuple[float, float]:
+    """Part of train that a phase reads: phase 1 the first 1 - phase2_share, phase 2 the rest, or the `same`."""
+    seen = (0.0, 1.0 - phase2_share)
+    return seen if phase == 1 or phase2_text == "same" else (1.0 - phase2_share, 1.0)
+
+
+def corpus_facts(folder: str | Path) -> dict[str, Any]:
+    """What tokenize counted: vocab_size, seq_len and `splits: {split: {tokens, bytes, documents, sha256}}`."""
+    return read_json(Path(folder) / "corpus.json", "vocab_size", "seq_len", "splits")
+
+
+def bits_per_byte(ppl: float, facts: dict[str, Any]) -> float:
+    """Loss in bits per byte of text, comparable across tokenizers.
+
+    Args:
+        ppl: perplexity per token of a split.
+        facts: what `corpus_facts` says of that split.
+    """
+    return math.log2(ppl) * facts["tokens"] / facts["bytes"]
+
+
+def data_digests(folder: str | Path) -> dict[str, str]:
+    """SHA-256 of each split's blocks, for the record of a stage."""
+    return {f"{split}_sha256": facts["sha256"] for split, facts in corpus_facts(folder)["splits"].items()}

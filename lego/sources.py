@@ -1,0 +1,261 @@
+"""Where text comes from: the standard library, files of many kinds, or a Hugging Face dataset."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+import re
+import shutil
+import sysconfig
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lego.blocks import CorpusError
+from lego.corpus import Document
+from lego.params import DataParams
+
+# tests/ and data-like packages: 82 % of the lines of encodings/ stand in a sibling file
+EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+EXCLUDED_FILES = "_sysconfigdata"  # written by the build of this very interpreter, paths included
+BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+COMPRESSIONS = (".gz", ".zst")
+KINDS = f"{', '.join(BUILDERS)}, each also with {' or '.join(COMPRESSIONS)}"
+
+
+def documents(data: DataParams) -> Iterator[Document]:
+    """The documents of the source that params.yaml names.
+
+    Raises:
+        CorpusError: a file, column, dataset or revision that cannot be read; the message names it.
+    """
+    if data.source == "python-stdlib":
+        return stdlib_documents()
+    texts = file_texts(Path(data.path), data) if data.source == "text" else hub_texts(data)
+    return (_named_by_content(text) for text in texts)
+
+
+def _named_by_content(text: str) -> Document:
+    """So that equal text has an equal place, whatever file or row holds it."""
+    text = text.encode(errors="replace").decode()  # half a surrogate pair, which JSON can spell, is no character
+    name = hashlib.sha256(text.encode()).hexdigest()
+    return Document(name, name, text)
+
+
+def stdlib_documents(root: str | Path | None = None) -> Iterator[Document]:
+    """The running interpreter's standard library: its .py files without tests and site-packages.
+
+    Args:
+        root: folder to read instead. The group of a file is its top-level module or package.
+    """
+    root = Path(root or sysconfig.get_path("stdlib"))
+    found = False
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if EXCLUDED_FOLDERS.intersection(parts[:-1]) or path.name.startswith(EXCLUDED_FILES):
+            continue
+        found = True
+        yield Document("/".join(parts), parts[0].removesuffix(".py"), path.read_text("utf-8", "replace"))
+    if not found:
+        raise CorpusError(f"{root}: holds no .py file of a standard library; use a Python that ships its sources")
+
+
+def _kind(path: Path) -> tuple[str | None, str]:
+    """The builder that reads a file, None if there is none, and its compression, if any."""
+    compression = path.suffix if path.suffix in COMPRESSIONS else ""
+    return BUILDERS.get(Path(path.name.removesuffix(compression)).suffix.lower()), compression
+
+
+def text_files(path: Path) -> list[Path]:
+    """The readable files of a folder in order of their names, or the one file.
+
+    Raises:
+        CorpusError: there is none.
+    """
+    if not path.exists():
+        raise CorpusError(f"{path}: is missing; set params.yaml: data.path to a file or folder of {KINDS}")
+    if path.is_file():
+        if _kind(path)[0] is None:
+            raise CorpusError(f"{path}: is of no kind that can be read; params.yaml: data.path takes {KINDS}")
+        return [path]
+    visible = [
+        file
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+    ]
+    files = [file for file in visible if _kind(file)[0]]
+    if not files:
+        raise CorpusError(f"{path}: holds no text; put files there ({KINDS}) or set params.yaml: data.path")
+    if others := len(visible) - len(files):
+        print(f"{path}: {others} of {len(visible)} files are of another kind and not read", flush=True)
+    return files
+
+
+def file_texts(path: Path, data: DataParams) -> Iterator[str]:
+    """One text a file or row, or as `split_on` cuts them.
+
+    Raises:
+        CorpusError: naming the file that is empty, damaged, not text, or lacks the column.
+    """
+    for file in text_files(path):
+        if _kind(file)[0] == "text":
+            lines: Iterable[str] = _lines(file)
+            texts: Iterable[str] = _cut(lines, data.split_on) if data.split_on else ["".join(lines)]
+        else:
+            texts = _rows(_read_table(file), str(file), data)
+        empty = True
+        for text in texts:
+            empty = empty and not text.strip()
+            yield text
+        if empty:
+            raise CorpusError(f"{file}: is empty; put text there or remove the file")
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """Lines with their ends as they are; a byte-order mark is not text."""
+    try:
+        with _open(file) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as handle:
+            for line in handle:
+                if "\0" in line:
+                    raise CorpusError(f"{file}: holds zero bytes, so it is not text; remove it or convert it to UTF-8")
+                yield line
+    except UnicodeDecodeError as error:
+        raise CorpusError(
+            f"{file}: is not UTF-8 (byte 0x{error.object[error.start]:02x}); convert it, e.g. with iconv -t utf-8"
+        ) from None
+    except CorpusError:
+        raise
+    except (OSError, EOFError, zlib.error, _zstd_error()) as error:
+        raise _unreadable(file, error) from None
+
+
+def _open(file: Path) -> Any:
+    match _kind(file)[1]:
+        case ".gz":
+            return gzip.open(file)
+        case ".zst":
+            import zstandard
+
+            return zstandard.open(file)
+        case _:
+            return file.open("rb")
+
+
+def _zstd_error() -> type[Exception]:
+    import zstandard
+
+    return zstandard.ZstdError
+
+
+def _unreadable(file: Path | str, error: Exception) -> CorpusError:
+    reason = (str(error).strip() or type(error).__name__).split("\n")[0]
+    return CorpusError(f"{file}: cannot be read ({reason}); restore or remove the file")
+
+
+def _read_table(file: Path) -> Iterator[dict[str, Any]]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    builder, compression = _kind(file)
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            readable = file
+            if builder == "parquet" and compression:  # its reader jumps to the end of the file first
+                readable = Path(folder) / file.stem
+                with _open(file) as packed, readable.open("wb") as unpacked:
+                    shutil.copyfileobj(packed, unpacked)
+            yield from datasets.load_dataset(builder, data_files=[str(readable)], split="train", streaming=True)
+    except Exception as error:  # every reader has errors of its own; each means that this file is damaged
+        raise _unreadable(file, _cause(error)) from None
+
+
+def _cause(error: BaseException) -> Any:
+    """datasets wraps what really happened."""
+    return _cause(error.__cause__) if error.__cause__ is not None else error
+
+
+def hub_texts(data: DataParams) -> Iterator[str]:
+    """Rows of a dataset by its hub name (or a local folder that `datasets` reads), as `split_on` cuts them.
+
+    Raises:
+        CorpusError: no such dataset, configuration, split, revision or column, no network, no room in its cache.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    what = " ".join(str(part) for part in (data.hub_name, data.hub_config, data.hub_split, data.hub_revision) if part)
+    try:
+        rows = datasets.load_dataset(
+            data.hub_name, data.hub_config, split=data.hub_split, revision=data.hub_revision, streaming=data.streaming
+        )
+    except Exception as error:  # of the network, the hub, the file system and the dataset alike
+        reason = (str(_cause(error)).strip() or type(error).__name__).split("\n")[0].rstrip(".")
+        raise CorpusError(
+            f"params.yaml: data.hub_name {what} cannot be loaded ({reason}); check data.hub_name, hub_config, "
+            "hub_split and hub_revision, the network, and that the folder HF_HOME names can be written"
+        ) from None
+    yield from _rows(_guarded(rows, what), f"params.yaml: data.hub_name {what}", data)
+
+
+def _guarded(rows: Iterable[dict[str, Any]], what: str) -> Iterator[dict[str, Any]]:
+    try:
+        yield from rows
+    except Exception as error:
+        reason = (str(_cause(error)).strip() or type(error).__name__).split("\n")[0]
+        raise CorpusError(
+            f"params.yaml: data.hub_name {what}: reading stopped ({reason}); check the network and run dvc repro again"
+        ) from None
+
+
+def _rows(rows: Iterable[dict[str, Any]], origin: str, data: DataParams) -> Iterator[str]:
+    """The text of each row; rows without any are left out."""
+
+    def texts() -> Iterator[str]:
+        for row in rows:
+            if data.column not in row:
+                raise CorpusError(
+                    f"{origin}: has no column {data.column}; set params.yaml: data.column to one of {', '.join(row)}"
+                )
+            text = _joined(row[data.column])
+            if text is None:
+                kind = type(row[data.column]).__name__
+                raise CorpusError(f"{origin}: {data.column} holds {kind}, not text; set params.yaml: data.column")
+            if text:
+                yield text
+
+    if not data.split_on:
+        return texts()
+    lines = (line if line.endswith("\n") else line + "\n" for text in texts() for line in io.StringIO(text))
+    return _cut(lines, data.split_on)
+
+
+def _joined(value: Any) -> str | None:
+    """A text; a chat, its turns joined by blank lines; "" for an empty cell; None if it is none of these."""
+    match value:
+        case None:
+            return ""
+        case str():
+            return value
+        case list():
+            turns = [_joined(turn) for turn in value]
+            return None if None in turns else "\n\n".join(turn for turn in turns if turn)
+        case {"role": role, "content": content} | {"from": role, "value": content}:
+            return f"{role}: {content}"
+        case _:
+            return None
+
+
+def _cut(lines: Iterable[str], split_on: str) -> Iterator[str]:
+    """Documents, each of which begins at a line that the regular expression matches."""
+    begins = re.compile(split_on)
+    current: list[str] = []
+    for line in lines:
+        if begins.match(line) and current:
+            yield "".join(current)
+            current = []
+        current.append(line)
+    if current:
+        yield "".join(current)

@@ -1,0 +1,204 @@
+"""Tokenizers: byte-level BPE and lower-cased words fitted on train text, or any pretrained one; text to token ids."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from lego.blocks import BlockWriter, CorpusError
+
+END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<unk>"
+PIECE = 2**20  # characters encoded at a time: enough for all cores, little memory
+
+
+def _capped(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
+    left = max_bytes
+    for text in texts:
+        if left <= 0:
+            return
+        yield text[:left]
+        left -= len(text.encode())
+
+
+def _require_full(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise CorpusError(
+            f"params.yaml: data.vocab_size is {vocab_size}, but the train text fills only "
+            f"{tokenizer.get_vocab_size()} entries; lower it or use more text"
+        )
+    return tokenizer
+
+
+def fit_bpe(texts: Iterable[str], vocab_size: int, max_bytes: int) -> Tokenizer:
+    """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) fitted on the first max_bytes of the texts.
+
+    Raises:
+        CorpusError: the text is too small to fill the vocabulary.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(_capped(texts, max_bytes), trainer)
+    return _require_full(tokenizer, vocab_size)
+
+
+def fit_words(texts: Iterable[str], vocab_size: int, max_bytes: int) -> Tokenizer:
+    """The most frequent lower-cased words between white space, all others `<unk>`: the historical protocol.
+
+    Raises:
+        CorpusError: the text is too small to fill the vocabulary.
+    """
+    tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.WordLevelTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT, UNKNOWN], show_progress=False
+    )
+    tokenizer.train_from_iterator(_capped(texts, max_bytes), trainer)
+    return _require_full(tokenizer, vocab_size)
+
+
+class TextEncoder:
+    """A tokenizer with its end-of-text id, as the pipeline uses it.
+
+    Args:
+        fast: what encodes.
+        end: id of the end-of-text token.
+        vocab_size: number of ids, added tokens included.
+        pretrained: the transformers tokenizer it came from, if any.
+    """
+
+    def __init__(self, fast: Tokenizer, end: int, vocab_size: int, pretrained: Any = None) -> None:
+        self.fast, self.end, self.vocab_size, self.pretrained = fast, end, vocab_size, pretrained
+        self.fast.encode_special_tokens = True  # a document that spells out end-of-text does not end there
+        self.fast.no_truncation()
+        self.fast.no_padding()
+
+    @classmethod
+    def fitted(cls, fast: Tokenizer) -> TextEncoder:
+        return cls(fast, fast.get_vocab()[END_OF_TEXT], fast.get_vocab_size())
+
+    @classmethod
+    def load(cls, name: str) -> TextEncoder:
+        """A pretrained tokenizer from the hub or a folder.
+
+        Raises:
+            CorpusError: it cannot be loaded, has no fast version or no end-of-text token.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            loaded = AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # transformers raises many kinds; each means the same to the user
+            reason = str(error).strip().split("\n")[0] or type(error).__name__
+            raise CorpusError(
+                f"params.yaml: data.pretrained {name} cannot be loaded as a tokenizer ({reason}); give a folder with "
+                "tokenizer.json, or the name of a model on the hub, which needs the network"
+            ) from None
+        if not loaded.is_fast or loaded.eos_token_id is None:
+            what = "end-of-text token" if loaded.is_fast else "tokenizer.json"
+            raise CorpusError(f"params.yaml: data.pretrained {name} has no {what}; choose another tokenizer")
+        return cls(loaded.backend_tokenizer, loaded.eos_token_id, len(loaded), loaded)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes it in Hugging Face format: `transformers.AutoTokenizer.from_pretrained(folder)` reads it."""
+        from transformers import PreTrainedTokenizerFast
+
+        unknown = UNKNOWN if isinstance(self.fast.model, models.WordLevel) else None
+        fast = PreTrainedTokenizerFast(tokenizer_object=self.fast, eos_token=END_OF_TEXT, unk_token=unknown)
+        (self.pretrained or fast).save_pretrained(str(folder))
+
+    def encode(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
+        """Token ids (n,) and bytes of each text in order, end-of-text after each; all cores work on many at once."""
+        for group in _groups(texts):
+            pieces = [piece for text in group for piece in _pieces(text)]
+            encoded = iter(self.fast.encode_batch_fast(pieces, add_special_tokens=False))
+            for text in group:
+                parts = [np.array(next(encoded).ids, dtype=np.int32) for _ in _pieces(text)]
+                yield (
+                    np.concatenate([*parts, np.array([self.end], dtype=np.int32)]),
+                    len(text.encode()),
+                )
+
+    def token_bytes(self) -> np.ndarray | None:
+        """Bytes of text (V,) behind each id, none for end-of-text; None if ids do not stand for fixed bytes.
+
+        In a byte-level vocabulary each character stands for one byte. Words lose their case and the white space between
+        them, so there the bytes must be counted in the documents.
+        """
+        if not isinstance(self.fast.decoder, decoders.ByteLevel):
+            return None
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        added = {index: len(token.content.encode()) for index, token in self.fast.get_added_tokens_decoder().items()}
+        for token, index in self.fast.get_vocab().items():
+            lengths[index] = added.get(index, len(token))
+        lengths[self.end] = 0
+        return lengths
+
+
+def write_tokens(
+    encoded: Iterable[tuple[np.ndarray, int]], encoder: TextEncoder, writer: BlockWriter, limit: int, keep: int
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Packs encoded texts into blocks until `limit` tokens are reached, and counts them.
+
+    Args:
+        encoded: ids (n,) and bytes of each text, as `encode` yields them.
+        encoder: what encoded them.
+        writer: takes the ids; it is closed.
+        limit: most tokens written.
+        keep: most ids returned.
+
+    Returns:
+        documents, tokens, bytes and sha256 of the blocks; the first `keep` ids of the stream.
+
+    Raises:
+        CorpusError: there is less text than one block.
+    """
+    lengths, kept = encoder.token_bytes(), [np.empty(0, dtype=np.int32)]
+    documents = all_bytes = all_ids = predicted_bytes = 0
+    for ids, size in encoded:
+        documents, all_bytes, all_ids = documents + 1, all_bytes + size, all_ids + len(ids)
+        ids = ids[: limit - writer.ids]
+        kept.append(ids[: max(0, keep - writer.ids)])
+        if lengths is not None:  # the first id of all is never predicted
+            predicted_bytes += int(lengths[ids[0 if writer.ids else 1 :]].sum())
+        writer.add(ids)
+        if writer.ids == limit:
+            break
+    writer.close()
+    if lengths is None:
+        predicted_bytes = round(all_bytes * writer.tokens / all_ids)
+    else:  # the incomplete last row was dropped
+        predicted_bytes -= int(lengths[writer.pending[1:]].sum())
+    facts = {"documents": documents, "tokens": writer.tokens, "bytes": predicted_bytes, "sha256": writer.sha256}
+    return facts, np.concatenate(kept)
+
+
+def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts by the handful, about PIECE characters together."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if size >= PIECE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _pieces(text: str) -> list[str]:
+    """A text longer than PIECE in parts that end with a line where there is one: tokens do not cross their borders."""
+    if len(text) <= PIECE:
+        return [text]
+    return re.findall(rf"(?s).{{1,{PIECE - 1}}}\n|.{{1,{PIECE}}}", text)
