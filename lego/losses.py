@@ -74,6 +74,23 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, y: Tensor) -> Tensor:
     return _LinearCrossEntropy.apply(h, weight, y)
 
 
+def max_probability(logits: Tensor) -> Tensor:
+    """Largest softmax probability (...,) of logits (..., V), in float32, without forming the softmax."""
+    logits = logits.float()
+    return (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp()
+
+
+@torch.no_grad()
+def exit_confidence(h: Tensor, weight: Tensor) -> Tensor:
+    """Largest softmax probability (n,) of the logits h @ weight.T.
+
+    Args:
+        h: normed states (n, D).
+        weight: of the output head (V, D).
+    """
+    return torch.cat([max_probability(chunk @ weight.t()) for chunk in h.split(_rows_at_a_time(weight))])
+
+
 @torch.no_grad()
 def read_exit(h: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What an exit says of each token: loss in nats (n,), whether its best guess is right (n,), confidence (n,).

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lego.layers import TransformerLayer
-from lego.losses import linear_cross_entropy, read_exit
+from lego.losses import exit_confidence, linear_cross_entropy, max_probability, read_exit
 
 BLOCK2_CONTEXTS = ("full", "token")
 
@@ -123,12 +123,12 @@ class BaseTransformer(nn.Module):
 
     def loss_at(self, h: Tensor, layer: int, y: Tensor) -> Tensor:
         """Mean cross-entropy in nats of a layer's un-normed output (..., D) for targets (...,)."""
-        normed = self.layer(layer).exit_norm(h).flatten(0, -2)  # (n, D)
+        normed = self.layer(layer).exit_norm(h).reshape(-1, h.shape[-1])  # (n, D)
         return linear_cross_entropy(normed, self.head_at(layer).weight, y.flatten())
 
     def read_at(self, h: Tensor, layer: int, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Per token (n,) of un-normed outputs (..., D) for targets (...,): loss in nats, right or not, confidence."""
-        normed = self.layer(layer).exit_norm(h).flatten(0, -2)  # (n, D)
+        normed = self.layer(layer).exit_norm(h).reshape(-1, h.shape[-1])  # (n, D)
         return read_exit(normed, self.head_at(layer).weight, y.flatten())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,7 +159,8 @@ class BaseTransformer(nn.Module):
 
     def compute_confidence(self, h: Tensor) -> Tensor:
         """Largest softmax probability at the exit layer (...,) for exit states h (..., D)."""
-        return max_probability(self.logits_at(h, self.exit_layer))
+        normed = self.layer(self.exit_layer).exit_norm(h).reshape(-1, h.shape[-1])  # (n, D)
+        return exit_confidence(normed, self.head_at(self.exit_layer).weight).view(h.shape[:-1])
 
     @torch.no_grad()
     def route(self, x: Tensor, exit_layer: int, threshold: float) -> tuple[Tensor, Tensor]:
@@ -185,12 +186,6 @@ class BaseTransformer(nn.Module):
         if self.block2_context == "token" and exit_layer >= self.exit_layer:  # the hard tokens need no other token
             return self.run_layers(h[hard].unsqueeze(1), exit_layer + 1, self.num_layers).squeeze(1)
         return self.run_layers(h, exit_layer + 1, self.num_layers)[hard]
-
-
-def max_probability(logits: Tensor) -> Tensor:
-    """Largest softmax probability (...,) of logits (..., V), in float32, without forming the softmax."""
-    logits = logits.float()
-    return (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp()
 
 
 class StandardTransformer(BaseTransformer):

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from lego import DeepSupervisionTransformer, grow_model, losses
-from lego.losses import linear_cross_entropy, read_exit
-from lego.transformer import max_probability
+from lego.losses import linear_cross_entropy, max_probability, read_exit
 
 SIZES = {
     "n": st.integers(1, 40),

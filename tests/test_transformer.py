@@ -7,7 +7,7 @@ import torch
 from conftest import VOCAB, logits_close, random_batches
 
 from lego import DeepSupervisionTransformer, StandardTransformer
-from lego.transformer import max_probability
+from lego.losses import max_probability
 
 
 def llama_weights(model: StandardTransformer) -> dict[str, torch.Tensor]:
