@@ -89,8 +89,7 @@ def write_csv(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:
 @contextmanager
 def atomic_folder(path: str | Path) -> Iterator[Path]:
     """Yields an empty folder beside `path` that takes its name when the block ends without an exception."""
-    path = Path(path)
-    partial = _beside(path)
+    partial = _beside(Path(path))
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed run
     partial.mkdir(parents=True)
     try:
@@ -98,12 +97,19 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for file in partial.rglob("*"):
+    publish(partial, path)
+
+
+def publish(folder: Path, path: str | Path) -> None:
+    """Gives a finished folder its name, in place of what has it now."""
+    path = Path(path)
+    for file in folder.rglob("*"):
         if file.is_file():
             _fsync(file)
+    path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():
         shutil.rmtree(path)
-    os.replace(partial, path)
+    shutil.move(folder, path)  # a rename, unless data/ lies on another disk
     _fsync(path.parent)
 
 
@@ -111,7 +117,11 @@ def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: 
     """Writes named tensors as one safetensors file, atomically."""
     path = Path(path)
     partial = _beside(path)
-    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    except SafetensorError as error:  # its way to say that the disk is full or read-only
+        partial.unlink(missing_ok=True)
+        raise ArtifactError(f"{path}: cannot be written ({error}); make room or let the folder be written") from None
     _fsync(partial)
     os.replace(partial, path)
 

@@ -87,15 +87,17 @@ class TrainingBatches:
 
 
 class EvaluationBatches:
-    """All blocks once, in order, as (x, y) batches of at most `batch_size` blocks."""
+    """All blocks once, in order, as (x, y) batches of at most `batch_size` blocks; `start` blocks are left out."""
 
-    def __init__(self, blocks: Blocks, batch_size: int) -> None:
-        self.blocks, self.batch_size = blocks, batch_size
+    def __init__(self, blocks: Blocks, batch_size: int, start: int = 0) -> None:
+        self.blocks, self.batch_size, self.start = blocks, batch_size, start
 
     def __len__(self) -> int:
-        return -(-len(self.blocks) // self.batch_size)
+        return -(-(len(self.blocks) - self.start) // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in torch.arange(len(self.blocks)).split(self.batch_size):
+        if self.start == len(self.blocks):
+            return
+        for batch in torch.arange(self.start, len(self.blocks)).split(self.batch_size):
             rows = self.blocks.rows(batch)  # (B, T + 1)
             yield rows[:, :-1], rows[:, 1:]

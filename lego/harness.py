@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import platform
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +20,7 @@ import torch
 
 from lego.artifacts import ArtifactError, derived_seed, write_json
 from lego.params import ParamsError
+from lego.scratch import SCRATCH, BusyError, fingerprint, only_run
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's malloc.h
 RECOVERY = "earlier results come back with: git checkout params.yaml dvc.lock metrics && dvc checkout"
@@ -61,29 +64,40 @@ def _interpreter() -> str:
 class Stage:
     """Context of one stage: `with Stage("tokenize", seed=0, threads=2) as stage: ...`
 
-    On entry it fixes the number of threads, the seed and deterministic kernels. On success it writes
-    `metrics/timing/<name>.json`, the only file that holds times, rates and the environment; no stage depends on it.
+    On entry it takes the stage's lock and fixes the number of threads, the seed and deterministic kernels. On success
+    it removes the scratch folder and writes `metrics/timing/<name>.json`, the only file that holds times, rates and
+    the environment; no stage depends on it.
 
     Args:
         name: the stage's name in dvc.yaml.
         seed: the run's seed; the stage's own is `stage.seed`.
         threads: CPU threads of torch.
+
+    Raises:
+        BusyError: the stage is already running here.
     """
 
     def __init__(self, name: str, seed: int = 0, threads: int = 1) -> None:
         self.name, self.seed = name, derived_seed(seed, name)
         self.threads = threads
-        self.scratch = Path(".scratch") / name
         self.record: dict[str, Any] = {}
         self.kept = False
+        self.parent = os.getppid()
+        self.lock = only_run(name)
+
+    @cached_property
+    def scratch(self) -> Path:
+        """What outlives a killed or failed run, for a run of the same code, parameters and inputs to continue from."""
+        return SCRATCH / self.name / fingerprint(self.name)
 
     def keep(self, name: str) -> Path:
-        """A folder for what must outlive a failure of this stage; gone once the stage succeeds."""
+        """A folder for the best model so far, which outlives a failure of this stage."""
         self.kept, folder = True, self.scratch / name
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def __enter__(self) -> Stage:
+        self.lock.__enter__()
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         reuse_freed_memory()
         torch.set_num_threads(self.threads)
@@ -100,8 +114,10 @@ class Stage:
         if error is not None:
             if self.kept:
                 print(f"{self.name}: the best model it reached is in {self.scratch}/", file=sys.stderr)
+            self.lock.__exit__(None, None, None)
             return
-        shutil.rmtree(self.scratch, ignore_errors=True)
+        if os.getppid() == self.parent:  # else dvc was killed and will run this again: from here, in no time
+            shutil.rmtree(SCRATCH / self.name, ignore_errors=True)
         seconds = time.perf_counter() - self._start
         rates = {f"{unit}_per_second": count / seconds for unit, count in self.record.pop("counts", {}).items()}
         environment = {
@@ -111,12 +127,32 @@ class Stage:
             **{f"{package}_version": version(package) for package in RECORDED_PACKAGES},
         }
         write_json(f"metrics/timing/{self.name}.json", {"seconds": seconds, **rates, **environment, **self.record})
+        self.lock.__exit__(None, None, None)
 
 
 def exit_cleanly(main: Callable[[], None]) -> None:
     """Runs a stage's main(); errors a user can mend become one line on stderr and exit code 1."""
     try:
         main()
-    except (ParamsError, ArtifactError, StageError, FloatingPointError, OSError) as error:
-        print(f"error: {error} ({RECOVERY})", file=sys.stderr)
-        raise SystemExit(1) from None
+    except (ParamsError, ArtifactError, StageError, BusyError, FloatingPointError) as error:
+        sentence, code = str(error), 1
+    except torch.OutOfMemoryError as error:
+        sentence, code = f"{str(error).splitlines()[0]}; lower train.batch_size or evaluation.batch_size", 1
+    except OSError as error:
+        sentence, code = f"{error.filename or 'a file'}: {error.strerror or error}; {_remedy(error)}", 1
+    except KeyboardInterrupt:
+        sentence, code = "interrupted; dvc repro continues where it was", 130
+    else:
+        return
+    print(f"error: {sentence} ({RECOVERY})", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _remedy(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
+            return "make room on the disk"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return "let this user write there"
+        case _:
+            return "restore it, or run dvc repro again"

@@ -12,15 +12,15 @@ from torch import Tensor
 from lego.artifacts import ArtifactError, derived_seed, read_json, read_tensors, sha256, write_json, write_tensors
 from lego.batches import stream_indices
 
-MANIFEST = "manifest.json"
+MANIFEST, PROGRESS = "manifest.json", "progress.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class StoreWriter:
-    """Writes whole blocks into shards; `close` writes the manifest.
+    """Writes whole blocks into shards; `close` writes the manifest. In a folder left by a killed run it continues.
 
     Args:
-        folder: an existing folder.
+        folder: an existing folder, empty or with the finished shards of the same store.
         threshold: a token is hard if its confidence is strictly below.
         dtype: of the stored exit states: float32, float16 or bfloat16.
         shard_tokens: tokens per shard, rounded up to whole batches.
@@ -31,6 +31,15 @@ class StoreWriter:
         self.pending: list[dict[str, Tensor]] = []
         self.shards: list[dict[str, Any]] = []
         self.error = self.norm = self.confidence = 0.0
+        if (self.folder / PROGRESS).exists():
+            done = read_json(self.folder / PROGRESS, "shards", "error", "norm", "confidence")
+            self.shards, self.error, self.norm = done["shards"], done["error"], done["norm"]
+            self.confidence = done["confidence"]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in finished shards."""
+        return sum(shard["blocks"] for shard in self.shards)
 
     def add(self, inputs: Tensor, targets: Tensor, states: Tensor, confidences: Tensor) -> None:
         """Takes blocks: ids (B, T), targets (B, T), exit states (B, T, D), confidences (B, T).
@@ -77,6 +86,8 @@ class StoreWriter:
             }
         )
         self.pending = []
+        sums = {"error": self.error, "norm": self.norm, "confidence": self.confidence}
+        write_json(self.folder / PROGRESS, {"shards": self.shards, **sums})
 
     def close(self, **origin: Any) -> dict[str, Any]:
         """Writes and returns the manifest.
@@ -105,6 +116,7 @@ class StoreWriter:
             **origin,
         }
         write_json(self.folder / MANIFEST, manifest)
+        (self.folder / PROGRESS).unlink(missing_ok=True)
         return manifest
 
 

@@ -54,7 +54,7 @@ def track(
                 unit_scale=count > 10_000,
                 bar_format=LINE if total else LINE_WITHOUT_TOTAL,
             )
-            print(line, file=sys.stderr, flush=True)
+            print(" ".join(line.split()), file=sys.stderr, flush=True)  # tqdm pads the rate
 
 
 def share(part: int, whole: int, unit: str = "tokens") -> str:

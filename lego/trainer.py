@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from lego.steps import NonFiniteLossError, StepOptions, build_optimizer, run_epoch
+from lego.epochs import TrainingState, fit
+from lego.steps import StepOptions, build_optimizer, run_epoch
 from lego.transformer import BaseTransformer, compute_cost
 
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -59,126 +60,6 @@ def create_standard_config(num_layers: int) -> TrainingConfig:
 def create_deep_supervision_config(num_layers: int) -> TrainingConfig:
     """Loss at every layer with equal weights 1/N (Lee et al. 2015)."""
     return TrainingConfig(stages=[StageConfig((layer, layer), 1 / num_layers) for layer in range(1, num_layers + 1)])
-
-
-@dataclass
-class History:
-    """What a run of `fit` saw, epoch by epoch."""
-
-    train_losses: list[float] = field(default_factory=list)
-    evaluations: list[dict[str, float]] = field(default_factory=list)
-    best_epoch: int = 0
-    best: dict[str, float] = field(default_factory=lambda: {"ppl": math.inf})
-    stopped_early: bool = False
-
-    def as_result(self) -> dict[str, Any]:
-        """The return value of `train_with_early_stopping`; val_losses holds perplexities, the historic key."""
-        return {
-            "train_losses": self.train_losses,
-            "val_losses": [e["ppl"] for e in self.evaluations],
-            "val_accs": [e["acc"] for e in self.evaluations],
-            "best_epoch": self.best_epoch,
-            "total_epochs": len(self.evaluations),
-            "stopped_early": self.stopped_early,
-        }
-
-
-def _epoch_line(epoch: int, max_epochs: int, history: History) -> str:
-    stats = history.evaluations[-1]
-    shallow = stats.get("shallow_ratio")
-    return (
-        f"epoch {epoch}/{max_epochs}: train loss {history.train_losses[-1]:.4f} nats, "
-        f"val ppl {stats['ppl']:.3f}, val acc {100 * stats['acc']:.2f} %"
-        + (f", shallow {100 * shallow:.1f} %" if shallow else "")
-        + (" (best)" if history.best_epoch == epoch else "")
-    )
-
-
-def fit(
-    model: nn.Module,
-    batches: Iterable[Any],
-    train_once: Callable[[], float],
-    evaluate: Callable[[], dict[str, float]],
-    *,
-    max_epochs: int,
-    patience: int,
-    min_delta: float = 0.0,
-    verbose: bool = True,
-    keep_start: bool = False,
-    on_best: Callable[[int], None] = lambda epoch: None,
-) -> History:
-    """Epochs until validation perplexity stops falling; the model ends as it was at its best.
-
-    Args:
-        model: what is trained; its best state is restored, also when a loss is not finite.
-        batches: what train_once reads; its `set_epoch`, if there, is called with 0, 1, ... before each epoch.
-        train_once: -> mean training loss of an epoch in nats per token.
-        evaluate: -> at least `ppl` and `acc` on validation text.
-        max_epochs: at most this many epochs.
-        patience: stop after this many epochs without a better perplexity.
-        min_delta: how much lower a perplexity must be to be better.
-        verbose: one line per epoch on stdout.
-        keep_start: evaluate the model before the first epoch too, and return it (best_epoch 0) if no epoch is better.
-        on_best: called with the epoch number (from 1) after each improvement.
-
-    Raises:
-        NonFiniteLossError: naming epoch, step and learning rate; the model then holds its last good state.
-    """
-    history = History()
-    if keep_start:
-        history.best = evaluate()
-        if verbose:
-            print(f"start: val ppl {history.best['ppl']:.3f}", flush=True)
-    best = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    try:
-        for epoch in range(1, max_epochs + 1):
-            try:
-                if hasattr(batches, "set_epoch"):
-                    batches.set_epoch(epoch - 1)
-                history.train_losses.append(train_once())
-                stats = evaluate()
-                if not math.isfinite(stats["ppl"]):
-                    raise NonFiniteLossError(f"validation perplexity is {stats['ppl']}")
-            except NonFiniteLossError as error:
-                reached = (
-                    f"the best epoch before it was {history.best_epoch}" if history.best_epoch else "none was better"
-                )
-                raise NonFiniteLossError(f"epoch {epoch}: {error}; {reached}; lower the learning rate") from None
-            history.evaluations.append(stats)
-            if stats["ppl"] < history.best["ppl"] - min_delta:
-                history.best, history.best_epoch = stats, epoch
-                for name, tensor in model.state_dict().items():
-                    best[name].copy_(tensor)
-                on_best(epoch)
-            if verbose:
-                print(_epoch_line(epoch, max_epochs, history), flush=True)
-            if epoch - history.best_epoch >= patience:
-                history.stopped_early = True
-                break
-    finally:
-        model.load_state_dict(best)
-    return history
-
-
-def epoch_rows(result: dict[str, Any], tokens_per_epoch: int, total_tokens: int) -> list[dict[str, float]]:
-    """The curve of a run as rows for a CSV: epoch, tokens seen, train_loss, val_ppl, val_acc.
-
-    Args:
-        result: what `train_with_early_stopping` returns.
-        tokens_per_epoch: tokens in a full epoch; the last one may be cut.
-        total_tokens: tokens seen in all.
-    """
-    columns = zip(result["train_losses"], result["val_losses"], result["val_accs"], strict=True)
-    return [
-        {
-            "epoch": n,
-            "tokens": min(n * tokens_per_epoch, total_tokens),
-            "train_loss": loss,
-            "val_ppl": ppl,
-            "val_acc": acc,
-        }
-        for n, (loss, ppl, acc) in enumerate(columns, 1)
-    ]
 
 
 class Trainer:
@@ -274,6 +155,7 @@ class Trainer:
         verbose: bool = True,
         *,
         on_best: Callable[[int], None] = lambda epoch: None,
+        state: TrainingState | None = None,
     ) -> dict[str, Any]:
         """Trains until validation perplexity stops falling and restores the best model.
 
@@ -281,7 +163,7 @@ class Trainer:
             model: what is trained.
             train_batches, val_batches: re-iterables of (x, y) (B, T); `set_epoch`, if there, is called with 0, 1, ...
             optimizer: over the parameters to update.
-            max_epochs, patience, min_delta, verbose, on_best: see `fit`.
+            max_epochs, patience, min_delta, verbose, on_best, state: see `lego.epochs.fit`.
 
         Returns:
             train_losses, val_losses (perplexities), val_accs, best_epoch (from 1), total_epochs, stopped_early.
@@ -297,4 +179,5 @@ class Trainer:
             min_delta=min_delta,
             verbose=verbose,
             on_best=on_best,
+            state=state,
         ).as_result()

@@ -3,7 +3,7 @@
 dvc repro collect_hard      (python -m stages.collect_hard)
 """
 
-from lego.artifacts import atomic_folder, read_json, sha256, write_json
+from lego.artifacts import publish, read_json, sha256, write_json
 from lego.ashem import exit_states
 from lego.batches import EvaluationBatches
 from lego.blocks import PackedBlocks, data_digests, train_part
@@ -18,15 +18,19 @@ from lego.progress import share, track
 def main() -> None:
     params = load_params()
     ashem = params.ashem
-    with Stage("collect_hard", threads=params.train.threads) as stage, atomic_folder("data/hard") as folder:
+    with Stage("collect_hard", threads=params.train.threads) as stage:
+        folder = stage.scratch / "store"  # what is finished of it outlives a killed run
+        folder.mkdir(parents=True, exist_ok=True)
         part = (0.0, 1.0)
         if ashem.hard_split == "train":
             part = train_part(ashem.phase2_share, phase=2, phase2_text=ashem.phase2_text)
         blocks = PackedBlocks("data/tokens", ashem.hard_split, part)
-        batches = EvaluationBatches(blocks, params.evaluation.batch_size)
         model = load_model("data/phase1")
         threshold = read_json("metrics/compute_threshold.json", "threshold")["threshold"]
         writer = StoreWriter(folder, threshold, ashem.store_dtype, ashem.shard_tokens)
+        batches = EvaluationBatches(blocks, params.evaluation.batch_size, start=writer.blocks)
+        if writer.blocks:
+            print(f"mining continues after {share(writer.blocks, len(blocks), 'blocks')}", flush=True)
         device = resolve_device(params.train.device)
         for batch in track(exit_states(model, batches, device), len(batches), "mining", "batch"):
             writer.add(*batch)
@@ -38,6 +42,7 @@ def main() -> None:
             tokenizer_sha256=sha256("data/tokens/tokenizer/tokenizer.json"),
             macs=macs,
         )
+        publish(folder, "data/hard")
         hard, tokens = manifest["hard_tokens"], manifest["tokens"]
         write_json(
             "metrics/collect_hard.json",

@@ -10,10 +10,11 @@ from lego.batches import EvaluationBatches, TrainingBatches
 from lego.blocks import PackedBlocks, bits_per_byte, corpus_facts, data_digests, train_part
 from lego.checkpoint import save_model
 from lego.cost import Ledger
+from lego.epochs import TrainingState, epoch_rows
 from lego.harness import Stage, exit_cleanly, resolve_device
 from lego.params import Params, load_params
 from lego.steps import build_training
-from lego.trainer import Trainer, create_standard_config, epoch_rows
+from lego.trainer import Trainer, create_standard_config
 from lego.transformer import BaseTransformer, DeepSupervisionTransformer
 
 
@@ -36,6 +37,7 @@ def train(params: Params, stage: Stage, batches: TrainingBatches) -> tuple[BaseT
         ashem.phase1_epochs,
         ashem.phase1_patience,
         on_best=lambda epoch: save_model(model, stage.keep("best")),
+        state=TrainingState(stage.scratch / "state.safetensors", model, optimizer, options.scheduler),
     )
     return model, result
 

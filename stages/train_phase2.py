@@ -11,11 +11,12 @@ from lego.batches import EvaluationBatches
 from lego.blocks import PackedBlocks, bits_per_byte, corpus_facts, data_digests
 from lego.checkpoint import grow_model, load_model, same_block1, save_model
 from lego.cost import Ledger
+from lego.epochs import History, TrainingState, epoch_rows, fit
 from lego.harness import Stage, exit_cleanly, resolve_device
 from lego.hidden_states import HardTokenBatches, HiddenStateStore
 from lego.params import Params, load_params
 from lego.steps import build_training
-from lego.trainer import History, StageConfig, Trainer, TrainingConfig, epoch_rows, fit
+from lego.trainer import StageConfig, Trainer, TrainingConfig
 from lego.transformer import DeepSupervisionTransformer
 
 
@@ -36,6 +37,7 @@ def train(params: Params, stage: Stage, model: DeepSupervisionTransformer, batch
         patience=ashem.phase2_patience,
         keep_start=True,
         on_best=lambda epoch: save_model(model, stage.keep("best")),
+        state=TrainingState(stage.scratch / "state.safetensors", model, optimizer, options.scheduler),
     )
 
 

@@ -12,11 +12,12 @@ from lego.batches import EvaluationBatches, TrainingBatches
 from lego.blocks import PackedBlocks, bits_per_byte, corpus_facts, data_digests, train_part
 from lego.checkpoint import load_model, save_model
 from lego.cost import Ledger
+from lego.epochs import History, TrainingState, epoch_rows, fit
 from lego.evaluation import shallow_metrics, token_table
 from lego.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.params import Params, load_params
 from lego.steps import build_training
-from lego.trainer import History, Trainer, create_standard_config, epoch_rows, fit
+from lego.trainer import Trainer, create_standard_config
 from lego.transformer import BaseTransformer
 
 
@@ -43,6 +44,7 @@ def train(params: Params, stage: Stage, model: BaseTransformer, blocks: PackedBl
         patience=epochs + 1,  # the whole budget is spent
         keep_start=True,
         on_best=lambda epoch: save_model(model, stage.keep("best")),
+        state=TrainingState(stage.scratch / "state.safetensors", model, optimizer, options.scheduler),
     )
     rows = epoch_rows(history.as_result(), batches.blocks_per_epoch * blocks.seq_len, affordable * blocks.seq_len)
     write_csv("metrics/curves/shallow_continued.csv", rows)

@@ -112,6 +112,7 @@ def test_a_grown_model_starts_with_block_1s_function(tmp_path):
 
 def test_a_stage_records_time_and_versions_apart_from_its_results(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("lego.harness.fingerprint", lambda name: "f00d")
     with Stage("demo", seed=3, threads=2) as stage:
         (stage.keep("best") / "x").write_text("kept until success")
         stage.record["counts"] = {"tokens": 10}
@@ -125,7 +126,7 @@ def test_a_stage_records_time_and_versions_apart_from_its_results(tmp_path, monk
         stage.keep("best")
         raise RuntimeError
     assert stage.scratch.exists()
-    assert capsys.readouterr().err == "demo: the best model it reached is in .scratch/demo/\n"
+    assert capsys.readouterr().err == "demo: the best model it reached is in .scratch/demo/f00d/\n"
     with pytest.raises(RuntimeError), Stage("demo"):
         raise RuntimeError
     assert capsys.readouterr().err == ""  # what lies there is another run's
@@ -172,9 +173,9 @@ def test_progress_prints_plain_lines_at_intervals(capsys, monkeypatch):
     assert list(track(range(9), 9, "mining", "batch")) == list(range(9))
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3  # every third step of 4 s passes 10 s
-    assert lines[0] == "mining: 3/9 batch (33 %), 00:24 left"
-    assert list(track(iter([1]), 0, "unknown", "batch")) == [1]
-    assert capsys.readouterr().err == ""
+    assert lines[0] == "mining: 3/9 batch (33 %), 0.25batch/s, 00:24 left"
+    assert list(track(iter(["a", "bc", "def"]), None, "reading", "token", size=len)) == ["a", "bc", "def"]
+    assert capsys.readouterr().err.splitlines() == ["reading: 6 token, 0.50token/s"]
 
 
 def test_shares_show_their_base():

@@ -232,7 +232,7 @@ def test_stage_scripts_are_short():
 
 
 FLOORS = [
-    {"params", "artifacts", "progress", "harness"},
+    {"params", "artifacts", "progress", "scratch", "harness"},
     {
         "corpus",
         "layers",
@@ -246,7 +246,7 @@ FLOORS = [
         "tokenizer",
         "sources",
     },
-    {"steps", "trainer", "exits", "hidden_states"},
+    {"steps", "epochs", "trainer", "exits", "hidden_states"},
     {"ashem"},
     {"evaluation"},
 ]

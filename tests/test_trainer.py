@@ -22,10 +22,10 @@ from lego import (
     create_deep_supervision_config,
     create_standard_config,
 )
+from lego.epochs import epoch_rows, fit
 from lego.layers import TransformerLayer
 from lego.params import load_params
 from lego.steps import build_scheduler, build_training
-from lego.trainer import epoch_rows, fit
 
 
 def small(num_layers: int = 2, **sizes) -> StandardTransformer:

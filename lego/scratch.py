@@ -1,0 +1,78 @@
+"""What outlives a killed stage: a scratch folder, found again by a fingerprint; and the lock that keeps it to one run.
+
+The fingerprint covers what decides a stage's result: the parameters and files that dvc.yaml names for it, code among
+them, and the versions of Python and torch. A rerun with the same fingerprint continues, any other starts fresh.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lego.artifacts import sha256
+
+ROOT = Path(__file__).resolve().parent.parent  # where the code and dvc.yaml are; data lies in the working folder
+SCRATCH = Path(".scratch")
+
+
+class BusyError(RuntimeError):
+    """Another process runs this stage; the message names it."""
+
+
+def fingerprint(stage: str, params_file: str | Path = "params.yaml") -> str:
+    """32 hexadecimal digits that change with anything the stage's result depends on.
+
+    Args:
+        stage: its name in dvc.yaml.
+        params_file: where the values are read.
+    """
+    entry = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]
+    values = yaml.safe_load(Path(params_file).read_text(encoding="utf-8"))
+    params: dict[str, Any] = {}
+    for key in entry.get("params", []):
+        params[key] = values
+        for part in key.split("."):
+            params[key] = params[key][part]
+    inputs = {}
+    for dep in entry["deps"]:
+        dep = dep.replace("${data.path}", values["data"]["path"])
+        path = ROOT / dep if dep.endswith(".py") else Path(dep)
+        inputs[dep] = sha256(path) if path.exists() else None  # the stage will say what it misses
+    versions = {"python": platform.python_version(), "torch": version("torch")}
+    everything = json.dumps([stage, params, inputs, versions], sort_keys=True)
+    return hashlib.sha256(everything.encode()).hexdigest()[:32]
+
+
+@contextmanager
+def only_run(stage: str) -> Iterator[None]:
+    """Holds the stage's lock; the kernel releases it when the process ends, however it ends.
+
+    Raises:
+        BusyError: another process holds it: a second run, or one whose dvc was killed.
+    """
+    path = SCRATCH / "locks" / stage
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "unknown"
+            raise BusyError(
+                f"{stage} is already running here as process {holder}; wait until it ends, or stop it with "
+                f"kill {holder}, and run dvc repro again: it continues where it was"
+            ) from None
+        lock.truncate(0)
+        lock.write(f"{os.getpid()}\n")
+        lock.flush()
+        yield
