@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lego.transformer import BaseTransformer
 
 Batches = Iterable[tuple[Tensor, Tensor]]
+TORCH_QUANTILE_LIMIT = 2**24  # elements beyond which torch.quantile refuses
 
 
 def compute_confidence(model: BaseTransformer, hidden_state: Tensor) -> Tensor:
@@ -23,8 +26,20 @@ def quantile_threshold(confidences: Tensor, ratio: float) -> float:
     Args:
         confidences: any shape, flattened.
         ratio: share of hard tokens, in [0, 1].
+
+    Raises:
+        ValueError: there is no confidence, or the ratio lies outside.
     """
-    return torch.quantile(confidences.flatten().float(), ratio).item()
+    values = confidences.flatten().float()
+    if not len(values) or not 0 <= ratio <= 1:
+        raise ValueError(f"need confidences and a ratio in [0, 1], got {len(values)} and {ratio}")
+    if len(values) <= TORCH_QUANTILE_LIMIT:
+        return torch.quantile(values, ratio).item()
+    rank = ratio * (len(values) - 1)  # float64: beyond the limit a float32 does not tell neighbouring ranks apart
+    low = math.floor(rank)
+    high = min(low + 1, len(values) - 1)
+    ordered = torch.from_numpy(np.partition(values.numpy(force=True), (low, high)))
+    return torch.lerp(ordered[low], ordered[high], rank - low).item()
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from lego import (
     create_hard_example_loader,
     create_standard_config,
     evaluate_on_hard_examples,
+    exits,
     grow_model,
     train_upper_layers,
 )
@@ -51,6 +52,31 @@ def test_quantile_threshold_equals_brute_force(values, ratio):
     expected = ordered[low] + (rank - low) * (ordered[high] - ordered[low])
     threshold = quantile_threshold(torch.tensor(values), ratio)
     assert threshold == pytest.approx(expected, abs=1e-5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(n=st.integers(1, 3000), ratio=st.floats(0, 1), seed=st.integers(0, 2**20))
+def test_large_quantiles_interpolate_as_torch_does(n, ratio, seed):
+    values = torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    expected = torch.quantile(values.double(), ratio).item()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exits, "TORCH_QUANTILE_LIMIT", 0)
+        assert quantile_threshold(values, ratio) == pytest.approx(expected, abs=1e-7)
+
+
+def test_quantiles_where_torch_refuses_and_just_below():
+    values = torch.arange(2**24 + 3, dtype=torch.float64).div(2**25).float().flip(0)
+    assert quantile_threshold(values, 0.5) == pytest.approx((2**23 + 1) / 2**25, rel=1e-7)
+    with pytest.raises(RuntimeError, match="too large"):
+        torch.quantile(values, 0.5)
+    below = values[: 2**24]
+    expected = torch.quantile(below, 0.3).item()
+    assert quantile_threshold(below, 0.3) == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exits, "TORCH_QUANTILE_LIMIT", 0)
+        assert quantile_threshold(below, 0.3) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match=r"need confidences and a ratio in \[0, 1\], got 0 and 0\.5"):
+        quantile_threshold(torch.empty(0), 0.5)
 
 
 @settings(max_examples=100, deadline=None)
