@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -75,6 +76,31 @@ def read_json(path: str | Path, *required: str) -> dict[str, Any]:
     if missing := [key for key in required if key not in content]:
         raise ArtifactError(f"{path}: lacks {', '.join(missing)}; run dvc checkout or dvc repro to restore it")
     return content
+
+
+def read_number(path: str | Path, key: str, high: float = math.inf) -> float:
+    """Reads one number in [0, high] from a JSON object.
+
+    Raises:
+        ArtifactError: as `read_json`, or the value is none.
+    """
+    value = read_json(path, key)[key]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= high:
+        raise ArtifactError(
+            f"{path}: {key} must be a number in [0, {high:g}], got {value!r}; run dvc checkout or dvc repro"
+        )
+    return value
+
+
+@contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Gives the errors of libraries that do not say which file they were writing its name."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
 
 
 def write_csv(path: str | Path, rows: Sequence[dict[str, Any]]) -> None:

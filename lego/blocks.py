@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from lego.artifacts import ArtifactError, read_json
+from lego.artifacts import ArtifactError, named, read_json
 
 ROWS_AT_A_TIME = 8192  # blocks per record batch
 
@@ -56,7 +56,8 @@ class BlockWriter:
         self.ids += len(ids)
         self.pending = np.concatenate([self.pending, ids.astype(np.int32)])
         if len(self.pending) > ROWS_AT_A_TIME * self.seq_len:
-            self._flush()
+            with named(self.folder):
+                self._flush()
 
     def _flush(self) -> None:
         rows = pack(self.pending, self.seq_len)
@@ -73,9 +74,10 @@ class BlockWriter:
         Raises:
             CorpusError: the stream was shorter than one row.
         """
-        self._flush()
-        self.writer.close()
-        self.file.close()
+        with named(self.folder):
+            self._flush()
+            self.writer.close()
+            self.file.close()
         if not self.rows:
             self.scratch.unlink()
             raise CorpusError(
@@ -87,7 +89,8 @@ class BlockWriter:
         datasets.disable_progress_bars()
         table = datasets.Dataset.from_file(str(self.scratch)).data
         # the fingerprint names datasets' own cache files; taken from the content, so that equal text gives equal bytes
-        datasets.Dataset(table, fingerprint=self.sha256[:16]).save_to_disk(str(self.folder))
+        with named(self.folder):
+            datasets.Dataset(table, fingerprint=self.sha256[:16]).save_to_disk(str(self.folder))
         self.scratch.unlink()
 
     @property
@@ -135,6 +138,9 @@ class PackedBlocks:
             self.seq_len = self.pieces[0].shape[1] - 1
         except (OSError, pa.ArrowException, KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{source}: cannot be read ({error}); run dvc repro to make it") from None
+        facts = Path(folder) / "corpus.json"
+        if facts.exists() and corpus_facts(folder)["splits"].get(split, {}).get("sha256") != self._sha256():
+            raise ArtifactError(f"{source}: was changed; run dvc checkout or dvc repro to restore it")
         total = int(self.starts[-1])
         self.first, last = (round(share * total) for share in part)
         self.count = last - self.first
@@ -143,6 +149,12 @@ class PackedBlocks:
                 f"{source}: the part {part[0]:g} to {part[1]:g} of its {total} blocks is empty; "
                 "change params.yaml: ashem.phase2_share or raise data.max_train_tokens"
             )
+
+    def _sha256(self) -> str:
+        digest = hashlib.sha256()
+        for piece in self.pieces:
+            digest.update(np.ascontiguousarray(piece).data)
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self.count

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from lego.artifacts import named
 from lego.blocks import CorpusError
 
 SPLITS = ("train", "validation", "calibration", "test")
@@ -73,13 +74,29 @@ class Corpus:
         self, documents: Iterable[Document], path: Path, shares: dict[str, float], enough: dict[str, int] | None = None
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.first: list[int] = [0]  # number of the first document of each record batch, and one past the last
+        with named(path):
+            places, contents, homes = self._write(documents, shares, enough)
+        self.documents = len(places)
+        self._arrange(np.array(places), np.array(contents), np.array(homes))
+
+    def _write(
+        self, documents: Iterable[Document], shares: dict[str, float], enough: dict[str, int] | None
+    ) -> tuple[array[int], array[int], array[int]]:
+        """Hashes of name and content and number of the split of each document written."""
         places, contents, homes = array("Q"), array("Q"), array("B")
         sizes = dict.fromkeys(SPLITS, 0)
-        self.first: list[int] = [0]  # number of the first document of each record batch, and one past the last
+        pending: list[str] = []
+        size = 0
         schema = pa.schema([("text", pa.large_string())])
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-            pending: list[str] = []
-            size = 0
+        with pa.OSFile(str(self.path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+
+            def flush() -> None:
+                writer.write_batch(pa.record_batch([pa.array(pending, pa.large_string())], schema=schema))
+                self.first.append(len(places))
+                pending.clear()
+
             for document in documents:
                 if not document.text.strip():
                     continue
@@ -91,16 +108,13 @@ class Corpus:
                 size += len(document.text)
                 sizes[split] += len(document.text)
                 if size >= SPOOL_BYTES:
-                    writer.write_batch(pa.record_batch([pa.array(pending, pa.large_string())], schema=schema))
-                    self.first.append(len(places))
-                    pending, size = [], 0
+                    flush()
+                    size = 0
                 if enough and all(sizes[name] >= enough[name] for name in SPLITS):
                     break
             if pending:
-                writer.write_batch(pa.record_batch([pa.array(pending, pa.large_string())], schema=schema))
-                self.first.append(len(places))
-        self.path, self.documents = path, len(places)
-        self._arrange(np.array(places), np.array(contents), np.array(homes))
+                flush()
+        return places, contents, homes
 
     def _arrange(self, places: np.ndarray, contents: np.ndarray, homes: np.ndarray) -> None:
         kept = np.unique(contents, return_index=True)[1] if len(contents) else np.empty(0, dtype=np.int64)

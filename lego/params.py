@@ -240,6 +240,22 @@ def _sentence(error: Any) -> str:
             return f"{key}: {error['msg']}, got {shown}"
 
 
+class _RepeatedKeyError(ValueError):
+    pass
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses what it otherwise lets pass: a key that is given twice, of which the last one would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                line = node.value[number][0].start_mark.line + 1
+                raise _RepeatedKeyError(f"{key} is given twice, again at line {line}; remove one")
+        return super().construct_mapping(node, deep)
+
+
 def load_params(path: str | Path = "params.yaml") -> Params:
     """Reads and checks a parameter file.
 
@@ -250,9 +266,11 @@ def load_params(path: str | Path = "params.yaml") -> Params:
         ParamsError: unreadable file, unknown or missing key, wrong type or range; the message names file and key.
     """
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ParamsError(f"{path}: cannot be read ({error.strerror}); run from the repository root") from None
+    except _RepeatedKeyError as error:
+        raise ParamsError(f"{path}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" at line {where.line + 1}" if where else ""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from lego.artifacts import ArtifactError
 from lego.blocks import BlockWriter, CorpusError
 
 END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<unk>"
@@ -115,7 +116,10 @@ class TextEncoder:
 
         unknown = UNKNOWN if isinstance(self.fast.model, models.WordLevel) else None
         fast = PreTrainedTokenizerFast(tokenizer_object=self.fast, eos_token=END_OF_TEXT, unk_token=unknown)
-        (self.pretrained or fast).save_pretrained(str(folder))
+        try:
+            (self.pretrained or fast).save_pretrained(str(folder))
+        except Exception as error:  # the tokenizer's own writer has no error class of its own
+            raise ArtifactError(f"{folder}: cannot be written ({error}); make room or let it be written") from None
 
     def encode(self, texts: Iterable[str]) -> Iterator[tuple[np.ndarray, int]]:
         """Token ids (n,) and bytes of each text in order, end-of-text after each; all cores work on many at once."""

@@ -3,7 +3,7 @@
 dvc repro collect_hard      (python -m stages.collect_hard)
 """
 
-from lego.artifacts import publish, read_json, sha256, write_json
+from lego.artifacts import publish, read_number, sha256, write_json
 from lego.ashem import exit_states
 from lego.batches import EvaluationBatches
 from lego.blocks import PackedBlocks, data_digests, train_part
@@ -26,7 +26,7 @@ def main() -> None:
             part = train_part(ashem.phase2_share, phase=2, phase2_text=ashem.phase2_text)
         blocks = PackedBlocks("data/tokens", ashem.hard_split, part)
         model = load_model("data/phase1")
-        threshold = read_json("metrics/compute_threshold.json", "threshold")["threshold"]
+        threshold = read_number("metrics/compute_threshold.json", "threshold", high=1.0)
         writer = StoreWriter(folder, threshold, ashem.store_dtype, ashem.shard_tokens)
         batches = EvaluationBatches(blocks, params.evaluation.batch_size, start=writer.blocks)
         if writer.blocks:

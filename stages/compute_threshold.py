@@ -8,7 +8,7 @@ from lego.batches import EvaluationBatches
 from lego.blocks import PackedBlocks, data_digests
 from lego.checkpoint import load_model
 from lego.exits import collect_confidences, quantile_threshold
-from lego.harness import Stage, exit_cleanly, resolve_device
+from lego.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.params import load_params
 
 
@@ -20,6 +20,12 @@ def main() -> None:
         batches = EvaluationBatches(PackedBlocks("data/tokens", split), params.evaluation.batch_size)
         model = load_model("data/phase1")
         confidences = collect_confidences(model, batches, resolve_device(params.train.device))
+        if confidences.min() == confidences.max():
+            raise StageError(
+                f"metrics/compute_threshold.json: all {confidences.numel():,} {split} tokens have the confidence "
+                f"{confidences[0]:g}, so none is hard; block 1 has "
+                "learned nothing: change ashem.phase1_lr or phase1_epochs"
+            )
         threshold = quantile_threshold(confidences, params.ashem.hard_example_ratio)
         write_json(
             "metrics/compute_threshold.json",

@@ -3,7 +3,7 @@
 dvc repro evaluate_routing      (python -m stages.evaluate_routing)
 """
 
-from lego.artifacts import read_json, write_csv, write_json
+from lego.artifacts import read_json, read_number, write_csv, write_json
 from lego.batches import EvaluationBatches
 from lego.blocks import PackedBlocks, corpus_facts, data_digests
 from lego.checkpoint import load_model
@@ -24,11 +24,11 @@ def main() -> None:
         model, device = load_model("data/phase2"), resolve_device(params.train.device)
         ledger = Ledger.of(model, test.blocks.seq_len)
         tables = token_table(model, test, device), token_table(model, validation, device)
-        threshold = read_json("metrics/compute_threshold.json", "threshold")["threshold"]
+        threshold = read_number("metrics/compute_threshold.json", "threshold", high=1.0)
         mined, phase1 = read_json("metrics/collect_hard.json"), read_json("metrics/train_phase1.json")
         facts = corpus_facts("data/tokens")["splits"]
         metrics = routed_metrics(*tables, threshold, ledger, facts["test"]) | {
-            "train_macs": phase1["train_macs"] + read_json("metrics/added_macs.json")["added_macs"],
+            "train_macs": phase1["train_macs"] + read_number("metrics/added_macs.json", "added_macs"),
             "n_hard": mined["n_hard"],
             "hard_share": mined["hard_share"],
             "leaky": mined["leaky"],

@@ -7,7 +7,7 @@ dvc repro train_shallow_continued      (python -m stages.train_shallow_continued
 
 from typing import Any
 
-from lego.artifacts import atomic_folder, read_json, write_csv, write_json
+from lego.artifacts import atomic_folder, read_json, read_number, write_csv, write_json
 from lego.batches import EvaluationBatches, TrainingBatches
 from lego.blocks import PackedBlocks, bits_per_byte, corpus_facts, data_digests, train_part
 from lego.checkpoint import load_model, save_model
@@ -61,7 +61,7 @@ def model_metrics(params: Params, model: BaseTransformer, block1: BaseTransforme
         tables[f"block1_{split}"] = token_table(block1, batches, device)
     return shallow_metrics(
         **tables,
-        threshold=read_json("metrics/compute_threshold.json", "threshold")["threshold"],
+        threshold=read_number("metrics/compute_threshold.json", "threshold", high=1.0),
         ledger=ledger.grown(params.ashem.phase2_layers, params.ashem.phase2_context),
         test_facts=corpus_facts("data/tokens")["splits"]["test"],
     )
@@ -73,12 +73,13 @@ def main() -> None:
         part = train_part(params.ashem.phase2_share, phase=2, phase2_text=params.ashem.phase2_text)
         blocks = PackedBlocks("data/tokens", "train", part)
         block1, model = load_model("data/phase1"), load_model("data/phase1")
-        ledger, budget = Ledger.of(model, blocks.seq_len), read_json("metrics/added_macs.json")
-        affordable = round(budget["added_macs"] / ledger.train_block1(blocks.seq_len))
+        ledger, budget = Ledger.of(model, blocks.seq_len), read_number("metrics/added_macs.json", "added_macs")
+        affordable = round(budget / ledger.train_block1(blocks.seq_len))
+        leaky = read_json("metrics/added_macs.json", "leaky")["leaky"]
         if not affordable:
             raise StageError("metrics/added_macs.json: the budget pays for no block; raise ashem.phase2_epochs")
         tokens = affordable * blocks.seq_len
-        print(f"block 1 trains on: {tokens:,} tokens for {budget['added_macs']:.3e} MACs", flush=True)
+        print(f"block 1 trains on: {tokens:,} tokens for {budget:.3e} MACs", flush=True)
         history = train(params, stage, model, blocks, affordable)
         with atomic_folder("data/baseline/shallow_continued") as folder:
             save_model(model, folder, tokenizer="data/tokens/tokenizer")
@@ -88,7 +89,7 @@ def main() -> None:
             "train_macs": read_json("metrics/train_phase1.json")["train_macs"] + macs,
             "n_hard": None,  # it learns from every token
             "hard_share": None,
-            "leaky": budget["leaky"],
+            "leaky": leaky,
         }
         metrics = model_metrics(params, model, block1, ledger) | common
         write_json("metrics/baseline/shallow_continued.json", metrics)
@@ -96,13 +97,13 @@ def main() -> None:
             "metrics/train_shallow_continued.json",
             {
                 "added_macs": macs,
-                "budget_macs": budget["added_macs"],
-                "distance_from_budget": macs / budget["added_macs"] - 1,
+                "budget_macs": budget,
+                "distance_from_budget": macs / budget - 1,
                 "best_epoch": history.best_epoch,
                 "total_epochs": len(history.evaluations),
                 "val_ppl": history.best["ppl"],
                 "val_bits_per_byte": bits_per_byte(history.best["ppl"], validation),
-                "leaky": budget["leaky"],
+                "leaky": leaky,
             },
         )
         stage.record |= data_digests("data/tokens") | {"counts": {"trained_tokens": tokens}}

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from clones import Clone, ran, run_in_process
 from conftest import ROOT, VOCAB, random_batches
-from test_dvc import Clone, ran
 from test_pipeline import ORDER, outs
 
 from lego import DeepSupervisionTransformer, Trainer, create_standard_config
@@ -134,13 +134,7 @@ def test_a_child_that_is_killed_leaves_no_lock(tmp_path, monkeypatch):
 def clone(tmp_path_factory) -> Clone:
     """The pipeline of this tree, run in this process."""
     clone = Clone.of_this_tree(tmp_path_factory.mktemp("clone"))
-    before = os.getcwd()
-    os.chdir(clone.folder)
-    try:
-        for stage in ORDER:
-            importlib.import_module(f"stages.{stage}").main()
-    finally:
-        os.chdir(before)
+    run_in_process(clone.folder, ORDER)
     return clone
 
 
