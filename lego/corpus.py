@@ -19,7 +19,7 @@ from lego.artifacts import named
 from lego.blocks import CorpusError
 
 SPLITS = ("train", "validation", "calibration", "test")
-SPOOL_BYTES = 2**23  # text per record batch of the spool file
+SPOOL_BYTES = 2**20  # text per record batch of the spool file
 SHINGLE = 5  # words per shingle of near-duplicate detection
 
 

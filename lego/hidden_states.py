@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
 from torch import Tensor
 
 from lego.artifacts import ArtifactError, derived_seed, read_json, read_tensors, sha256, write_json, write_tensors
@@ -120,6 +121,28 @@ class StoreWriter:
         return manifest
 
 
+class _Shard(BaseModel):
+    model_config = ConfigDict(strict=True)
+    file: str
+    blocks: PositiveInt
+    tokens: PositiveInt
+    hard_tokens: NonNegativeInt
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    """What the reader relies on; the writer adds more."""
+
+    model_config = ConfigDict(strict=True)
+    shards: list[_Shard]
+    hard_tokens: NonNegativeInt
+    threshold: FiniteFloat
+    split: str
+    macs: NonNegativeInt
+    block1_sha256: str
+    tokenizer_sha256: str
+
+
 class HiddenStateStore:
     """A store on disk, read one shard at a time.
 
@@ -132,15 +155,17 @@ class HiddenStateStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        required = ("shards", "hard_tokens", "threshold", "split", "macs", "block1_sha256", "tokenizer_sha256")
-        self.manifest = read_json(self.folder / MANIFEST, *required)
+        self.manifest = read_json(self.folder / MANIFEST, *_Manifest.model_fields)
         try:
-            self.shards: list[dict[str, Any]] = self.manifest["shards"]
-            self.hard_tokens: int = self.manifest["hard_tokens"]
-            self.threshold: float = self.manifest["threshold"]
-            counted = sum(shard["hard_tokens"] for shard in self.shards)
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(f"{self.folder / MANIFEST}: lacks {error}; run dvc checkout or dvc repro") from None
+            _Manifest.model_validate(self.manifest)
+        except ValidationError as error:
+            key = ".".join(str(part) for part in error.errors()[0]["loc"])
+            reason = f"{key} is not as it was written; run dvc checkout or dvc repro"
+            raise ArtifactError(f"{self.folder / MANIFEST}: {reason}") from None
+        self.shards: list[dict[str, Any]] = self.manifest["shards"]
+        self.hard_tokens: int = self.manifest["hard_tokens"]
+        self.threshold: float = self.manifest["threshold"]
+        counted = sum(shard["hard_tokens"] for shard in self.shards)
         if counted != self.hard_tokens or not counted:
             raise ArtifactError(f"{self.folder / MANIFEST}: its counts disagree; run dvc checkout or dvc repro")
 
