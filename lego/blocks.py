@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from lego.artifacts import ArtifactError, named, read_json
+from lego.artifacts import ArtifactError, named, read_json, sha256
 
 ROWS_AT_A_TIME = 8192  # blocks per record batch
 
@@ -132,15 +132,18 @@ class PackedBlocks:
 
     def __init__(self, folder: str | Path, split: str, part: tuple[float, float] = (0.0, 1.0)) -> None:
         source = Path(folder) / split
+        if (Path(folder) / "corpus.json").exists():  # first of all: Arrow ends the process at some damages
+            facts = corpus_facts(folder)["splits"]
+            if not isinstance(facts, dict) or not isinstance(facts.get(split), dict):
+                raise ArtifactError(f"{folder}/corpus.json: says nothing of {split}; run dvc checkout or dvc repro")
+            if source.exists() and facts[split].get("files_sha256") != sha256(source):
+                raise ArtifactError(f"{source}: was changed; run dvc checkout or dvc repro to restore it")
         try:
             self.pieces = _read_arrow(source)
             self.starts = np.cumsum([0, *(len(piece) for piece in self.pieces)])
             self.seq_len = self.pieces[0].shape[1] - 1
         except (OSError, pa.ArrowException, KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
             raise ArtifactError(f"{source}: cannot be read ({error}); run dvc repro to make it") from None
-        facts = Path(folder) / "corpus.json"
-        if facts.exists() and corpus_facts(folder)["splits"].get(split, {}).get("sha256") != self._sha256():
-            raise ArtifactError(f"{source}: was changed; run dvc checkout or dvc repro to restore it")
         total = int(self.starts[-1])
         self.first, last = (round(share * total) for share in part)
         self.count = last - self.first
@@ -149,12 +152,6 @@ class PackedBlocks:
                 f"{source}: the part {part[0]:g} to {part[1]:g} of its {total} blocks is empty; "
                 "change params.yaml: ashem.phase2_share or raise data.max_train_tokens"
             )
-
-    def _sha256(self) -> str:
-        digest = hashlib.sha256()
-        for piece in self.pieces:
-            digest.update(np.ascontiguousarray(piece).data)
-        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self.count

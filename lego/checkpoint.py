@@ -60,26 +60,32 @@ def load_model(folder: str | Path) -> BaseTransformer:
         ArtifactError: a file is missing or damaged, or the weights do not fit the config.
     """
     folder = Path(folder)
-    config = read_json(folder / CONFIG)
+    config, tensors = read_json(folder / CONFIG), read_tensors(folder / WEIGHTS)
+    misfit = ArtifactError(f"{folder / WEIGHTS}: does not fit {CONFIG} beside it; run dvc checkout or dvc repro")
     try:
-        arguments = {name: config[field] for name, field in FIELDS.items()}
-        if config["architectures"] == [DeepSupervisionTransformer.__name__]:
-            routing = {name: config[name] for name in ROUTING_FIELDS}
-            model: BaseTransformer = DeepSupervisionTransformer(**arguments, **routing)
-        else:
-            model = StandardTransformer(**arguments)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise ArtifactError(f"{folder / CONFIG}: describes no model ({error}); run dvc checkout or dvc repro") from None
-    tensors = read_tensors(folder / WEIGHTS)
-    if model.sizes["tie_embeddings"] and "embedding.weight" in tensors:
-        tensors["output_head.weight"] = tensors["embedding.weight"]
-    try:
-        model.load_state_dict(tensors)
-    except RuntimeError:
-        raise ArtifactError(
-            f"{folder / WEIGHTS}: does not fit {CONFIG} beside it; run dvc checkout or dvc repro"
-        ) from None
+        if config["num_hidden_layers"] != sum(name.endswith(".exit_norm.weight") for name in tensors):
+            raise misfit
+        with torch.device("meta"):  # shapes without memory: a damaged size must not allocate what it says
+            shapes = {name: tensor.shape for name, tensor in _from_config(config).state_dict().items()}
+        if config[FIELDS["tie_embeddings"]] and "embedding.weight" in tensors:
+            tensors["output_head.weight"] = tensors["embedding.weight"]
+        if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise misfit
+        model = _from_config(config)
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        if error is misfit:
+            raise
+        what = f"describes no model ({str(error).splitlines()[0]})"
+        raise ArtifactError(f"{folder / CONFIG}: {what}; run dvc checkout or dvc repro") from None
+    model.load_state_dict(tensors)
     return model
+
+
+def _from_config(config: dict[str, Any]) -> BaseTransformer:
+    arguments = {name: config[field] for name, field in FIELDS.items()}
+    if config["architectures"] == [DeepSupervisionTransformer.__name__]:
+        return DeepSupervisionTransformer(**arguments, **{name: config[name] for name in ROUTING_FIELDS})
+    return StandardTransformer(**arguments)
 
 
 def grow_model(

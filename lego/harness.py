@@ -144,7 +144,7 @@ def exit_cleanly(main: Callable[[], None]) -> None:
         sentence, code = "interrupted; dvc repro continues where it was", 130
     else:
         return
-    print(f"error: {sentence} ({RECOVERY})", file=sys.stderr)
+    print(f"error: {' '.join(sentence.split())} ({RECOVERY})", file=sys.stderr)
     raise SystemExit(code)
 
 

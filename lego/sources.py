@@ -225,9 +225,8 @@ def _rows(rows: Iterable[dict[str, Any]], origin: str, data: DataParams) -> Iter
     def texts() -> Iterator[str]:
         for row in rows:
             if data.column not in row:
-                raise CorpusError(
-                    f"{origin}: has no column {data.column}; set params.yaml: data.column to one of {', '.join(row)}"
-                )
+                columns = " ".join(", ".join(row).split())[:200]  # a damaged header can hold anything
+                raise CorpusError(f"{origin}: has no column {data.column}; set params.yaml: data.column to {columns}")
             text = _joined(row[data.column])
             if text is None:
                 kind = type(row[data.column]).__name__

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from lego.artifacts import ArtifactError
+from lego.artifacts import ArtifactError, sha256
 from lego.blocks import BlockWriter, CorpusError
 
 END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<unk>"
@@ -162,7 +162,7 @@ def write_tokens(
         keep: most ids returned.
 
     Returns:
-        documents, tokens, bytes and sha256 of the blocks; the first `keep` ids of the stream.
+        documents, tokens, bytes, sha256 of the blocks and of their files; and the first `keep` ids of the stream.
 
     Raises:
         CorpusError: there is less text than one block.
@@ -184,6 +184,7 @@ def write_tokens(
     else:  # the incomplete last row was dropped
         predicted_bytes -= int(lengths[writer.pending[1:]].sum())
     facts = {"documents": documents, "tokens": writer.tokens, "bytes": predicted_bytes, "sha256": writer.sha256}
+    facts["files_sha256"] = sha256(writer.folder)
     return facts, np.concatenate(kept)
 
 

@@ -49,7 +49,8 @@ def main() -> None:
             encoded = track(encoder.encode(texts), limit, f"tokenizing {split}", "token", size=lambda one: len(one[0]))
             facts[split], ids[split] = write_tokens(encoded, encoder, writer, limit, data.max_ngram_tokens)
         write_json(folder / "corpus.json", {"vocab_size": encoder.vocab_size, "seq_len": seq_len, "splits": facts})
-        metrics = {f"{split}_{key}": value for split, fact in facts.items() for key, value in fact.items()}
+        counted = ("documents", "tokens", "bytes", "sha256")
+        metrics = {f"{split}_{key}": fact[key] for split, fact in facts.items() for key in counted}
         dropped = {"duplicates": corpus.duplicates, "near_duplicates": near.dropped if near else 0}
         per_byte = {split: facts[split]["tokens"] / facts[split]["bytes"] for split in facts}
         held_out = {split: ids[split] for split in ("validation", "test")}

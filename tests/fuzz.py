@@ -25,7 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lego.artifacts import ArtifactError  # noqa: E402
+from lego.artifacts import ArtifactError, sha256  # noqa: E402
 from lego.blocks import BlockWriter, PackedBlocks  # noqa: E402
 from lego.checkpoint import load_model, save_model  # noqa: E402
 from lego.hidden_states import HardTokenBatches, HiddenStateStore, StoreWriter  # noqa: E402
@@ -153,8 +153,8 @@ def fuzz_blocks(folder: Path, chooser: random.Random) -> None:
     writer = BlockWriter(tokens / "train", 4)
     writer.add(np.arange(50))
     writer.close()
-    facts = {"splits": {"train": {"sha256": writer.sha256, "tokens": 48, "bytes": 9}}, "vocab_size": 50, "seq_len": 4}
-    (tokens / "corpus.json").write_text(json.dumps(facts))
+    facts = {"train": {"files_sha256": sha256(writer.folder), "tokens": 48, "bytes": 9}}
+    (tokens / "corpus.json").write_text(json.dumps({"splits": facts, "vocab_size": 50, "seq_len": 4}))
     _mutate_one(tokens, chooser, ["corpus.json", "train/state.json", "train/data-00000-of-00001.arrow"])
     try:
         blocks = PackedBlocks(tokens, "train")

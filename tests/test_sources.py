@@ -132,7 +132,7 @@ def test_a_dataset_is_read_by_name_configuration_split_and_column(tmp_path, monk
     (folder / "test.jsonl").write_bytes(table_bytes("jsonl", ["held out"], "body"))
     assert read(hub_name=str(folder), column="body", streaming=streaming) == TEXTS
     assert read(hub_name=str(folder), column="body", hub_split="test", streaming=streaming) == ["held out"]
-    with pytest.raises(CorpusError, match=r"has no column text; set params\.yaml: data\.column to one of id, body"):
+    with pytest.raises(CorpusError, match=r"has no column text; set params\.yaml: data\.column to id, body"):
         read(hub_name=str(folder), streaming=streaming)
     with pytest.raises(CorpusError, match=r"dataset valid cannot be loaded \(.*valid.*train.*\); check .*hub_split"):
         read(hub_name=str(folder), hub_split="valid", streaming=streaming)
@@ -169,9 +169,9 @@ FAULTY = {  # file name -> content, what its sentence says
     "empty.csv": (b"", r"empty\.csv: (is empty|cannot be read)"),
     "other.jsonl": (
         b'{"body": "a"}\n',
-        r"other\.jsonl: has no column text; set params\.yaml: data\.column to one of body",
+        r"other\.jsonl: has no column text; set params\.yaml: data\.column to body",
     ),
-    "other.csv": (b"id,body\n1,a\n", r"other\.csv: has no column text; .* one of id, body"),
+    "other.csv": (b"id,body\n1,a\n", r"other\.csv: has no column text; .* to id, body"),
     "numbers.csv": (b"id,text\n1,2\n", r"numbers\.csv: text holds int, not text"),
     "nested.jsonl": (b'{"text": {"deep": 1}}\n', r"nested\.jsonl: text holds dict, not text"),
     "nothing.jsonl": (b'{"text": ""}\n{"text": null}\n', r"nothing\.jsonl: is empty"),
