@@ -81,14 +81,16 @@ class Stage:
         self.name, self.seed = name, derived_seed(seed, name)
         self.threads = threads
         self.record: dict[str, Any] = {}
-        self.kept = False
+        self.kept = self.continued = False
         self.parent = os.getppid()
         self.lock = only_run(name)
 
     @cached_property
     def scratch(self) -> Path:
         """What outlives a killed or failed run, for a run of the same code, parameters and inputs to continue from."""
-        return SCRATCH / self.name / fingerprint(self.name)
+        folder = SCRATCH / self.name / fingerprint(self.name)
+        self.continued = folder.exists()
+        return folder
 
     def keep(self, name: str) -> Path:
         """A folder for the best model so far, which outlives a failure of this stage."""
@@ -119,11 +121,15 @@ class Stage:
         if os.getppid() == self.parent:  # else dvc was killed and will run this again: from here, in no time
             shutil.rmtree(SCRATCH / self.name, ignore_errors=True)
         seconds = time.perf_counter() - self._start
-        rates = {f"{unit}_per_second": count / seconds for unit, count in self.record.pop("counts", {}).items()}
+        counts = self.record.pop("counts", {})
+        if self.continued:  # part of the work was done, and timed, by another run
+            counts = {}
+        rates = {f"{unit}_per_second": count / seconds for unit, count in counts.items()}
         environment = {
             "python_executable": _interpreter(),
             "python_version": platform.python_version(),
             "threads": self.threads,
+            "continued": self.continued,
             **{f"{package}_version": version(package) for package in RECORDED_PACKAGES},
         }
         write_json(f"metrics/timing/{self.name}.json", {"seconds": seconds, **rates, **environment, **self.record})

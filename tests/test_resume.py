@@ -19,7 +19,7 @@ from conftest import ROOT, VOCAB, random_batches
 from test_pipeline import ORDER, outs
 
 from lego import DeepSupervisionTransformer, Trainer, create_standard_config
-from lego.artifacts import sha256
+from lego.artifacts import read_json, sha256
 from lego.epochs import TrainingState
 from lego.hidden_states import StoreWriter
 from lego.params import load_params
@@ -163,6 +163,26 @@ def test_a_stage_killed_half_way_ends_with_the_same_bytes(clone, monkeypatch, ca
     assert re.search(r"continues after (epoch 1/|\d+\.\d %)", capsys.readouterr().out)
     assert digests(stage) == expected
     assert not (clone.folder / ".scratch" / stage).exists()
+    timing = read_json(f"metrics/timing/{stage}.json")
+    assert timing["continued"] is True
+    assert not any("per_second" in key for key in timing)  # of a part, over the time of another
+
+
+def test_what_an_orphan_finished_is_published_at_once_by_the_next_run(clone, monkeypatch, capsys):
+    """Its dvc is dead, so nobody records its results: the state stays, and the rerun trains nothing."""
+    monkeypatch.chdir(clone.folder)
+    expected = digests("train_phase1")
+    parents = iter([1000, 1])  # when the stage starts, and when it ends
+    with monkeypatch.context() as patch:
+        patch.setattr("lego.harness.os.getppid", lambda: next(parents))
+        importlib.import_module("stages.train_phase1").main()
+    capsys.readouterr()
+    importlib.import_module("stages.train_phase1").main()
+    output = capsys.readouterr().out
+    assert "continues after epoch 3/3" in output
+    assert "train loss" not in output
+    assert digests("train_phase1") == expected
+    assert not Path(".scratch/train_phase1").exists()
 
 
 def wait_for(condition, seconds: float = 60.0) -> None:
