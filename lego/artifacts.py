@@ -133,9 +133,13 @@ def publish(folder: Path, path: str | Path) -> None:
         if file.is_file():
             _fsync(file)
     path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(path)
+    if folder != partial:
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.move(folder, partial)  # a copy, if data/ lies on another disk
     if path.exists():
         shutil.rmtree(path)
-    shutil.move(folder, path)  # a rename, unless data/ lies on another disk
+    os.replace(partial, path)
     _fsync(path.parent)
 
 

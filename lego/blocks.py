@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from torch import Tensor
 
 from lego.artifacts import ArtifactError, named, read_json, sha256
@@ -134,9 +135,9 @@ class PackedBlocks:
         source = Path(folder) / split
         if (Path(folder) / "corpus.json").exists():  # first of all: Arrow ends the process at some damages
             facts = corpus_facts(folder)["splits"]
-            if not isinstance(facts, dict) or not isinstance(facts.get(split), dict):
+            if split not in facts:
                 raise ArtifactError(f"{folder}/corpus.json: says nothing of {split}; run dvc checkout or dvc repro")
-            if source.exists() and facts[split].get("files_sha256") != sha256(source):
+            if source.exists() and facts[split]["files_sha256"] != sha256(source):
                 raise ArtifactError(f"{source}: was changed; run dvc checkout or dvc repro to restore it")
         try:
             self.pieces = _read_arrow(source)
@@ -175,9 +176,36 @@ def train_part(phase2_share: float, phase: int, phase2_text: str = "fresh") -> t
     return seen if phase == 1 or phase2_text == "same" else (1.0 - phase2_share, 1.0)
 
 
+class _Split(BaseModel):
+    model_config = ConfigDict(strict=True)
+    documents: PositiveInt
+    tokens: PositiveInt
+    bytes: PositiveInt
+    sha256: str
+    files_sha256: str
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(strict=True)
+    vocab_size: PositiveInt
+    seq_len: PositiveInt
+    splits: dict[str, _Split]
+
+
 def corpus_facts(folder: str | Path) -> dict[str, Any]:
-    """What tokenize counted: vocab_size, seq_len and `splits: {split: {tokens, bytes, documents, sha256}}`."""
-    return read_json(Path(folder) / "corpus.json", "vocab_size", "seq_len", "splits")
+    """What tokenize counted: vocab_size, seq_len and by split documents, tokens, bytes and sha256.
+
+    Raises:
+        ArtifactError: corpus.json is missing or not as it was written.
+    """
+    path = Path(folder) / "corpus.json"
+    facts = read_json(path, *_Facts.model_fields)
+    try:
+        _Facts.model_validate(facts)
+    except ValidationError as error:
+        key = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise ArtifactError(f"{path}: {key} is not as it was written; run dvc checkout or dvc repro") from None
+    return facts
 
 
 def bits_per_byte(ppl: float, facts: dict[str, Any]) -> float:

@@ -11,12 +11,16 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from lego.artifacts import named
 from lego.blocks import CorpusError
+
+if TYPE_CHECKING:
+    from datasketch import MinHash
 
 SPLITS = ("train", "validation", "calibration", "test")
 SPOOL_BYTES = 2**20  # text per record batch of the spool file
@@ -88,6 +92,7 @@ class Corpus:
         places, contents, homes = array("Q"), array("Q"), array("B")
         sizes = dict.fromkeys(SPLITS, 0)
         pending: list[str] = []
+        seen: set[int] = set()  # of a stream, which ends; a duplicate in it adds nothing
         size = 0
         schema = pa.schema([("text", pa.large_string())])
         with pa.OSFile(str(self.path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
@@ -106,12 +111,14 @@ class Corpus:
                 homes.append(SPLITS.index(split))
                 pending.append(document.text)
                 size += len(document.text)
-                sizes[split] += len(document.text)
                 if size >= SPOOL_BYTES:
                     flush()
                     size = 0
-                if enough and all(sizes[name] >= enough[name] for name in SPLITS):
-                    break
+                if enough and contents[-1] not in seen:
+                    seen.add(contents[-1])
+                    sizes[split] += len(document.text.encode())
+                    if all(sizes[name] >= enough[name] for name in SPLITS):
+                        break
             if pending:
                 flush()
         return places, contents, homes
@@ -147,12 +154,13 @@ class NearDuplicates:
     """
 
     def __init__(self, similarity: float, permutations: int = 128) -> None:
-        from datasketch import MinHashLSH
+        from datasketch import MinHashLSH  # the option is rarely chosen, and scipy comes with it
 
         self.similarity, self.permutations = similarity, permutations
         # candidates are looked up generously and then compared: the index alone misses some and invents others
         self.index = MinHashLSH(threshold=0.9 * similarity, num_perm=permutations, weights=(0.1, 0.9))
-        self.hashes: dict[int, object] = {}
+        self.hashes: dict[int, MinHash] = {}
+        self.pending: list[MinHash] = []
         self.dropped = 0
 
     def novel(self, texts: Iterable[str], remember: bool) -> Iterator[str]:
@@ -164,7 +172,10 @@ class NearDuplicates:
         """
         from datasketch import MinHash
 
-        fresh = []
+        for one in self.pending:  # of the splits before, whether or not they were read to their end
+            self.index.insert(len(self.hashes), one)
+            self.hashes[len(self.hashes)] = one
+        self.pending.clear()
         for text in texts:
             words = text.lower().split()
             shingles = {" ".join(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1))}
@@ -174,9 +185,5 @@ class NearDuplicates:
                 self.dropped += 1
                 continue
             if remember:
-                fresh.append(one)
+                self.pending.append(one)
             yield text
-        for one in fresh:
-            key = len(self.hashes)
-            self.hashes[key] = one
-            self.index.insert(key, one)

@@ -51,6 +51,7 @@ class TrainingState:
 
     def __init__(self, file: Path, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
         self.file, self.model, self.optimizer, self.scheduler = file, model, optimizer, scheduler
+        self.continued = False
 
     def save(self, best: dict[str, Tensor], history: History) -> None:
         """Replaces the file by the present state."""
@@ -95,6 +96,7 @@ class TrainingState:
         if self.scheduler:
             self.scheduler.load_state_dict(rest["scheduler"])
         torch.set_rng_state(tensors["rng"])
+        self.continued = True
         return History(**rest["history"])
 
 

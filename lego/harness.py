@@ -88,9 +88,7 @@ class Stage:
     @cached_property
     def scratch(self) -> Path:
         """What outlives a killed or failed run, for a run of the same code, parameters and inputs to continue from."""
-        folder = SCRATCH / self.name / fingerprint(self.name)
-        self.continued = folder.exists()
-        return folder
+        return SCRATCH / self.name / fingerprint(self.name)
 
     def keep(self, name: str) -> Path:
         """A folder for the best model so far, which outlives a failure of this stage."""
@@ -113,13 +111,15 @@ class Stage:
     def __exit__(
         self, error: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            if self.kept:
+        try:
+            if error is None:
+                self._succeed()
+            elif self.kept:
                 print(f"{self.name}: the best model it reached is in {self.scratch}/", file=sys.stderr)
+        finally:
             self.lock.__exit__(None, None, None)
-            return
-        if os.getppid() == self.parent:  # else dvc was killed and will run this again: from here, in no time
-            shutil.rmtree(SCRATCH / self.name, ignore_errors=True)
+
+    def _succeed(self) -> None:
         seconds = time.perf_counter() - self._start
         counts = self.record.pop("counts", {})
         if self.continued:  # part of the work was done, and timed, by another run
@@ -133,7 +133,8 @@ class Stage:
             **{f"{package}_version": version(package) for package in RECORDED_PACKAGES},
         }
         write_json(f"metrics/timing/{self.name}.json", {"seconds": seconds, **rates, **environment, **self.record})
-        self.lock.__exit__(None, None, None)
+        if os.getppid() == self.parent:  # else dvc was killed and will run this again: from here, in no time
+            shutil.rmtree(SCRATCH / self.name, ignore_errors=True)
 
 
 def exit_cleanly(main: Callable[[], None]) -> None:
@@ -147,7 +148,10 @@ def exit_cleanly(main: Callable[[], None]) -> None:
     except OSError as error:
         sentence, code = f"{error.filename or 'a file'}: {error.strerror or error}; {_remedy(error)}", 1
     except KeyboardInterrupt:
-        sentence, code = "interrupted; dvc repro continues where it was", 130
+        sentence, code = (
+            "interrupted; dvc repro runs it again, from the last finished epoch or shard if it trains or mines",
+            130,
+        )
     else:
         return
     print(f"error: {' '.join(sentence.split())} ({RECOVERY})", file=sys.stderr)

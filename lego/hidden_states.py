@@ -17,6 +17,26 @@ MANIFEST, PROGRESS = "manifest.json", "progress.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+class _Shard(BaseModel):
+    model_config = ConfigDict(strict=True)
+    file: str
+    blocks: PositiveInt
+    tokens: PositiveInt
+    hard_tokens: NonNegativeInt
+    shape: list[PositiveInt]
+    sha256: str
+
+
+class _Progress(BaseModel):
+    """What a killed run had finished."""
+
+    model_config = ConfigDict(strict=True)
+    shards: list[_Shard]
+    error: FiniteFloat
+    norm: FiniteFloat
+    confidence: FiniteFloat
+
+
 class StoreWriter:
     """Writes whole blocks into shards; `close` writes the manifest. In a folder left by a killed run it continues.
 
@@ -32,10 +52,12 @@ class StoreWriter:
         self.pending: list[dict[str, Tensor]] = []
         self.shards: list[dict[str, Any]] = []
         self.error = self.norm = self.confidence = 0.0
-        if (self.folder / PROGRESS).exists():
-            done = read_json(self.folder / PROGRESS, "shards", "error", "norm", "confidence")
-            self.shards, self.error, self.norm = done["shards"], done["error"], done["norm"]
-            self.confidence = done["confidence"]
+        try:
+            done = _Progress.model_validate(read_json(self.folder / PROGRESS, *_Progress.model_fields))
+        except (ArtifactError, ValidationError):  # nothing whole to continue from
+            return
+        self.shards = [shard.model_dump() for shard in done.shards]
+        self.error, self.norm, self.confidence = done.error, done.norm, done.confidence
 
     @property
     def blocks(self) -> int:
@@ -119,15 +141,6 @@ class StoreWriter:
         write_json(self.folder / MANIFEST, manifest)
         (self.folder / PROGRESS).unlink(missing_ok=True)
         return manifest
-
-
-class _Shard(BaseModel):
-    model_config = ConfigDict(strict=True)
-    file: str
-    blocks: PositiveInt
-    tokens: PositiveInt
-    hard_tokens: NonNegativeInt
-    sha256: str
 
 
 class _Manifest(BaseModel):

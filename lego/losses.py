@@ -28,13 +28,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         needs_h, needs_weight = ctx.needs_input_grad[:2]
         dh = torch.empty_like(h) if needs_h else None
         dw = torch.zeros_like(weight) if needs_weight else None
-        total = torch.zeros((), device=h.device)
+        total = torch.zeros((), device=h.device, dtype=torch.promote_types(weight.dtype, torch.float32))
         with torch.autocast(kind, enabled=False):
             w = weight.to(dtype)
             rows = _rows_at_a_time(weight)
             for start in range(0, len(y), rows):
                 chunk, target = h[start : start + rows].to(dtype), y[start : start + rows, None]  # (r, D), (r, 1)
-                logits = (chunk @ w.t()).float()  # (r, V)
+                logits = chunk @ w.t()  # (r, V)
+                logits = logits if logits.dtype is torch.float64 else logits.float()
                 logits -= logits.amax(dim=1, keepdim=True)
                 right = logits.gather(1, target)  # (r, 1)
                 norm = logits.exp_().sum(dim=1, keepdim=True)  # (r, 1)

@@ -17,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from lego.artifacts import sha256
@@ -48,7 +49,7 @@ def fingerprint(stage: str, params_file: str | Path = "params.yaml") -> str:
         dep = dep.replace("${data.path}", values["data"]["path"])
         path = ROOT / dep if dep.endswith(".py") else Path(dep)
         inputs[dep] = sha256(path) if path.exists() else None  # the stage will say what it misses
-    versions = {"python": platform.python_version(), "torch": version("torch")}
+    versions = {"python": platform.python_version(), "torch": version("torch"), "cuda": torch.cuda.is_available()}
     everything = json.dumps([stage, params, inputs, versions], sort_keys=True)
     return hashlib.sha256(everything.encode()).hexdigest()[:32]
 
@@ -75,4 +76,7 @@ def only_run(stage: str) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"{os.getpid()}\n")
         lock.flush()
-        yield
+        try:
+            yield
+        finally:
+            lock.truncate(0)

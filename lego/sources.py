@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import re
-import shutil
 import sysconfig
-import tempfile
-import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +13,11 @@ from typing import Any
 from lego.blocks import CorpusError
 from lego.corpus import Document
 from lego.params import DataParams
+from lego.readers import READABLE, cause, csv_rows, json_rows, kind_of, lines, parquet_rows, quiet
 
 # tests/ and data-like packages: 82 % of the lines of encodings/ stand in a sibling file
 EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
 EXCLUDED_FILES = "_sysconfigdata"  # written by the build of this very interpreter, paths included
-BUILDERS = {".txt": "text", ".md": "text", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-COMPRESSIONS = (".gz", ".zst")
-KINDS = f"{', '.join(BUILDERS)}, each also with {' or '.join(COMPRESSIONS)}"
 
 
 def documents(data: DataParams) -> Iterator[Document]:
@@ -63,12 +57,6 @@ def stdlib_documents(root: str | Path | None = None) -> Iterator[Document]:
         raise CorpusError(f"{root}: holds no .py file of a standard library; use a Python that ships its sources")
 
 
-def _kind(path: Path) -> tuple[str | None, str]:
-    """The builder that reads a file, None if there is none, and its compression, if any."""
-    compression = path.suffix if path.suffix in COMPRESSIONS else ""
-    return BUILDERS.get(Path(path.name.removesuffix(compression)).suffix.lower()), compression
-
-
 def text_files(path: Path) -> list[Path]:
     """The readable files of a folder in order of their names, or the one file.
 
@@ -76,19 +64,19 @@ def text_files(path: Path) -> list[Path]:
         CorpusError: there is none.
     """
     if not path.exists():
-        raise CorpusError(f"{path}: is missing; set params.yaml: data.path to a file or folder of {KINDS}")
+        raise CorpusError(f"{path}: is missing; set params.yaml: data.path to a file or folder of {READABLE}")
     if path.is_file():
-        if _kind(path)[0] is None:
-            raise CorpusError(f"{path}: is of no kind that can be read; params.yaml: data.path takes {KINDS}")
+        if kind_of(path)[0] is None:
+            raise CorpusError(f"{path}: is of no kind that can be read; params.yaml: data.path takes {READABLE}")
         return [path]
     visible = [
         file
         for file in sorted(path.rglob("*"))
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
     ]
-    files = [file for file in visible if _kind(file)[0]]
+    files = [file for file in visible if kind_of(file)[0]]
     if not files:
-        raise CorpusError(f"{path}: holds no text; put files there ({KINDS}) or set params.yaml: data.path")
+        raise CorpusError(f"{path}: holds no text; put files there ({READABLE}) or set params.yaml: data.path")
     if others := len(visible) - len(files):
         print(f"{path}: {others} of {len(visible)} files are of another kind and not read", flush=True)
     return files
@@ -100,90 +88,19 @@ def file_texts(path: Path, data: DataParams) -> Iterator[str]:
     Raises:
         CorpusError: naming the file that is empty, damaged, not text, or lacks the column.
     """
+    rows = {".jsonl": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
     for file in text_files(path):
-        if _kind(file)[0] == "text":
-            lines: Iterable[str] = _lines(file)
-            texts: Iterable[str] = _cut(lines, data.split_on) if data.split_on else ["".join(lines)]
+        kind = str(kind_of(file)[0])
+        if kind in rows:
+            texts = _texts(rows[kind](file), str(file), data, ragged=kind == ".jsonl")
         else:
-            texts = _rows(_read_table(file), str(file), data)
+            texts = _cut(lines(file), data.split_on) if data.split_on else iter(["".join(lines(file))])
         empty = True
         for text in texts:
             empty = empty and not text.strip()
             yield text
         if empty:
             raise CorpusError(f"{file}: is empty; put text there or remove the file")
-
-
-def _lines(file: Path) -> Iterator[str]:
-    """Lines with their ends as they are; a byte-order mark is not text."""
-    try:
-        with _open(file) as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as handle:
-            for line in handle:
-                if "\0" in line:
-                    raise CorpusError(f"{file}: holds zero bytes, so it is not text; remove it or convert it to UTF-8")
-                yield line
-    except UnicodeDecodeError as error:
-        raise CorpusError(
-            f"{file}: is not UTF-8 (byte 0x{error.object[error.start]:02x}); convert it, e.g. with iconv -t utf-8"
-        ) from None
-    except CorpusError:
-        raise
-    except (OSError, EOFError, zlib.error, _zstd_error()) as error:
-        raise _unreadable(file, error) from None
-
-
-def _open(file: Path) -> Any:
-    match _kind(file)[1]:
-        case ".gz":
-            return gzip.open(file)
-        case ".zst":
-            import zstandard
-
-            return zstandard.open(file)
-        case _:
-            return file.open("rb")
-
-
-def _zstd_error() -> type[Exception]:
-    import zstandard
-
-    return zstandard.ZstdError
-
-
-def _unreadable(file: Path | str, error: Exception) -> CorpusError:
-    reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-    return CorpusError(f"{file}: cannot be read ({reason}); restore or remove the file")
-
-
-def _read_table(file: Path) -> Iterator[dict[str, Any]]:
-    import datasets
-
-    _quiet(datasets)
-    builder, compression = _kind(file)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            readable = file
-            if builder == "parquet" and compression:  # its reader jumps to the end of the file first
-                readable = Path(folder) / file.stem
-                with _open(file) as packed, readable.open("wb") as unpacked:
-                    shutil.copyfileobj(packed, unpacked)
-            options = {"chunksize": 2**20} if builder == "json" else {}  # bytes at a time instead of 10 MiB
-            yield from datasets.load_dataset(
-                builder, data_files=[str(readable)], split="train", streaming=True, **options
-            )
-    except Exception as error:  # every reader has errors of its own; each means that this file is damaged
-        raise _unreadable(file, _cause(error)) from None
-
-
-def _quiet(datasets: Any) -> None:
-    """What it has to say comes back as an exception; its own lines would bury ours."""
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-
-
-def _cause(error: BaseException) -> Any:
-    """datasets wraps what really happened."""
-    return _cause(error.__cause__) if error.__cause__ is not None else error
 
 
 def hub_texts(data: DataParams) -> Iterator[str]:
@@ -194,45 +111,54 @@ def hub_texts(data: DataParams) -> Iterator[str]:
     """
     import datasets
 
-    _quiet(datasets)
+    quiet(datasets)
     what = " ".join(str(part) for part in (data.hub_name, data.hub_config, data.hub_split, data.hub_revision) if part)
+    print(
+        f"reading {what} {'as a stream' if data.streaming else '(downloaded first, where it is not yet)'}", flush=True
+    )
     try:
         rows = datasets.load_dataset(
             data.hub_name, data.hub_config, split=data.hub_split, revision=data.hub_revision, streaming=data.streaming
         )
     except Exception as error:  # of the network, the hub, the file system and the dataset alike
-        reason = (str(_cause(error)).strip() or type(error).__name__).split("\n")[0].rstrip(".")
+        reason = (str(cause(error)).strip() or type(error).__name__).split("\n")[0].rstrip(".")
         raise CorpusError(
             f"params.yaml: data.hub_name {what} cannot be loaded ({reason}); check data.hub_name, hub_config, "
             "hub_split and hub_revision, the network, and that the folder HF_HOME names can be written"
         ) from None
-    yield from _rows(_guarded(rows, what), f"params.yaml: data.hub_name {what}", data)
+    yield from _texts(_guarded(rows, what), f"params.yaml: data.hub_name {what}", data)
 
 
 def _guarded(rows: Iterable[dict[str, Any]], what: str) -> Iterator[dict[str, Any]]:
     try:
         yield from rows
     except Exception as error:
-        reason = (str(_cause(error)).strip() or type(error).__name__).split("\n")[0]
+        reason = (str(cause(error)).strip() or type(error).__name__).split("\n")[0]
         raise CorpusError(
             f"params.yaml: data.hub_name {what}: reading stopped ({reason}); check the network and run dvc repro again"
         ) from None
 
 
-def _rows(rows: Iterable[dict[str, Any]], origin: str, data: DataParams) -> Iterator[str]:
-    """The text of each row; rows without any are left out."""
+def _texts(rows: Iterable[dict[str, Any]], origin: str, data: DataParams, ragged: bool = False) -> Iterator[str]:
+    """The text of each row; rows without any are left out, and of `ragged` ones those without the column."""
 
     def texts() -> Iterator[str]:
+        columns, found = "", False
         for row in rows:
             if data.column not in row:
-                columns = " ".join(", ".join(row).split())[:200]  # a damaged header can hold anything
-                raise CorpusError(f"{origin}: has no column {data.column}; set params.yaml: data.column to {columns}")
+                columns = columns or " ".join(", ".join(row).split())[:200]  # a damaged header can hold anything
+                if ragged:
+                    continue
+                break
+            found = True
             text = _joined(row[data.column])
             if text is None:
                 kind = type(row[data.column]).__name__
                 raise CorpusError(f"{origin}: {data.column} holds {kind}, not text; set params.yaml: data.column")
             if text:
                 yield text
+        if columns and not found:
+            raise CorpusError(f"{origin}: has no column {data.column}; set params.yaml: data.column to {columns}")
 
     if not data.split_on:
         return texts()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,10 +21,11 @@ PIECE = 2**20  # characters encoded at a time: enough for all cores, little memo
 def _capped(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
     left = max_bytes
     for text in texts:
+        part = text.encode()[:left].decode(errors="ignore")
+        yield part
+        left -= len(text.encode())
         if left <= 0:
             return
-        yield text[:left]
-        left -= len(text.encode())
 
 
 def _require_full(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
@@ -108,7 +110,8 @@ class TextEncoder:
         if not loaded.is_fast or loaded.eos_token_id is None:
             what = "end-of-text token" if loaded.is_fast else "tokenizer.json"
             raise CorpusError(f"params.yaml: data.pretrained {name} has no {what}; choose another tokenizer")
-        return cls(loaded.backend_tokenizer, loaded.eos_token_id, len(loaded), loaded)
+        size = max(loaded.get_vocab().values()) + 1  # ids may have holes
+        return cls(loaded.backend_tokenizer, loaded.eos_token_id, size, loaded)
 
     def save(self, folder: str | Path) -> None:
         """Writes it in Hugging Face format: `transformers.AutoTokenizer.from_pretrained(folder)` reads it."""
@@ -136,10 +139,12 @@ class TextEncoder:
     def token_bytes(self) -> np.ndarray | None:
         """Bytes of text (V,) behind each id, none for end-of-text; None if ids do not stand for fixed bytes.
 
-        In a byte-level vocabulary each character stands for one byte. Words lose their case and the white space between
-        them, so there the bytes must be counted in the documents.
+        In a byte-level vocabulary each character stands for one byte, unless a normalizer or a space put in front
+        changes the text. Words lose their case and the white space between them: there the documents are counted.
         """
-        if not isinstance(self.fast.decoder, decoders.ByteLevel):
+        before = json.dumps(json.loads(self.fast.to_str())["pre_tokenizer"])
+        changed = self.fast.normalizer is not None or '"add_prefix_space": true' in before
+        if changed or not isinstance(self.fast.decoder, decoders.ByteLevel):
             return None
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
         added = {index: len(token.content.encode()) for index, token in self.fast.get_added_tokens_decoder().items()}

@@ -29,7 +29,8 @@ def main() -> None:
         threshold = read_number("metrics/compute_threshold.json", "threshold", high=1.0)
         writer = StoreWriter(folder, threshold, ashem.store_dtype, ashem.shard_tokens)
         batches = EvaluationBatches(blocks, params.evaluation.batch_size, start=writer.blocks)
-        if writer.blocks:
+        continued = writer.blocks > 0
+        if continued:
             print(f"mining continues after {share(writer.blocks, len(blocks), 'blocks')}", flush=True)
         device = resolve_device(params.train.device)
         for batch in track(exit_states(model, batches, device), len(batches), "mining", "batch"):
@@ -42,7 +43,6 @@ def main() -> None:
             tokenizer_sha256=sha256("data/tokens/tokenizer/tokenizer.json"),
             macs=macs,
         )
-        publish(folder, "data/hard")
         hard, tokens = manifest["hard_tokens"], manifest["tokens"]
         write_json(
             "metrics/collect_hard.json",
@@ -57,6 +57,8 @@ def main() -> None:
                 "leaky": ashem.hard_split == "validation",
             },
         )
+        publish(folder, "data/hard")  # last: whoever is killed before it has lost no shard
+        stage.continued = continued
         print(f"hard: {share(hard, tokens)} of {ashem.hard_split} text, below confidence {threshold:.4f}")
         stage.record |= data_digests("data/tokens") | {"counts": {"tokens": tokens}}
 

@@ -17,6 +17,12 @@ from lego.progress import share
 def main() -> None:
     params = load_params()
     with Stage("evaluate_routing", threads=params.train.threads) as stage:
+        mined = read_json("metrics/collect_hard.json", "n_hard", "hard_share", "leaky")
+        converged = read_json("metrics/train_phase1.json", "phase1_converged")["phase1_converged"]
+        train_macs = read_number("metrics/train_phase1.json", "train_macs")
+        train_macs += read_number("metrics/added_macs.json", "added_macs")
+        yardstick = read_json("metrics/baseline/shallow_continued.json")
+        threshold = read_number("metrics/compute_threshold.json", "threshold", high=1.0)
         test, validation = (
             EvaluationBatches(PackedBlocks("data/tokens", split), params.evaluation.batch_size)
             for split in ("test", "validation")
@@ -24,11 +30,9 @@ def main() -> None:
         model, device = load_model("data/phase2"), resolve_device(params.train.device)
         ledger = Ledger.of(model, test.blocks.seq_len)
         tables = token_table(model, test, device), token_table(model, validation, device)
-        threshold = read_number("metrics/compute_threshold.json", "threshold", high=1.0)
-        mined, phase1 = read_json("metrics/collect_hard.json"), read_json("metrics/train_phase1.json")
         facts = corpus_facts("data/tokens")["splits"]
         metrics = routed_metrics(*tables, threshold, ledger, facts["test"]) | {
-            "train_macs": phase1["train_macs"] + read_number("metrics/added_macs.json", "added_macs"),
+            "train_macs": train_macs,
             "n_hard": mined["n_hard"],
             "hard_share": mined["hard_share"],
             "leaky": mined["leaky"],
@@ -38,10 +42,8 @@ def main() -> None:
             "metrics/curves/evaluate_routing.csv", threshold_sweep(tables[0], ledger, params.evaluation.sweep_points)
         )
         easy = int(tables[0].easy(threshold).sum())
-        print(
-            f"shallow {share(easy, test.blocks.tokens)} of test text; phase 1 converged: {phase1['phase1_converged']}"
-        )
-        print("\n".join(comparison_lines(metrics, read_json("metrics/baseline/shallow_continued.json"))))
+        print(f"shallow {share(easy, test.blocks.tokens)} of test text; phase 1 converged: {converged}")
+        print("\n".join(comparison_lines(metrics, yardstick)))
         stage.record |= data_digests("data/tokens") | {"counts": {"tokens": test.blocks.tokens}}
 
 

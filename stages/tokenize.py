@@ -38,7 +38,8 @@ def main() -> None:
     params = load_params()
     data, seq_len = params.data, params.model.seq_len
     with Stage("tokenize") as stage, atomic_folder("data/tokens") as folder:
-        corpus = gather(data, stage.scratch / "documents.arrow")
+        spool = folder / ".documents.arrow"
+        corpus = gather(data, spool)
         encoder = fit_tokenizer(data, corpus)
         encoder.save(folder / "tokenizer")
         near = NearDuplicates(data.near_duplicate_similarity) if data.near_duplicates == "drop" else None
@@ -48,6 +49,7 @@ def main() -> None:
             writer, limit = BlockWriter(folder / split, seq_len), getattr(data, f"max_{split}_tokens")
             encoded = track(encoder.encode(texts), limit, f"tokenizing {split}", "token", size=lambda one: len(one[0]))
             facts[split], ids[split] = write_tokens(encoded, encoder, writer, limit, data.max_ngram_tokens)
+        spool.unlink()
         write_json(folder / "corpus.json", {"vocab_size": encoder.vocab_size, "seq_len": seq_len, "splits": facts})
         counted = ("documents", "tokens", "bytes", "sha256")
         metrics = {f"{split}_{key}": fact[key] for split, fact in facts.items() for key in counted}

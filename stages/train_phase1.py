@@ -29,6 +29,7 @@ def train(params: Params, stage: Stage, batches: TrainingBatches) -> tuple[BaseT
     steps = ashem.phase1_epochs * -(-len(batches) // params.train.grad_accumulation)
     optimizer, options = build_training(model, ashem.phase1_lr, steps, params.train)
     trainer = Trainer(create_standard_config(depth), vocab_size, device, options=options)
+    state = TrainingState(stage.scratch / "state.safetensors", model, optimizer, options.scheduler)
     result = trainer.train_with_early_stopping(
         model,
         batches,
@@ -37,8 +38,9 @@ def train(params: Params, stage: Stage, batches: TrainingBatches) -> tuple[BaseT
         ashem.phase1_epochs,
         ashem.phase1_patience,
         on_best=lambda epoch: save_model(model, stage.keep("best")),
-        state=TrainingState(stage.scratch / "state.safetensors", model, optimizer, options.scheduler),
+        state=state,
     )
+    stage.continued = state.continued
     return model, result
 
 

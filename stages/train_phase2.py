@@ -28,7 +28,8 @@ def train(params: Params, stage: Stage, model: DeepSupervisionTransformer, batch
     steps = ashem.phase2_epochs * -(-len(batches) // params.train.grad_accumulation)
     optimizer, options = build_training(model.to(device), ashem.phase2_lr, steps, params.train)
     routed = Trainer(TrainingConfig([StageConfig((n, n))], model.routing_threshold, k), vocab_size, device)
-    return fit(
+    state = TrainingState(stage.scratch / "state.safetensors", model, optimizer, options.scheduler)
+    history = fit(
         model,
         batches,
         lambda: train_upper_layers(model, batches, optimizer, vocab_size, device, k, options=options),
@@ -37,8 +38,10 @@ def train(params: Params, stage: Stage, model: DeepSupervisionTransformer, batch
         patience=ashem.phase2_patience,
         keep_start=True,
         on_best=lambda epoch: save_model(model, stage.keep("best")),
-        state=TrainingState(stage.scratch / "state.safetensors", model, optimizer, options.scheduler),
+        state=state,
     )
+    stage.continued = state.continued
+    return history
 
 
 def main() -> None:

@@ -35,6 +35,7 @@ def train(params: Params, stage: Stage, model: BaseTransformer, blocks: PackedBl
     optimizer, options = build_training(model.to(device), params.yardstick.lr, steps, train)
     trainer = Trainer(create_standard_config(model.num_layers), model.sizes["vocab_size"], device, options=options)
 
+    state = TrainingState(stage.scratch / "state.safetensors", model, optimizer, options.scheduler)
     history = fit(
         model,
         batches,
@@ -44,8 +45,9 @@ def train(params: Params, stage: Stage, model: BaseTransformer, blocks: PackedBl
         patience=epochs + 1,  # the whole budget is spent
         keep_start=True,
         on_best=lambda epoch: save_model(model, stage.keep("best")),
-        state=TrainingState(stage.scratch / "state.safetensors", model, optimizer, options.scheduler),
+        state=state,
     )
+    stage.continued = state.continued
     rows = epoch_rows(history.as_result(), batches.blocks_per_epoch * blocks.seq_len, affordable * blocks.seq_len)
     write_csv("metrics/curves/shallow_continued.csv", rows)
     return history
@@ -75,6 +77,7 @@ def main() -> None:
         block1, model = load_model("data/phase1"), load_model("data/phase1")
         ledger, budget = Ledger.of(model, blocks.seq_len), read_number("metrics/added_macs.json", "added_macs")
         affordable = round(budget / ledger.train_block1(blocks.seq_len))
+        before = read_number("metrics/train_phase1.json", "train_macs")
         leaky = read_json("metrics/added_macs.json", "leaky")["leaky"]
         if not affordable:
             raise StageError("metrics/added_macs.json: the budget pays for no block; raise ashem.phase2_epochs")
@@ -86,7 +89,7 @@ def main() -> None:
         macs = ledger.train_block1(tokens)
         validation = corpus_facts("data/tokens")["splits"]["validation"]
         common = {
-            "train_macs": read_json("metrics/train_phase1.json")["train_macs"] + macs,
+            "train_macs": before + macs,
             "n_hard": None,  # it learns from every token
             "hard_share": None,
             "leaky": leaky,

@@ -153,7 +153,7 @@ def fuzz_blocks(folder: Path, chooser: random.Random) -> None:
     writer = BlockWriter(tokens / "train", 4)
     writer.add(np.arange(50))
     writer.close()
-    facts = {"train": {"files_sha256": sha256(writer.folder), "tokens": 48, "bytes": 9}}
+    facts = {"train": {"files_sha256": sha256(writer.folder), "tokens": 48, "bytes": 9, "documents": 1, "sha256": ""}}
     (tokens / "corpus.json").write_text(json.dumps({"splits": facts, "vocab_size": 50, "seq_len": 4}))
     _mutate_one(tokens, chooser, ["corpus.json", "train/state.json", "train/data-00000-of-00001.arrow"])
     try:

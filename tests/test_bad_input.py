@@ -123,7 +123,7 @@ KEYS = [  # stage, keys to set, what it says
     ("train_phase1", {"train.threads": "0"}, r"train\.threads must be at least 1, got 0"),
     ("collect_hard", {"ashem.store_dtype": "int8"}, r"ashem\.store_dtype must be one of 'float32', 'float16'"),
     ("train_phase2", {"ashem.phase2_layers": "2"}, r"phase2_layers is the total depth and must be greater than"),
-    ("train_phase2", {"ashem.phase2_lr": "1.0e+30"}, r"learning rate .*the best epoch|none was better; lower the"),
+    ("train_phase2", {"ashem.phase2_lr": "1.0e+30"}, r"learning rate .*(the best epoch|none was better).*; lower the"),
     ("evaluate_routing", {"evaluation.sweep_points": "1"}, r"evaluation\.sweep_points must be at least \d+, got 1"),
 ]
 
@@ -203,6 +203,21 @@ DAMAGES: dict[str, tuple[str, Callable[[], object], str]] = {
         "train_phase1",
         lambda: edit_json("data/tokens/corpus.json", splits=...),
         r"corpus\.json: lacks splits; run dvc checkout",
+    ),
+    "facts of another kind": (
+        "train_phase1",
+        lambda: edit_json("data/tokens/corpus.json", vocab_size="many"),
+        r"corpus\.json: vocab_size is not as it was written; run dvc checkout",
+    ),
+    "no budget of phase 1": (
+        "evaluate_routing",
+        lambda: edit_json("metrics/train_phase1.json", train_macs=...),
+        r"metrics/train_phase1\.json: lacks train_macs; run dvc checkout",
+    ),
+    "mining without its share": (
+        "evaluate_routing",
+        lambda: edit_json("metrics/collect_hard.json", hard_share=...),
+        r"metrics/collect_hard\.json: lacks hard_share",
     ),
     "no model": (
         "compute_threshold",
@@ -307,7 +322,9 @@ def test_a_full_disk_loses_nothing(folder, capsys, stage):
     with full_disk(20_000):
         line = complaint(stage, capsys)
     assert re.search(r"error: \S+: (cannot be written \(.*\); make room|File too large; make room)", line)
+    before = {out: digest for out, digest in results().items() if "timing" not in out}
     importlib.import_module(f"stages.{stage}").main()  # with room again, it ends as before
+    assert before == {out: digest for out, digest in results().items() if "timing" not in out}
 
 
 @contextmanager

@@ -131,9 +131,16 @@ def test_a_stream_is_read_only_until_every_split_has_enough(tmp_path):
             read += 1
             yield Document(str(read), str(read), article(read))
 
+    def repetitive():  # what it repeats counts once
+        for document in endless():
+            yield document
+            yield Document(f"again {document.name}", f"again {document.name}", document.text)
+
     corpus = Corpus(endless(), tmp_path / "spool", SHARES, enough=dict.fromkeys(SPLITS, 5000))
     assert all(sum(map(len, corpus.texts(split))) >= 5000 for split in SPLITS)
     assert corpus.documents == read < 500
+    corpus = Corpus(repetitive(), tmp_path / "spool", SHARES, enough=dict.fromkeys(SPLITS, 5000))
+    assert all(sum(map(len, corpus.texts(split))) >= 5000 for split in SPLITS)
 
 
 def test_the_spool_is_read_back_across_record_batches(tmp_path, monkeypatch):
@@ -153,6 +160,9 @@ def test_near_duplicates_give_way_across_splits_and_stay_within_one():
     assert list(filtered.novel([original, near], remember=True)) == [original, near]
     assert list(filtered.novel([near_again, unrelated, original.upper()], remember=False)) == [unrelated]
     assert filtered.dropped == 2
+    cut = NearDuplicates(similarity=0.8)
+    assert next(cut.novel([original, unrelated], remember=True)) == original  # the token limit was reached
+    assert list(cut.novel([near], remember=False)) == []
     strict = NearDuplicates(similarity=0.99)
     assert list(strict.novel([original], remember=True)) == [original]
     assert list(strict.novel([near], remember=False)) == [near]

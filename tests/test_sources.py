@@ -81,6 +81,22 @@ def test_a_document_is_named_by_its_content(tmp_path):
     assert first.name == first.group != third.name
 
 
+def test_cells_are_text_whatever_they_look_like_and_json_lines_may_differ(tmp_path):
+    cells = ["NA", "null", "3", "2026-01-01", "text"]
+    (tmp_path / "a.csv").write_bytes(table_bytes("csv", cells))
+    assert read(tmp_path) == cells
+    (tmp_path / "a.csv").unlink()
+    (tmp_path / "a.jsonl").write_text('{"other": [1]}\n{"text": "a", "other": {}}\n\n{"text": "b"}\n')
+    assert read(tmp_path) == ["a", "b"]
+
+
+def test_all_frames_of_a_zstandard_file_are_read(tmp_path):
+    (tmp_path / "a.txt.ZST").write_bytes(zstandard.compress(b"one ") + zstandard.compress(b"two") + LONG_ZSTD)
+    (text,) = read(tmp_path)
+    assert text.startswith("one twoline 0\n")
+    assert text.endswith("line 399999\n")
+
+
 def test_half_a_surrogate_pair_becomes_a_character(tmp_path):
     (tmp_path / "a.csv").write_text("text\nfine\n")
     assert read(tmp_path) == ["fine"]
@@ -150,6 +166,7 @@ def test_a_dataset_out_of_reach_names_itself_and_the_remedies(tmp_path, monkeypa
 
 
 GOOD_GZIP = gzip.compress(b"some text that is long enough to be cut in the middle")
+LONG_ZSTD = zstandard.compress("".join(f"line {i}\n" for i in range(400_000)).encode())
 FAULTY = {  # file name -> content, what its sentence says
     "empty.txt": (b"", r"empty\.txt: is empty; put text there or remove the file"),
     "blank.md": (b" \n\t\n", r"blank\.md: is empty"),
@@ -172,7 +189,12 @@ FAULTY = {  # file name -> content, what its sentence says
         r"other\.jsonl: has no column text; set params\.yaml: data\.column to body",
     ),
     "other.csv": (b"id,body\n1,a\n", r"other\.csv: has no column text; .* to id, body"),
-    "numbers.csv": (b"id,text\n1,2\n", r"numbers\.csv: text holds int, not text"),
+    "comma.csv": (b"id,text\n1,a\n2,b,c\n", r"comma\.csv: cannot be read \(line 3: more cells than the header has"),
+    "quote.csv": (b'id,text\n1,"a\n2,b\n', r"quote\.csv: cannot be read \(line \d: unexpected end of data"),
+    "list.jsonl": (b'["a"]\n', r"list\.jsonl: cannot be read \(line 1 is no JSON object\)"),
+    "number.jsonl": (b'{"text": 3}\n', r"number\.jsonl: text holds int, not text"),
+    "cut.txt.zst": (LONG_ZSTD[: len(LONG_ZSTD) // 2], r"cut\.txt\.zst: cannot be read \(the file is cut short\)"),
+    "cut.jsonl.zst": (LONG_ZSTD[:-1], r"cut\.jsonl\.zst: cannot be read \(the file is cut short\)"),
     "nested.jsonl": (b'{"text": {"deep": 1}}\n', r"nested\.jsonl: text holds dict, not text"),
     "nothing.jsonl": (b'{"text": ""}\n{"text": null}\n', r"nothing\.jsonl: is empty"),
     "picture.png": (b"\x89PNG", r"picture\.png: is of no kind that can be read; params\.yaml: data\.path takes \.txt"),
@@ -198,7 +220,7 @@ def test_a_folder_without_text_and_a_missing_one_are_named(tmp_path):
 def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("text")
 
-    def refused(self, *args):
+    def refused(self, *args, **options):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "open", refused)  # the tests may run as root, who may read everything

@@ -79,6 +79,26 @@ def test_a_pretrained_tokenizer_comes_from_a_folder_and_is_handed_on(encoder, te
     assert np.array_equal(encoded(again, [ODD])[0], encoded(encoder, [ODD])[0])
 
 
+def test_a_pretrained_tokenizer_may_have_holes_in_its_ids_and_change_the_text(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"a": 0, "b": 7, "</s>": 12, "\u0120a": 3, "\u0120": 5}
+    fast = Tokenizer(models.BPE(vocab, [("\u0120", "a")]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    fast.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>").save_pretrained(str(tmp_path / "prefix"))
+    encoder = TextEncoder.load(str(tmp_path / "prefix"))
+    assert (encoder.vocab_size, encoder.end) == (13, 12)
+    assert encoder.token_bytes() is None  # "a" becomes " a": two bytes for one
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>").save_pretrained(str(tmp_path / "plain"))
+    assert TextEncoder.load(str(tmp_path / "plain")).token_bytes()[[0, 3, 7, 12]].tolist() == [1, 2, 1, 0]
+    fast.normalizer = normalizers.NFC()
+    PreTrainedTokenizerFast(tokenizer_object=fast, eos_token="</s>").save_pretrained(str(tmp_path / "nfc"))
+    assert TextEncoder.load(str(tmp_path / "nfc")).token_bytes() is None
+
+
 def test_long_texts_are_encoded_in_parts_that_lose_nothing(encoder, texts, monkeypatch):
     whole = encoded(encoder, texts)
     monkeypatch.setattr("lego.tokenizer.PIECE", 500)
