@@ -142,20 +142,15 @@ def exit_cleanly(main: Callable[[], None]) -> None:
     try:
         main()
     except (ParamsError, ArtifactError, StageError, BusyError, FloatingPointError) as error:
-        sentence, code = str(error), 1
+        sentence = str(error)
     except torch.OutOfMemoryError as error:
-        sentence, code = f"{str(error).splitlines()[0]}; lower train.batch_size or evaluation.batch_size", 1
+        sentence = f"{str(error).splitlines()[0]}; lower train.batch_size or evaluation.batch_size"
     except OSError as error:
-        sentence, code = f"{error.filename or 'a file'}: {error.strerror or error}; {_remedy(error)}", 1
-    except KeyboardInterrupt:
-        sentence, code = (
-            "interrupted; dvc repro runs it again, from the last finished epoch or shard if it trains or mines",
-            130,
-        )
+        sentence = f"{error.filename or 'a file'}: {error.strerror or error}; {_remedy(error)}"
     else:
         return
     print(f"error: {' '.join(sentence.split())} ({RECOVERY})", file=sys.stderr)
-    raise SystemExit(code)
+    raise SystemExit(1)
 
 
 def _remedy(error: OSError) -> str:

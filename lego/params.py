@@ -40,10 +40,12 @@ def _within(interval: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _at_least(low: int) -> AfterValidator:
+def _at_least(low: int, high: int = 10**12) -> AfterValidator:
     def check(value: int) -> int:
         if value < low:
             raise ValueError(f"must be at least {low}")
+        if value > high:
+            raise ValueError(f"must be at most {high:,}")
         return value
 
     return AfterValidator(check)
@@ -75,7 +77,7 @@ class DataParams(Section):
     near_duplicate_similarity: Share
     tokenizer: Literal["bpe", "word", "pretrained"]
     pretrained: str | None
-    vocab_size: Annotated[int, _at_least(257)]  # 256 bytes and end-of-text
+    vocab_size: Annotated[int, _at_least(257, 2**24)]  # 256 bytes and end-of-text
     max_tokenizer_bytes: Count
     max_ngram_tokens: Count
     max_train_tokens: Count
@@ -98,13 +100,19 @@ class DataParams(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> DataParams:
+        place = Path(self.path)
+        if not place.parts or place.parts[0] in {"~", "data", "metrics"}:
+            raise ValueError(
+                "path must name a file or folder outside data/ and metrics/, which the pipeline writes itself, "
+                f"got {self.path!r}"
+            )
         if self.source == "hub" and not self.hub_name:
             raise ValueError("hub_name must name a dataset when data.source is hub, got nothing")
         if self.tokenizer == "pretrained" and not self.pretrained:
             raise ValueError("pretrained must name a tokenizer or its folder when data.tokenizer is pretrained")
         try:
             re.compile(self.split_on or "")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"split_on must be a regular expression ({error}), got {self.split_on!r}") from None
         return self
 
@@ -114,7 +122,7 @@ class ModelParams(Section):
     num_heads: Count
     num_kv_heads: Count
     ffn_dim: Count
-    seq_len: Annotated[int, _at_least(2)]
+    seq_len: Annotated[int, _at_least(2, 2**20)]
     tie_embeddings: bool
     rope_theta: Positive
     norm_eps: Positive
@@ -146,7 +154,7 @@ class TrainParams(Section):
     precision: Literal["fp32", "bf16"]
     compile: bool
     device: Literal["auto", "cpu", "cuda", "mps"]
-    threads: Count
+    threads: Annotated[int, _at_least(1, 4096)]
 
 
 class AshemParams(Section):

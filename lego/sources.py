@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import re
 import sysconfig
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ from typing import Any
 from lego.blocks import CorpusError
 from lego.corpus import Document
 from lego.params import DataParams
-from lego.readers import READABLE, cause, csv_rows, json_rows, kind_of, lines, parquet_rows, quiet
+from lego.readers import READABLE, csv_rows, json_rows, kind_of, lines, parquet_rows
 
 # tests/ and data-like packages: 82 % of the lines of encodings/ stand in a sibling file
 EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
@@ -69,17 +70,24 @@ def text_files(path: Path) -> list[Path]:
         if kind_of(path)[0] is None:
             raise CorpusError(f"{path}: is of no kind that can be read; params.yaml: data.path takes {READABLE}")
         return [path]
-    visible = [
-        file
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-    ]
+    visible = sorted(_walk(path))
     files = [file for file in visible if kind_of(file)[0]]
     if not files:
         raise CorpusError(f"{path}: holds no text; put files there ({READABLE}) or set params.yaml: data.path")
     if others := len(visible) - len(files):
         print(f"{path}: {others} of {len(visible)} files are of another kind and not read", flush=True)
     return files
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All files that are not hidden; links to folders are followed, each folder is entered once."""
+    entered: set[str] = set()
+    for name, folders, files in os.walk(folder, followlinks=True):
+        entered.add(os.path.realpath(name))
+        folders[:] = [
+            sub for sub in sorted(folders) if sub[0] != "." and os.path.realpath(Path(name, sub)) not in entered
+        ]
+        yield from (Path(name, file) for file in files if file[0] != "." and Path(name, file).is_file())
 
 
 def file_texts(path: Path, data: DataParams) -> Iterator[str]:
@@ -111,7 +119,8 @@ def hub_texts(data: DataParams) -> Iterator[str]:
     """
     import datasets
 
-    quiet(datasets)
+    datasets.disable_progress_bars()  # what it has to say comes back as an exception; its own lines would bury ours
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     what = " ".join(str(part) for part in (data.hub_name, data.hub_config, data.hub_split, data.hub_revision) if part)
     print(
         f"reading {what} {'as a stream' if data.streaming else '(downloaded first, where it is not yet)'}", flush=True
@@ -121,7 +130,7 @@ def hub_texts(data: DataParams) -> Iterator[str]:
             data.hub_name, data.hub_config, split=data.hub_split, revision=data.hub_revision, streaming=data.streaming
         )
     except Exception as error:  # of the network, the hub, the file system and the dataset alike
-        reason = (str(cause(error)).strip() or type(error).__name__).split("\n")[0].rstrip(".")
+        reason = (str(_cause(error)).strip() or type(error).__name__).split("\n")[0].rstrip(".")
         raise CorpusError(
             f"params.yaml: data.hub_name {what} cannot be loaded ({reason}); check data.hub_name, hub_config, "
             "hub_split and hub_revision, the network, and that the folder HF_HOME names can be written"
@@ -129,11 +138,16 @@ def hub_texts(data: DataParams) -> Iterator[str]:
     yield from _texts(_guarded(rows, what), f"params.yaml: data.hub_name {what}", data)
 
 
+def _cause(error: BaseException) -> BaseException:
+    """datasets wraps what really happened."""
+    return _cause(error.__cause__) if error.__cause__ is not None else error
+
+
 def _guarded(rows: Iterable[dict[str, Any]], what: str) -> Iterator[dict[str, Any]]:
     try:
         yield from rows
     except Exception as error:
-        reason = (str(cause(error)).strip() or type(error).__name__).split("\n")[0]
+        reason = (str(_cause(error)).strip() or type(error).__name__).split("\n")[0]
         raise CorpusError(
             f"params.yaml: data.hub_name {what}: reading stopped ({reason}); check the network and run dvc repro again"
         ) from None
@@ -167,7 +181,11 @@ def _texts(rows: Iterable[dict[str, Any]], origin: str, data: DataParams, ragged
 
 
 def _joined(value: Any) -> str | None:
-    """A text; a chat, its turns joined by blank lines; "" for an empty cell; None if it is none of these."""
+    """A text; a chat, its turns joined by blank lines; "" where there is none; None if it is nothing of the kind.
+
+    A turn has a role and a content, or from and value; a content may be a list of parts of which those of text count.
+    A turn without content, such as one that calls a tool, is left out.
+    """
     match value:
         case None:
             return ""
@@ -176,8 +194,13 @@ def _joined(value: Any) -> str | None:
         case list():
             turns = [_joined(turn) for turn in value]
             return None if None in turns else "\n\n".join(turn for turn in turns if turn)
-        case {"role": role, "content": content} | {"from": role, "value": content}:
-            return f"{role}: {content}"
+        case {"type": "text", "text": text}:
+            return _joined(text)
+        case {"type": str()}:  # an image, a file
+            return ""
+        case {"role": role, **rest} | {"from": role, **rest}:
+            content = _joined(rest.get("content", rest.get("value")))
+            return f"{role}: {content}" if content else content
         case _:
             return None
 

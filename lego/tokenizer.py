@@ -128,7 +128,11 @@ class TextEncoder:
         """Token ids (n,) and bytes of each text in order, end-of-text after each; all cores work on many at once."""
         for group in _groups(texts):
             pieces = [piece for text in group for piece in _pieces(text)]
-            encoded = iter(self.fast.encode_batch_fast(pieces, add_special_tokens=False))
+            try:
+                encoded = iter(self.fast.encode_batch_fast(pieces, add_special_tokens=False))
+            except Exception as error:  # a pretrained one without an unknown token; its errors have no class
+                sentence = f"params.yaml: data.tokenizer cannot encode the text ({error}); use another"
+                raise CorpusError(sentence) from None
             for text in group:
                 parts = [np.array(next(encoded).ids, dtype=np.int32) for _ in _pieces(text)]
                 yield (

@@ -1,5 +1,7 @@
 """One script per DVC stage: reads its deps, calls lego, writes its outs."""
 
+import os
+import signal
 import sys
 from importlib.util import find_spec
 
@@ -9,3 +11,13 @@ if missing := [name for name in ("torch", "pydantic", "safetensors", "tokenizers
         f"error: {sys.executable} lacks {', '.join(missing)}: run . .venv/bin/activate first, "
         "then pip install -r requirements.txt"
     )
+
+
+def _interrupted(*_: object) -> None:
+    """Ctrl-C at any moment, imports included. A stage may die at any moment, so nothing is cleaned up."""
+    os.write(2, b"\nerror: interrupted; dvc repro goes on, after the last finished epoch or shard\n")
+    os._exit(130)
+
+
+if sys.argv[0] == "-m":  # run as a stage, not imported by a test
+    signal.signal(signal.SIGINT, _interrupted)

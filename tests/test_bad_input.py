@@ -96,16 +96,19 @@ KEYS = [  # stage, keys to set, what it says
         r"params\.yaml: data\.pretrained nowhere cannot be loaded as a tokenizer \(.*give a folder with",
     ),
     ("tokenize", {"data.split_on": "(["}, r"data\.split_on must be a regular expression \(.*\), got '\(\['"),
-    ("tokenize", {"data.source": "text"}, r"error: text: holds no text; put files there"),
+    ("tokenize", {"data.source": "text", "data.path": "nothing"}, r"error: nothing: holds no text; put files there"),
     (
         "tokenize",
         {"data.source": "text", "data.path": "gone"},
         r"error: gone: is missing; set .*data\.path",
     ),
-    ("tokenize", {"data.source": "text", "data.path": "data/empty.txt"}, r"data/empty\.txt: is empty"),
-    ("tokenize", {"data.source": "text", "data.path": "data/one.txt"}, r"of 1 different ones.*data\.split_on"),
-    ("tokenize", {"data.source": "text", "data.path": "data/binary.md"}, r"data/binary\.md: holds zero bytes"),
-    ("tokenize", {"data.source": "text", "data.path": "data/cut.parquet"}, r"data/cut\.parquet: cannot be read"),
+    ("tokenize", {"data.path": "data/tokens"}, r"data\.path must name a file or folder outside data/ and metrics/"),
+    ("tokenize", {"model.seq_len": "9999999"}, r"model\.seq_len must be at most 1,048,576, got 9999999"),
+    ("tokenize", {"data.split_on": "a{99999999999999999999}"}, r"data\.split_on must be a regular expression"),
+    ("tokenize", {"data.source": "text", "data.path": "text/empty.txt"}, r"text/empty\.txt: is empty"),
+    ("tokenize", {"data.source": "text", "data.path": "text/one.txt"}, r"of 1 different ones.*data\.split_on"),
+    ("tokenize", {"data.source": "text", "data.path": "text/binary.md"}, r"text/binary\.md: holds zero bytes"),
+    ("tokenize", {"data.source": "text", "data.path": "text/cut.parquet"}, r"text/cut\.parquet: cannot be read"),
     (
         "tokenize",
         {"data.source": "hub", "data.hub_name": "nobody/nothing", "data.hub_revision": "v9"},
@@ -134,10 +137,11 @@ def test_a_value_that_cannot_work_names_its_key(folder, capsys, monkeypatch, sta
         pytest.skip("this machine has one")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)  # the hub is out of reach
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    Path("data/empty.txt").touch()
-    Path("data/one.txt").write_text("one document")
-    Path("data/binary.md").write_bytes(b"\x00\x01")
-    Path("data/cut.parquet").write_bytes(b"PAR1 and no more")
+    Path("text/empty.txt").touch()
+    Path("nothing").mkdir()
+    Path("text/one.txt").write_text("one document")
+    Path("text/binary.md").write_bytes(b"\x00\x01")
+    Path("text/cut.parquet").write_bytes(b"PAR1 and no more")
     for key, value in keys.items():
         set_key(key, value)
     assert re.search(sentence, complaint(stage, capsys))

@@ -181,6 +181,18 @@ def test_what_an_orphan_finished_is_published_at_once_by_the_next_run(clone, mon
     assert not Path(".scratch/train_phase1").exists()
 
 
+@pytest.mark.parametrize("seconds", [1.0, 2.0])
+def test_ctrl_c_is_one_line_also_while_a_stage_is_importing(clone, seconds):
+    stage = subprocess.Popen(
+        [sys.executable, "-m", "stages.tokenize"], cwd=clone.folder, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(seconds)
+    stage.send_signal(signal.SIGINT)
+    error = stage.communicate()[1]
+    assert (stage.returncode, "Traceback" in error) == (130, False)
+    assert error.strip().splitlines()[-1].startswith("error: interrupted; dvc repro goes on")
+
+
 def wait_for(condition, seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():

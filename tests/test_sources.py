@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +16,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lego.artifacts import sha256
 from lego.blocks import CorpusError
 from lego.params import DataParams, load_params
 from lego.sources import documents
@@ -139,6 +141,39 @@ def test_the_turns_of_a_chat_are_joined(tmp_path, chat):
     assert read(tmp_path) == [expected]
 
 
+def test_turns_without_content_are_left_out_and_parts_of_text_are_read(tmp_path):
+    chats = [
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}],
+        [{"role": "user", "content": None}],
+        [{"role": "assistant", "tool_calls": []}, {"role": "tool", "content": "42"}],
+        [{"role": "user", "content": [{"type": "text", "text": "look"}, {"type": "image", "url": "x"}]}],
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": chat}) + "\n" for chat in chats))
+    assert read(tmp_path) == ["user: hi", "tool: 42", "user: look"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_name_that_looks_like_a_pattern_names_one_file(tmp_path, kind):
+    (tmp_path / "[2024]").mkdir()
+    (tmp_path / "[2024]" / f"data[1].{kind}").write_bytes(table_bytes(kind, ["right"]))
+    (tmp_path / "[2024]" / f"data1.{kind}").write_bytes(table_bytes(kind, ["other"]))
+    (tmp_path / f"a::b*.{kind}").write_bytes(table_bytes(kind, ["third"]))
+    assert sorted(read(tmp_path)) == ["other", "right", "third"]
+    assert read(tmp_path / "[2024]" / f"data[1].{kind}") == ["right"]
+
+
+def test_links_to_folders_are_followed_once_and_odd_names_read(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("linked")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "text" / "loop").symlink_to(tmp_path / "text")
+    (tmp_path / "text" / "broken.txt").symlink_to(tmp_path / "nowhere")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/text/\xff.txt")).write_text("odd")
+    assert sorted(read(tmp_path / "text")) == ["linked", "odd"]
+    assert len(sha256(tmp_path / "text")) == 64
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_dataset_is_read_by_name_configuration_split_and_column(tmp_path, monkeypatch, streaming):
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
@@ -166,6 +201,9 @@ def test_a_dataset_out_of_reach_names_itself_and_the_remedies(tmp_path, monkeypa
 
 
 GOOD_GZIP = gzip.compress(b"some text that is long enough to be cut in the middle")
+_sink = pa.BufferOutputStream()
+pq.write_table(pa.table({"text": pa.array([], pa.string())}), _sink)
+NO_ROWS = _sink.getvalue().to_pybytes()
 LONG_ZSTD = zstandard.compress("".join(f"line {i}\n" for i in range(400_000)).encode())
 FAULTY = {  # file name -> content, what its sentence says
     "empty.txt": (b"", r"empty\.txt: is empty; put text there or remove the file"),
@@ -197,6 +235,7 @@ FAULTY = {  # file name -> content, what its sentence says
     "cut.jsonl.zst": (LONG_ZSTD[:-1], r"cut\.jsonl\.zst: cannot be read \(the file is cut short\)"),
     "nested.jsonl": (b'{"text": {"deep": 1}}\n', r"nested\.jsonl: text holds dict, not text"),
     "nothing.jsonl": (b'{"text": ""}\n{"text": null}\n', r"nothing\.jsonl: is empty"),
+    "norows.parquet": (NO_ROWS, r"norows\.parquet: is empty"),
     "picture.png": (b"\x89PNG", r"picture\.png: is of no kind that can be read; params\.yaml: data\.path takes \.txt"),
 }
 
