@@ -5,6 +5,8 @@ Shapes: B sequences, T tokens, D width, H query heads, G key/value heads, d = D 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,6 +16,27 @@ def rotate_half(x: Tensor) -> Tensor:
     """Turns each pair (x_i, x_{i + d/2}) by 90 degrees, Llama's layout of rotary pairs."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where gathered tokens stand: B sequences, at most Q of them in each, padded at the end.
+
+    Args:
+        positions: place of each in its sequence (B, Q).
+        taken: false where a sequence has fewer than Q (B, Q); its true entries are the gathered tokens in order.
+    """
+
+    positions: Tensor
+    taken: Tensor
+
+    @classmethod
+    def of(cls, mask: Tensor) -> Rows:
+        """Of the tokens that are true in mask (B, T); `states[mask]` gathers the same tokens in the same order."""
+        counts = mask.sum(dim=1)  # (B,)
+        Q = int(counts.max())
+        positions = mask.int().argsort(dim=1, descending=True, stable=True)[:, :Q]  # (B, Q)
+        return cls(positions, torch.arange(Q, device=mask.device) < counts[:, None])
 
 
 class Attention(nn.Module):
@@ -34,18 +57,38 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
         H, G, d = self.num_heads, self.num_kv_heads, self.head_dim
-        v = self.v_proj(x).view(B, T, G, d)
         if T == 1:  # the softmax over one key is 1: attention returns the value, whatever query and key are
+            v = self.v_proj(x).view(B, T, G, d)
             return self.o_proj(v.repeat_interleave(H // G, dim=2).view(B, T, D))
-        positions = torch.arange(T, device=x.device, dtype=torch.float32)
-        angles = torch.outer(positions, self.inv_freq).repeat(1, 2)  # (T, d)
-        cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        positions = torch.arange(T, device=x.device)
         q = self.q_proj(x).view(B, T, H, d).transpose(1, 2)  # (B, H, T, d)
-        k = self.k_proj(x).view(B, T, G, d).transpose(1, 2)  # (B, G, T, d)
-        q = q * cos + rotate_half(q) * sin
-        k = k * cos + rotate_half(k) * sin
-        mixed = F.scaled_dot_product_attention(q, k, v.transpose(1, 2), is_causal=True, enable_gqa=G != H)
+        k, v = self.keys_values(x)
+        mixed = F.scaled_dot_product_attention(self._rotate(q, positions), k, v, is_causal=True, enable_gqa=G != H)
         return self.o_proj(mixed.transpose(1, 2).reshape(B, T, D))
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values (B, G, T, d) of tokens (B, T, D) at positions 0..T-1."""
+        B, T, _ = x.shape
+        k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, d)
+        v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, d)
+        return self._rotate(k, torch.arange(T, device=x.device)), v
+
+    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Rotary embedding of x (B, heads, T, d) at positions (T,) or (B, 1, T)."""
+        angles = positions.float().unsqueeze(-1) * self.inv_freq
+        angles = torch.cat([angles, angles], dim=-1)  # (..., T, d)
+        return x * angles.cos().to(x.dtype) + rotate_half(x) * angles.sin().to(x.dtype)
+
+    def attend(self, x: Tensor, rows: Rows, k: Tensor, v: Tensor) -> Tensor:
+        """Attention output (n, D) of gathered tokens x (n, D) over keys and values (B, G, T, d) of their sequences."""
+        B, Q = rows.positions.shape
+        padded = x.new_zeros(B, Q, self.num_heads * self.head_dim)
+        padded[rows.taken] = self.q_proj(x).to(padded.dtype)
+        q = padded.view(B, Q, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, Q, d)
+        q = self._rotate(q, rows.positions.unsqueeze(1))
+        sees = rows.positions[:, None, :, None] >= torch.arange(k.shape[2], device=x.device)  # (B, 1, Q, T)
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, enable_gqa=k.shape[1] != q.shape[1])
+        return self.o_proj(mixed.transpose(1, 2).flatten(2)[rows.taken])  # (n, D)
 
 
 class SwiGLU(nn.Module):
@@ -85,4 +128,16 @@ class TransformerLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.input_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+    def gathered(self, x: Tensor, rows: Rows, source: Tensor) -> Tensor:
+        """Output (n, D) of gathered tokens only, whose keys and values come from states of every token.
+
+        Args:
+            x: the gathered tokens' states (n, D).
+            rows: where they stand.
+            source: states (B, T, D) from which this layer projects its keys and values.
+        """
+        k, v = self.self_attn.keys_values(self.input_layernorm(source))
+        x = x + self.self_attn.attend(self.input_layernorm(x), rows, k, v)
         return x + self.mlp(self.post_attention_layernorm(x))

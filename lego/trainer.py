@@ -98,10 +98,9 @@ class Trainer:
         deepest = max(weights, default=0)
         if not 1 <= deepest <= model.num_layers:
             raise ValueError(f"StageConfig names layer {deepest}, but the model has layers 1..{model.num_layers}")
-        h, done, loss = model.embedding(x), 0, torch.zeros((), device=x.device)
-        for layer, weight in weights.items():
-            h, done = model.run_layers(h, done + 1, layer), layer
-            loss = loss + weight * model.loss_at(h, layer, y)
+        loss = torch.zeros((), device=x.device)
+        for layer, h in model.outputs(x, weights):
+            loss = loss + weights[layer] * model.loss_at(h, layer, y)
         return loss
 
     def train_epoch(self, model: BaseTransformer, batches: Batches, optimizer: Optimizer) -> float:

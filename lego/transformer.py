@@ -6,15 +6,16 @@ Shapes: B sequences, T tokens, D width, V vocabulary, N layers. Layers are numbe
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lego.layers import TransformerLayer
+from lego.layers import Rows, TransformerLayer
 from lego.losses import exit_confidence, linear_cross_entropy, max_probability, read_exit
 
-BLOCK2_CONTEXTS = ("full", "token")
+BLOCK2_CONTEXTS = ("full", "token", "sequence")
 
 
 class BaseTransformer(nn.Module):
@@ -95,19 +96,26 @@ class BaseTransformer(nn.Module):
         return cast(TransformerLayer, self.layers[number - 1])
 
     def run_layers(self, h: Tensor, first: int, last: int) -> Tensor:
-        """Applies layers first..last; above the exit, `token` context shows each token to itself alone.
+        """Applies layers first..last, those above the exit in the model's block2_context.
 
         Args:
             h: states below layer `first`, (B, T, D).
             first: first layer to run, from 1.
             last: last layer to run; below `first` nothing is run.
+
+        Raises:
+            ValueError: the first layer to run reads exit states in `sequence` context, and h holds others.
         """
-        boundary = self.exit_layer if self.block2_context == "token" else self.num_layers
+        boundary = self.num_layers if self.block2_context == "full" else self.exit_layer
         for index in range(first, min(last, boundary) + 1):
             h = self.layers[index - 1](h)
         if last <= boundary:
             return h
         B, T, D = h.shape
+        if self.block2_context == "sequence":
+            if first > boundary + 1:
+                raise ValueError(f"layers above the exit run from layer {boundary + 1} on, got first = {first}")
+            return self.gathered(h, torch.ones(B, T, dtype=torch.bool, device=h.device), last).view(B, T, D)
         h = h.reshape(B * T, 1, D)
         for index in range(max(first, boundary + 1), last + 1):
             h = self.layers[index - 1](h)
@@ -137,11 +145,21 @@ class BaseTransformer(nn.Module):
 
     def forward_all_layers(self, x: Tensor) -> list[Tensor]:
         """Logits (B, T, V) of every layer, shallow to deep."""
-        h, logits = self.embedding(x), []
-        for layer in range(1, self.num_layers + 1):
-            h = self.run_layers(h, layer, layer)
+        logits = []
+        for layer, h in self.outputs(x, range(1, self.num_layers + 1)):
             logits.append(self.logits_at(h, layer))
         return logits
+
+    def outputs(self, x: Tensor, layers: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
+        """Number and un-normed output (B, T, D) of each of the layers, given in ascending order, for token ids (B, T)."""
+        h, done, above = self.embedding(x), 0, self.exit_layer + 1
+        for layer in layers:
+            if self.block2_context == "sequence" and layer >= above:  # each is reached anew from the exit states
+                h, done = self.run_layers(h, done + 1, self.exit_layer), self.exit_layer
+                yield layer, self.run_layers(h, above, layer)
+            else:
+                h, done = self.run_layers(h, done + 1, layer), layer
+                yield layer, h
 
     def states_at(self, x: Tensor, layer: int) -> Tensor:
         """Un-normed output (B, T, D) of a layer for token ids (B, T).
@@ -181,8 +199,23 @@ class BaseTransformer(nn.Module):
         logits[hard] = self.logits_at(self.deepen(h, hard, exit_layer), self.num_layers).to(logits.dtype)
         return logits, confidence
 
+    def gathered(self, h: Tensor, mask: Tensor, last: int) -> Tensor:
+        """States (n, D) at layer `last` of the tokens true in mask (B, T) alone, from exit states h (B, T, D).
+
+        Keys and values of every layer are projected from the exit states of all tokens (ashem section 5, kv_source
+        exit), so a token's result does not depend on which other tokens are computed.
+        """
+        x = h[mask]  # (n, D)
+        if len(x):
+            rows = Rows.of(mask)
+            for number in range(self.exit_layer + 1, last + 1):
+                x = self.layer(number).gathered(x, rows, h)
+        return x
+
     def deepen(self, h: Tensor, hard: Tensor, exit_layer: int) -> Tensor:
         """Full-depth states (n_hard, D) of the tokens marked in hard (B, T), from outputs h (B, T, D) of exit_layer."""
+        if self.block2_context == "sequence" and exit_layer == self.exit_layer:
+            return self.gathered(h, hard, self.num_layers)
         if self.block2_context == "token" and exit_layer >= self.exit_layer:  # the hard tokens need no other token
             return self.run_layers(h[hard].unsqueeze(1), exit_layer + 1, self.num_layers).squeeze(1)
         return self.run_layers(h, exit_layer + 1, self.num_layers)[hard]
@@ -199,7 +232,8 @@ class DeepSupervisionTransformer(BaseTransformer):
         vocab_size, dim, num_layers, num_heads: as in BaseTransformer.
         exit_layer: last layer of block 1, in 1..num_layers.
         routing_threshold: confidence from which a token leaves early; 0.0 = routing off.
-        block2_context: what a token sees above the exit: `full` (the sequence) or `token` (itself alone).
+        block2_context: what a token sees above the exit: `full` (the states of the layer below), `token` (itself alone)
+            or `sequence` (the exit states up to itself).
         **sizes: keyword arguments of BaseTransformer.
 
     Raises:
