@@ -140,6 +140,36 @@ def train_upper_layers(
     return run_epoch(hard_batches, loss_of, optimizer, device, options)
 
 
+def train_gathered(
+    model: BaseTransformer,
+    block_batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    optimizer: Optimizer,
+    device: str | torch.device,
+    *,
+    options: StepOptions = StepOptions(),
+) -> float:
+    """Trains block 2 on the hard tokens of whole blocks, in `sequence` context; the lower layers are never called.
+
+    Args:
+        model: the grown model; only parameters of the optimizer are updated.
+        block_batches: exit states (B, T, D), hard mask (B, T), targets (B, T).
+        optimizer: over the parameters to update.
+        device: where the model runs.
+        options: how a step is taken.
+
+    Returns:
+        Mean loss in nats per hard token.
+    """
+    model.to(device).train()
+
+    def loss_of(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, int]:
+        h, hard, y = (part.to(device) for part in batch)
+        deep = model.deepen(h, hard, model.exit_layer)  # (n_hard, D)
+        return model.loss_at(deep, model.num_layers, y[hard]), len(deep)
+
+    return run_epoch(block_batches, loss_of, optimizer, device, options)
+
+
 @torch.no_grad()
 def evaluate_on_hard_examples(
     model: BaseTransformer,

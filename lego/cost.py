@@ -23,7 +23,7 @@ class Ledger:
         num_layers: total depth (N).
         exit_layer: depth of block 1 (k).
         seq_len: tokens per sequence (T).
-        block2_context: `full` or `token`, see DeepSupervisionTransformer.
+        block2_context: `full`, `token` or `sequence`, see DeepSupervisionTransformer.
     """
 
     vocab_size: int
@@ -45,7 +45,7 @@ class Ledger:
 
     def grown(self, num_layers: int, phase2_context: str) -> Ledger:
         """Ledger of the routed model that grows from this block 1 (`ashem.phase2_layers`, `ashem.phase2_context`)."""
-        context = "token" if phase2_context == "token" else "full"
+        context = "full" if phase2_context == "historic" else phase2_context
         return replace(self, num_layers=num_layers, exit_layer=self.num_layers, block2_context=context)
 
     @property
@@ -66,6 +66,11 @@ class Ledger:
         return self.dim * (self.dim + kv_dim) + 3 * self.dim * self.ffn_dim
 
     @property
+    def keys_values(self) -> int:
+        """Keys and values of one token in one layer."""
+        return 2 * self.dim * self.dim * self.num_kv_heads // self.num_heads
+
+    @property
     def block1(self) -> int:
         return self.exit_layer * self.layer
 
@@ -81,10 +86,12 @@ class Ledger:
     def kv_fill(self) -> int:
         """What an exited token costs in block 2 so that later hard tokens can attend to it.
 
-        In `token` context nothing attends to it. In `full` context the states above the exit must exist at every
-        layer, so block 2 runs for exited tokens too: early exit then saves no layer at all.
+        In `token` context nothing attends to it. In `sequence` context its keys and values are two projections of its
+        exit state in every layer. In `full` context the states above the exit must exist at every layer, so block 2
+        runs for exited tokens too: early exit then saves no layer at all.
         """
-        return 0 if self.block2_context == "token" else self.block2
+        layers = self.num_layers - self.exit_layer
+        return {"token": 0, "sequence": layers * self.keys_values, "full": self.block2}[self.block2_context]
 
     def routed(self, shallow_ratio: float) -> float:
         """Mean cost of a token under max-probability routing.
@@ -116,8 +123,17 @@ class Ledger:
         """Collecting exit states, confidences and hard tokens from `tokens` tokens: one forward pass of block 1."""
         return self.shallow() * tokens
 
-    def train_block2(self, hard_tokens: int, head_trains: bool) -> int:
-        """Training block 2 on `hard_tokens` stored states, each seen alone; the head is frozen unless it trains."""
-        layers = (self.num_layers - self.exit_layer) * self.lone_layer
+    def train_block2(self, hard_tokens: int, head_trains: bool, tokens: int = 0) -> int:
+        """Training block 2 on stored states.
+
+        Args:
+            hard_tokens: tokens that pass block 2; each is seen alone, but for `sequence` context.
+            head_trains: whether the head is trained too.
+            tokens: tokens of the blocks they stand in, whose keys and values are projected in `sequence` context.
+        """
+        depth = self.num_layers - self.exit_layer
         head = (FORWARD_BACKWARD if head_trains else FROZEN_BACKWARD) * self.head
-        return (FORWARD_BACKWARD * layers + head) * hard_tokens
+        if self.block2_context != "sequence":
+            return (FORWARD_BACKWARD * depth * self.lone_layer + head) * hard_tokens
+        own = (FORWARD_BACKWARD * depth * (self.layer - self.keys_values) + head) * hard_tokens
+        return own + FORWARD_BACKWARD * depth * self.keys_values * tokens

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lego.artifacts import ArtifactError, derived_seed, read_json, read_tensors, sha256, write_json, write_tensors
-from lego.batches import stream_indices
+from lego.artifacts import ArtifactError, read_json, read_tensors, sha256, write_json, write_tensors
 
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -199,6 +198,19 @@ class HiddenStateStore:
         """Whole blocks: inputs, targets, confidences, hard (b, T) and exit_states (b, T, D) in the stored dtype."""
         return read_tensors(self.folder / self.shards[index]["file"])
 
+    def hard_counts(self, index: int) -> Tensor:
+        """Hard tokens (b,) of each block of a shard, without reading its states.
+
+        Raises:
+            ArtifactError: the shard cannot be read.
+        """
+        file = self.folder / self.shards[index]["file"]
+        try:
+            with safe_open(file, "pt") as shard:
+                return shard.get_tensor("hard").sum(dim=1)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{file}: cannot be read as safetensors ({error}); run dvc checkout") from None
+
     def hard_examples(self, index: int) -> dict[str, Tensor]:
         """The flattened view of one shard's hard tokens, as collect_hard_examples returns it (float32)."""
         shard = self.read_shard(index)
@@ -209,67 +221,3 @@ class HiddenStateStore:
             "targets": shard["targets"][hard].long(),  # (n,)
             "confidences": shard["confidences"][hard],  # (n,)
         }
-
-
-class HardTokenBatches:
-    """One epoch of batches ((B, 1, D), (B,)) from an endless shuffled stream of the store's hard tokens.
-
-    Each pass takes the shards in a new order and shuffles within a shard, so one shard is in memory at a time.
-
-    Args:
-        store: where the tokens are.
-        batch_size: tokens per batch.
-        tokens_per_epoch: tokens per epoch, rounded up to whole batches.
-        seed: of the shuffling.
-    """
-
-    def __init__(self, store: HiddenStateStore, batch_size: int, tokens_per_epoch: int, seed: int) -> None:
-        self.store, self.batch_size, self.seed = store, batch_size, seed
-        self.steps = -(-tokens_per_epoch // batch_size)
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    @property
-    def count(self) -> int:
-        """Hard tokens in an epoch."""
-        return self.steps * self.batch_size
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def _segments(self, start: int, count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Tokens start..start+count of the stream: per shard its states (m, D), targets (m,) and the rows to take."""
-        sizes = [shard["hard_tokens"] for shard in self.store.shards]
-        number, skip = divmod(start, self.store.hard_tokens)
-        while count > 0:
-            order = stream_indices(len(sizes), number * len(sizes), len(sizes), derived_seed(self.seed, "shards"))
-            for index in order.tolist():
-                take = min(sizes[index] - skip, count)
-                if take > 0:
-                    shuffled = stream_indices(
-                        sizes[index], number * sizes[index] + skip, take, derived_seed(self.seed, index)
-                    )
-                    shard = self.store.read_shard(index)
-                    hard = shard["hard"].flatten().nonzero().squeeze(1)  # (n_hard,)
-                    yield shard["exit_states"].flatten(0, 1), shard["targets"].flatten(), hard[shuffled]
-                    del shard  # before the next one is read
-                    count -= take
-                skip = max(0, skip - sizes[index])
-            number += 1
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        states: list[Tensor] = []  # parts of the batch that is being filled
-        targets: list[Tensor] = []
-        missing = self.batch_size
-        for h, y, rows in self._segments(self.epoch * self.count, self.count):
-            while len(rows):
-                part, rows = rows[:missing], rows[missing:]
-                states.append(h[part].float())
-                targets.append(y[part].long())
-                missing -= len(part)
-                if not missing:
-                    yield torch.cat(states).unsqueeze(1), torch.cat(targets)  # (B, 1, D), (B,)
-                    states, targets, missing = [], [], self.batch_size
-            del h, y

@@ -170,7 +170,7 @@ class AshemParams(Section):
     phase2_lr: Positive
     phase2_epochs: Count
     phase2_patience: Count
-    phase2_context: Literal["token", "historic"]
+    phase2_context: Literal["token", "sequence", "historic"]
     init_new_layers: Literal["copy", "zero", "random"]
     head: Literal["shared", "own", "shared_trainable"]
     store_dtype: Literal["float32", "float16", "bfloat16"]

@@ -6,21 +6,25 @@ dvc repro train_phase2      (python -m stages.train_phase2)
 import torch
 
 from lego.artifacts import atomic_folder, sha256, write_csv, write_json
-from lego.ashem import train_upper_layers
+from lego.ashem import train_gathered, train_upper_layers
 from lego.batches import EvaluationBatches
 from lego.blocks import PackedBlocks, bits_per_byte, corpus_facts, data_digests
 from lego.checkpoint import grow_model, load_model, same_block1, save_model
 from lego.cost import Ledger
 from lego.epochs import History, TrainingState, epoch_rows, fit
+from lego.hard_batches import HardBlockBatches, HardTokenBatches
 from lego.harness import Stage, exit_cleanly, resolve_device
-from lego.hidden_states import HardTokenBatches, HiddenStateStore
+from lego.hidden_states import HiddenStateStore
 from lego.params import Params, load_params
 from lego.steps import build_training
 from lego.trainer import StageConfig, Trainer, TrainingConfig
 from lego.transformer import DeepSupervisionTransformer
 
+Batches = HardTokenBatches | HardBlockBatches
+CONTEXTS = {"token": "token", "sequence": "sequence", "historic": "full"}
 
-def train(params: Params, stage: Stage, model: DeepSupervisionTransformer, batches: HardTokenBatches) -> History:
+
+def train(params: Params, stage: Stage, model: DeepSupervisionTransformer, batches: Batches) -> History:
     """Trains what the grown model has on top of block 1 until routed validation perplexity stops falling."""
     ashem, device = params.ashem, resolve_device(params.train.device)
     validation = EvaluationBatches(PackedBlocks("data/tokens", "validation"), params.evaluation.batch_size)
@@ -28,11 +32,17 @@ def train(params: Params, stage: Stage, model: DeepSupervisionTransformer, batch
     steps = ashem.phase2_epochs * -(-len(batches) // params.train.grad_accumulation)
     optimizer, options = build_training(model.to(device), ashem.phase2_lr, steps, params.train)
     routed = Trainer(TrainingConfig([StageConfig((n, n))], model.routing_threshold, k), vocab_size, device)
+
+    def train_once() -> float:
+        if isinstance(batches, HardBlockBatches):
+            return train_gathered(model, batches, optimizer, device, options=options)
+        return train_upper_layers(model, batches, optimizer, vocab_size, device, k, options=options)
+
     state = TrainingState(stage.scratch / "state.safetensors", model, optimizer, options.scheduler)
     history = fit(
         model,
         batches,
-        lambda: train_upper_layers(model, batches, optimizer, vocab_size, device, k, options=options),
+        train_once,
         lambda: routed.evaluate(model, validation),
         max_epochs=ashem.phase2_epochs,
         patience=ashem.phase2_patience,
@@ -59,18 +69,19 @@ def main() -> None:
             ashem.phase2_layers,
             init=ashem.init_new_layers,
             routing_threshold=store.threshold,
-            block2_context="token" if ashem.phase2_context == "token" else "full",
+            block2_context=CONTEXTS[ashem.phase2_context],
             head=ashem.head,
         )
-        batches = HardTokenBatches(store, batch_blocks * seq_len, params.train.tokens_per_epoch, stage.seed)
+        kind = HardBlockBatches if ashem.phase2_context == "sequence" else HardTokenBatches
+        batches = kind(store, batch_blocks * seq_len, params.train.tokens_per_epoch, stage.seed)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         print(f"block 2: {trainable:,} trainable parameters, {store.hard_tokens:,} hard tokens stored", flush=True)
         history = train(params, stage, model, batches)
         with atomic_folder("data/phase2") as folder:
             save_model(model, folder, tokenizer="data/tokens/tokenizer")
         result = history.as_result()
-        seen = result["total_epochs"] * batches.count
-        write_csv("metrics/curves/train_phase2.csv", epoch_rows(result, batches.count, seen))
+        streamed, seen = batches.seen(result["total_epochs"])
+        write_csv("metrics/curves/train_phase2.csv", epoch_rows(result, batches.seen(1)[1], seen))
         write_json(
             "metrics/train_phase2.json",
             {
@@ -86,7 +97,7 @@ def main() -> None:
                 "leaky": leaky,
             },
         )
-        macs = Ledger.of(model, seq_len).train_block2(seen, head_trains=ashem.head != "shared")
+        macs = Ledger.of(model, seq_len).train_block2(seen, ashem.head != "shared", streamed)
         budget = {"collect_hard_macs": store.manifest["macs"], "train_phase2_macs": macs}
         write_json("metrics/added_macs.json", budget | {"added_macs": sum(budget.values()), "leaky": leaky})
         stage.record |= data_digests("data/tokens") | {"counts": {"trained_tokens": seen}}

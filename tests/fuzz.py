@@ -28,7 +28,8 @@ sys.path.insert(0, str(ROOT))
 from lego.artifacts import ArtifactError, sha256  # noqa: E402
 from lego.blocks import BlockWriter, PackedBlocks  # noqa: E402
 from lego.checkpoint import load_model, save_model  # noqa: E402
-from lego.hidden_states import HardTokenBatches, HiddenStateStore, StoreWriter  # noqa: E402
+from lego.hard_batches import HardTokenBatches  # noqa: E402
+from lego.hidden_states import HiddenStateStore, StoreWriter  # noqa: E402
 from lego.params import ParamsError, load_params  # noqa: E402
 from lego.sources import documents  # noqa: E402
 from lego.transformer import DeepSupervisionTransformer  # noqa: E402

@@ -11,7 +11,8 @@ from conftest import VOCAB, random_batches
 from lego import DeepSupervisionTransformer, HiddenStateStore, collect_hard_examples, compute_confidence_threshold
 from lego.artifacts import ArtifactError, read_json, write_json
 from lego.ashem import exit_states
-from lego.hidden_states import HardTokenBatches, StoreWriter
+from lego.hard_batches import HardBlockBatches, HardTokenBatches
+from lego.hidden_states import StoreWriter
 
 
 @pytest.fixture(scope="module")

@@ -235,7 +235,7 @@ FLOORS = [
     {"params", "artifacts", "progress", "scratch", "harness"},
     {"blocks", "corpus", "readers", "sources", "tokenizer", "ngram", "batches"}
     | {"layers", "losses", "transformer", "checkpoint", "cost"},
-    {"steps", "epochs", "trainer", "exits", "hidden_states"},
+    {"steps", "epochs", "trainer", "exits", "hidden_states", "hard_batches"},
     {"ashem"},
     {"evaluation"},
 ]
