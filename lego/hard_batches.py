@@ -1,7 +1,7 @@
 """What phase 2 learns from: endless shuffled streams of the store's hard tokens, alone or in their blocks.
 
-Each pass takes the shards in a new order and shuffles within a shard, so one shard is in memory at a time. Any epoch can
-be had without those before it, so a resumed run sees the same batches.
+Each pass takes the shards in a new order and shuffles within a shard, so one shard is in memory at a time. Any epoch
+can be had without those before it, so a resumed run sees the same batches.
 """
 
 from __future__ import annotations

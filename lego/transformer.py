@@ -151,7 +151,7 @@ class BaseTransformer(nn.Module):
         return logits
 
     def outputs(self, x: Tensor, layers: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
-        """Number and un-normed output (B, T, D) of each of the layers, given in ascending order, for token ids (B, T)."""
+        """Number and un-normed output (B, T, D) of each of the layers, in ascending order, for token ids (B, T)."""
         h, done, above = self.embedding(x), 0, self.exit_layer + 1
         for layer in layers:
             if self.block2_context == "sequence" and layer >= above:  # each is reached anew from the exit states

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lego import DeepSupervisionTransformer, Ledger, Trainer, create_standard_config, grow_model, train_upper_layers
+from lego.ashem import train_gathered
 
 B, T = 3, 20
 SHAPES = [dict(num_heads=4), dict(num_heads=4, num_kv_heads=2, ffn_dim=50), dict(num_heads=2, num_kv_heads=1)]
@@ -31,7 +32,7 @@ def two_blocks(context: str, sizes: dict) -> DeepSupervisionTransformer:
 
 
 @pytest.mark.parametrize("sizes", SHAPES)
-@pytest.mark.parametrize("context", ["full", "token"])
+@pytest.mark.parametrize("context", ["full", "token", "sequence"])
 @torch.no_grad()
 def test_inference_costs_equal_the_flop_counter(context, sizes):
     model, x = two_blocks(context, sizes), torch.randint(0, VOCAB, (B, T))
@@ -41,7 +42,12 @@ def test_inference_costs_equal_the_flop_counter(context, sizes):
     confidence = model.compute_confidence(model.forward_to_hidden(x))
     model.routing_threshold = confidence.median().item()
     ratio = (confidence >= model.routing_threshold).double().mean().item()
-    assert counted_macs(lambda: model.forward_inference(x)) == pytest.approx(ledger.routed(ratio) * B * T)
+    counted = counted_macs(lambda: model.forward_inference(x))
+    if context == "sequence":  # gathered rows are padded to the longest hard count in the batch
+        hard = (confidence < model.routing_threshold).sum(dim=1)
+        padding = (hard.max() - hard).sum().item() * 3 * 2 * T * 32  # scores and mixing of 3 layers
+        counted -= padding
+    assert counted == pytest.approx(ledger.routed(ratio) * B * T)
 
 
 @pytest.mark.parametrize("sizes", SHAPES)
@@ -65,6 +71,18 @@ def test_training_block_2_costs_what_the_flop_counter_says(head, context):
     batch = (torch.randn(40, 1, 32), torch.randint(0, VOCAB, (40,)))
     counted = counted_macs(lambda: train_upper_layers(grown, [batch], optimizer, VOCAB, "cpu", 2))
     assert counted == Ledger.of(grown, T).train_block2(40, head_trains=head == "own")
+
+
+@pytest.mark.parametrize("head", ["shared", "own"])
+def test_training_block_2_on_blocks_costs_what_the_flop_counter_says(head):
+    block1 = DeepSupervisionTransformer(VOCAB, 32, 2, 4, exit_layer=2, num_kv_heads=2)
+    grown = grow_model(block1, 5, head=head, block2_context="sequence")
+    optimizer = Trainer(create_standard_config(5), VOCAB).create_optimizer(grown, 1e-3)
+    hard = torch.zeros(B, T, dtype=torch.bool)
+    hard[:, ::3] = True  # as many in each block: nothing is padded
+    batch = (torch.randn(B, T, 32), hard, torch.randint(0, VOCAB, (B, T)))
+    counted = counted_macs(lambda: train_gathered(grown, [batch], optimizer, "cpu"))
+    assert counted == Ledger.of(grown, T).train_block2(int(hard.sum()), head == "own", B * T)
 
 
 sizes = st.fixed_dictionaries(

@@ -97,7 +97,31 @@ def test_an_epoch_can_be_had_without_those_before_it(tmp_path, model):
             assert torch.equal(a, c)
             assert torch.equal(b, d)
     assert not torch.equal(epoch(store, 0)[0][0], epoch(store, 0, seed=4)[0][0])
-    assert running.count == 150  # whole batches
+    assert running.seen(1) == (150, 150)  # whole batches
+
+
+def test_blocks_come_whole_shuffled_and_counted(tmp_path, model):
+    store, threshold = write(tmp_path, model)
+    batches = HardBlockBatches(store, batch_size=30, tokens_per_epoch=60, seed=3)
+    assert (batches.blocks, len(batches)) == (5, 2)  # 6 of 12 tokens are hard, on average
+    seen, blocks = 0, []
+    for number in range(4):  # 40 blocks: one pass
+        batches.set_epoch(number)
+        for h, hard, y in batches:
+            assert (h.shape, hard.shape, y.shape) == ((5, 12, 32), (5, 12), (5, 12))
+            assert h.untyped_storage().nbytes() == h.numel() * 4
+            assert torch.equal(model.compute_confidence(h) < threshold, hard)
+            seen += int(hard.sum())
+            blocks += list(h)
+        assert batches.seen(number + 1) == ((number + 1) * 120, seen)
+    assert seen == store.hard_tokens
+    stored = torch.cat([store.read_shard(index)["exit_states"] for index in range(4)])
+    assert torch.equal(torch.stack(blocks).sum((1, 2)).sort().values, stored.sum((1, 2)).sort().values)
+    again = HardBlockBatches(store, batch_size=30, tokens_per_epoch=60, seed=3)
+    again.set_epoch(3)
+    assert all(
+        torch.equal(a, b) for one, other in zip(again, batches, strict=True) for a, b in zip(one, other, strict=True)
+    )
 
 
 def test_one_shard_at_a_time_is_in_memory(tmp_path, model, monkeypatch):

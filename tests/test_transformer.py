@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import VOCAB, logits_close, random_batches
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lego import DeepSupervisionTransformer, StandardTransformer
 from lego.losses import max_probability
@@ -80,7 +82,10 @@ def grown_like(num_layers: int = 4, exit_layer: int = 2, **options) -> DeepSuper
     return model
 
 
-@pytest.mark.parametrize("context", ["full", "token"])
+SEQUENCE = grown_like(block2_context="sequence", num_kv_heads=2)
+
+
+@pytest.mark.parametrize("context", ["full", "token", "sequence"])
 @torch.no_grad()
 def test_exits_agree(context):
     model = grown_like(block2_context=context)
@@ -100,7 +105,7 @@ def test_exits_agree(context):
     assert set(both) == {"shallow_logits", "deep_logits", "confidence", "shallow_ratio"}
 
 
-@pytest.mark.parametrize("context", ["full", "token"])
+@pytest.mark.parametrize("context", ["full", "token", "sequence"])
 @torch.no_grad()
 def test_routing_takes_each_token_from_the_exit_its_confidence_names(context):
     model = grown_like(block2_context=context)
@@ -148,6 +153,65 @@ def test_token_context_sees_no_other_token_above_the_exit_and_full_context_does(
     logits_close(token.run_layers(hidden, 3, 4), alone)
 
 
+def turned(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return x * angle.cos() + torch.cat([-second, first], -1) * angle.sin()
+
+
+@torch.no_grad()
+def naive_sequence_context(model: DeepSupervisionTransformer, hidden: torch.Tensor) -> torch.Tensor:
+    """Spec section 5 word by word: every token alone, over keys and values of exit states up to itself."""
+    B, T, _ = hidden.shape
+    out = torch.empty_like(hidden)
+    for b in range(B):
+        for t in range(T):
+            x = hidden[b, t]
+            for number in range(model.exit_layer + 1, model.num_layers + 1):
+                layer = model.layer(number)
+                attention, H, d = layer.self_attn, layer.self_attn.num_heads, layer.self_attn.head_dim
+                group = H // attention.num_kv_heads
+                normed = layer.input_layernorm(hidden[b, : t + 1])
+                k, v = attention.k_proj(normed).view(t + 1, -1, d), attention.v_proj(normed).view(t + 1, -1, d)
+                q = attention.q_proj(layer.input_layernorm(x)).view(H, d)
+                angle = torch.outer(torch.arange(t + 1.0), attention.inv_freq).repeat(1, 2)  # (t + 1, d)
+                heads = []
+                for head in range(H):
+                    keys = torch.stack([turned(k[s, head // group], angle[s]) for s in range(t + 1)])
+                    weights = (keys @ turned(q[head], angle[t]) / d**0.5).softmax(0)
+                    heads.append(weights @ v[:, head // group])
+                x = x + attention.o_proj(torch.cat(heads))
+                x = x + layer.mlp(layer.post_attention_layernorm(x))
+            out[b, t] = x
+    return out
+
+
+@pytest.mark.parametrize("sizes", [{}, {"num_kv_heads": 2}])
+@torch.no_grad()
+def test_sequence_context_is_what_the_specification_says(sizes):
+    model = grown_like(block2_context="sequence", **sizes)
+    hidden = torch.randn(2, 7, 32)
+    logits_close(model.run_layers(hidden, 3, 4), naive_sequence_context(model, hidden))
+
+
+@settings(max_examples=100, deadline=None)
+@given(seed=st.integers(0, 2**20), batch=st.integers(1, 4), length=st.integers(2, 12), share=st.floats(0, 1))
+@torch.no_grad()
+def test_a_tokens_deep_result_never_depends_on_which_others_exit(seed, batch, length, share):
+    torch.manual_seed(seed)
+    hidden, mask = torch.randn(batch, length, 32), torch.rand(batch, length) < share
+    everything = SEQUENCE.run_layers(hidden, 3, 4)
+    gathered = SEQUENCE.deepen(hidden, mask, 2)
+    assert gathered.shape == (int(mask.sum()), 32)
+    logits_close(gathered, everything[mask])
+
+
+@torch.no_grad()
+def test_sequence_context_runs_from_the_exit_alone():
+    model = grown_like(block2_context="sequence")
+    with pytest.raises(ValueError, match="layers above the exit run from layer 3 on, got first = 4"):
+        model.run_layers(torch.randn(1, 3, 32), 4, 4)
+
+
 @torch.no_grad()
 def test_the_shortcut_for_a_lone_token_equals_attention_over_one_key():
     layer = grown_like(num_kv_heads=2).layer(1)
@@ -188,7 +252,10 @@ def test_a_plain_constructor_zeroes_nothing_and_ties_only_on_request():
     [
         (dict(num_layers=2, exit_layer=3), "exit_layer must be in 1..num_layers = 2, got 3"),
         (dict(num_layers=0, exit_layer=1), "num_layers must be at least 1, got 0"),
-        (dict(num_layers=2, block2_context="sentence"), "block2_context must be one of full, token, got 'sentence'"),
+        (
+            dict(num_layers=2, block2_context="sentence"),
+            "block2_context must be one of full, token, sequence, got 'sentence'",
+        ),
         (dict(num_layers=2, num_kv_heads=3), "num_kv_heads must divide num_heads = 4, got 3"),
         (dict(num_layers=2, dim=36), "dim must be a multiple of 2 * num_heads = 8, got 36"),
     ],
