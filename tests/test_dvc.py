@@ -72,7 +72,7 @@ def test_block_1_is_bit_identical_in_the_published_model(clone):
     assert same_block1(block1, model)
     assert clone.json("metrics/train_phase2.json")["block1_unchanged"] is True
     assert model.routing_threshold == clone.json("metrics/compute_threshold.json")["threshold"]
-    assert model.block2_context == "token"
+    assert model.block2_context == "sequence"
 
 
 def routed_trainer(model: DeepSupervisionTransformer) -> Trainer:
@@ -223,7 +223,8 @@ def test_a_second_run_gives_the_same_bytes_and_a_leaky_one_says_so(clone, tmp_pa
 
     # the historical protocol: mined, and the threshold taken, where it is scored
     params = tmp_path / "params.yaml"
-    params.write_text(params.read_text().replace("hard_split: train", "hard_split: validation"))
+    text = params.read_text().replace("hard_split: train", "hard_split: validation")
+    params.write_text(text.replace("phase2_context: sequence", "phase2_context: token"))
     run_in_process(tmp_path, ORDER[2:])
     assert read_json(tmp_path / "metrics/compute_threshold.json")["split"] == "validation"
     manifest = read_json(tmp_path / "data/hard/manifest.json")
@@ -232,6 +233,7 @@ def test_a_second_run_gives_the_same_bytes_and_a_leaky_one_says_so(clone, tmp_pa
     assert manifest["hard_tokens"] == pytest.approx(0.5 * validation_tokens, abs=1)
     written = {out for stage in ORDER[2:] for out in outs(stage) if re.fullmatch(r"metrics/(baseline/)?\w+\.json", out)}
     assert len(written) == 7
+    assert load_model(tmp_path / "data/phase2").block2_context == "token"
     assert all(read_json(tmp_path / out)["leaky"] is True for out in written)
 
 
