@@ -10,6 +10,8 @@ import yaml
 from conftest import ROOT
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
+from lego.artifacts import read_json
+from lego.evaluation import comparison_lines
 from lego.params import Params
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -33,6 +35,15 @@ def test_every_experiment_in_the_pages_is_valid(command):
     params = Params.model_validate(values)
     if "split_on" in command:
         assert re.match(params.data.split_on or "", " = Title = ")
+
+
+def test_the_readme_shows_the_numbers_of_the_committed_metrics():
+    routed, yardstick = (
+        read_json(ROOT / f"metrics/{n}.json") for n in ("evaluate_routing", "baseline/shallow_continued")
+    )
+    readme = (ROOT / "README.md").read_text()
+    for line in comparison_lines(routed, yardstick):
+        assert line in readme, line
 
 
 def test_the_pages_link_to_files_that_exist():
