@@ -73,8 +73,14 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, d)
         return self._rotate(k, torch.arange(T, device=x.device)), v
 
+    def keys_values_at(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values (n, G, d) of gathered tokens (n, D) at their positions (n,)."""
+        k = self.k_proj(x).view(len(x), self.num_kv_heads, self.head_dim)
+        v = self.v_proj(x).view(len(x), self.num_kv_heads, self.head_dim)
+        return self._rotate(k, positions.unsqueeze(1)), v
+
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotary embedding of x (B, heads, T, d) at positions (T,) or (B, 1, T)."""
+        """Rotary embedding of x (..., T, d) at positions that broadcast to (..., T)."""
         angles = positions.float().unsqueeze(-1) * self.inv_freq
         angles = torch.cat([angles, angles], dim=-1)  # (..., T, d)
         return x * angles.cos().to(x.dtype) + rotate_half(x) * angles.sin().to(x.dtype)
@@ -138,6 +144,9 @@ class TransformerLayer(nn.Module):
             rows: where they stand.
             source: states (B, T, D) from which this layer projects its keys and values.
         """
-        k, v = self.self_attn.keys_values(self.input_layernorm(source))
+        return self.over(x, rows, *self.self_attn.keys_values(self.input_layernorm(source)))
+
+    def over(self, x: Tensor, rows: Rows, k: Tensor, v: Tensor) -> Tensor:
+        """Output (n, D) of gathered tokens x (n, D) over given keys and values (B, G, T, d), such as a cache's."""
         x = x + self.self_attn.attend(self.input_layernorm(x), rows, k, v)
         return x + self.mlp(self.post_attention_layernorm(x))

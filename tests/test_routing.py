@@ -1,0 +1,240 @@
+"""One function in three ways: teacher-forced routing, batched reading with a cache, and token by token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import VOCAB, logits_close
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lego import DeepSupervisionTransformer
+from lego.generate import Sampling, generate, generate_lossless
+from lego.routing import RoutedDecoder
+
+CONTEXTS = ["full", "token", "sequence"]
+
+
+def random_model(context: str, vocab: int = VOCAB, **sizes) -> DeepSupervisionTransformer:
+    torch.manual_seed(3)
+    model = DeepSupervisionTransformer(vocab, 32, 4, 4, exit_layer=2, block2_context=context, **sizes)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+    return model.eval()
+
+
+MODELS = {
+    (context, heads): random_model(context, num_kv_heads=heads, own_head=heads == 2)
+    for context in CONTEXTS
+    for heads in (2, 4)
+}
+
+
+@st.composite
+def cases(draw):
+    """A model, sequences of different lengths, a threshold well between two confidences, and a way to cut them."""
+    model = MODELS[draw(st.sampled_from(CONTEXTS)), draw(st.sampled_from([2, 4]))]
+    lengths = draw(st.lists(st.integers(1, 9), min_size=1, max_size=4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
+    sequences = [torch.randint(0, VOCAB, (length,), generator=generator) for length in lengths]
+    with torch.no_grad():
+        scores = torch.cat([model.compute_confidence(model.forward_to_hidden(s[None])).flatten() for s in sequences])
+    ordered = torch.cat([torch.zeros(1), scores, torch.ones(1) * 1.1]).sort().values
+    place = draw(st.integers(0, len(ordered) - 2))
+    low, high = ordered[place].item(), ordered[place + 1].item()
+    assume(high - low > 1e-4)  # else rounding decides
+    return model, sequences, (low + high) / 2, draw(st.integers(1, 4)), draw(st.booleans())
+
+
+def padded(sequences: list[Tensor], left: bool) -> tuple[Tensor, Tensor]:
+    longest = max(len(s) for s in sequences)
+    ids, mask = torch.zeros(len(sequences), longest, dtype=torch.long), torch.zeros(len(sequences), longest).bool()
+    for row, s in enumerate(sequences):
+        place = slice(longest - len(s), None) if left else slice(0, len(s))
+        ids[row, place], mask[row, place] = s, True
+    return ids, mask
+
+
+def by_sequence(parts: list[tuple[Tensor, Tensor, Tensor]], count: int) -> list[tuple[Tensor, Tensor]]:
+    """Logits and depths of each sequence in order, from (logits (n, V), deep (n,), mask (B, Q)) of each reading."""
+    found = []
+    for row in range(count):
+        logits = [logits[mask.nonzero()[:, 0] == row] for logits, _, mask in parts]
+        deep = [deep[mask.nonzero()[:, 0] == row] for _, deep, mask in parts]
+        found.append((torch.cat(logits), torch.cat(deep)))
+    return found
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=cases())
+@torch.no_grad()
+def test_teacher_forced_routing_equals_cached_reading_in_pieces(case):
+    model, sequences, threshold, piece, left = case
+    ids, mask = padded(sequences, left)
+    decoder = RoutedDecoder(model, threshold, len(sequences))
+    pieces = []
+    for start in range(0, ids.shape[1], piece):
+        part = decoder.read(ids[:, start : start + piece], mask[:, start : start + piece])
+        pieces.append((part.logits, part.deep, part.mask))
+    once = RoutedDecoder(model, threshold, len(sequences)).read(ids, mask)
+    at_once = by_sequence([(once.logits, once.deep, once.mask)], len(sequences))
+    for s, (cut, cut_deep), (whole, whole_deep) in zip(
+        sequences, by_sequence(pieces, len(sequences)), at_once, strict=True
+    ):
+        expected, confidence = model.route(s[None], model.exit_layer, threshold)
+        assert torch.equal(cut_deep, confidence[0] < threshold)
+        assert torch.equal(whole_deep, cut_deep)
+        logits_close(cut, expected[0], 2e-5)
+        logits_close(whole, expected[0], 2e-5)
+    assert decoder.lengths.tolist() == [len(s) for s in sequences]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@torch.no_grad()
+def test_thresholds_at_the_ends_are_block_1_and_the_full_model(context):
+    model, x = MODELS[context, 4], torch.randint(0, VOCAB, (2, 7))
+    every = model.forward_all_layers(x)
+    for threshold, expected in ((1.1, every[3]), (None, every[3]), (0.0, every[1])):
+        routed = RoutedDecoder(model, threshold, 2).read(x)
+        logits_close(routed.logits.view(2, 7, -1), expected)
+        assert routed.deep.all() == (threshold != 0.0)
+        logits_close(routed.last()[0], expected[:, -1])
+    with pytest.raises(ValueError, match=r"threshold must be None or at least 0\.0, got nan"):
+        RoutedDecoder(model, float("nan"))
+    with pytest.raises(ValueError, match=r"ids must be \(1, Q\), got \(2, 7\)"):
+        RoutedDecoder(model, None).read(x)
+
+
+@torch.no_grad()
+def test_routing_off_never_evaluates_the_exit_head():
+    model, called = random_model("sequence", own_head=True), []
+    model.output_head.register_forward_hook(lambda *_: called.append("exit"))
+    RoutedDecoder(model, None).read(torch.randint(0, VOCAB, (1, 5)))
+    assert called == []
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@torch.no_grad()
+def test_what_is_forgotten_leaves_no_trace(context):
+    model, x, other = MODELS[context, 2], torch.randint(0, VOCAB, (2, 6)), torch.randint(0, VOCAB, (2, 9))
+    decoder = RoutedDecoder(model, 0.3, 2)
+    decoder.read(x)
+    decoder.read(other)
+    decoder.forget(torch.tensor([6, 4]))
+    assert decoder.lengths.tolist() == [6, 4]
+    after = decoder.read(x[:, :3])
+    fresh = RoutedDecoder(model, 0.3, 2)
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    fresh.read(x, mask)
+    logits_close(after.logits, fresh.read(x[:, :3]).logits, 2e-5)
+
+
+@torch.no_grad()
+def test_any_criterion_decides_and_sees_states_and_logits():
+    model, x = MODELS["sequence", 4], torch.randint(0, VOCAB, (2, 5))
+    h = model.forward_to_hidden(x)
+
+    def by_first_feature(states: Tensor, logits: Tensor) -> Tensor:
+        logits_close(logits, model.logits_at(states, 2))
+        return states[:, 0]
+
+    routed = RoutedDecoder(model, 0.0, 2, criterion=by_first_feature).read(x)
+    assert torch.equal(routed.deep, h[..., 0].flatten() < 0.0)
+    assert 0 < routed.deep.sum() < 10
+
+
+def greedy_by_recomputing(model, prompt: list[int], count: int, threshold: float | None) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        x = torch.tensor([ids])
+        logits = model(x) if threshold is None else model.route(x, model.exit_layer, threshold)[0]
+        ids.append(int(logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+PROMPTS = [[5, 9, 2], [17], [3, 3, 8, 1, 40]]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("threshold", [None, 0.35])
+@torch.no_grad()
+def test_greedy_text_of_a_batch_equals_recomputing_each_sequence(context, threshold):
+    model = MODELS[context, 4]
+    expected = [greedy_by_recomputing(model, prompt, 12, threshold) for prompt in PROMPTS]
+    written: list[list[int]] = [[], [], []]
+    for token in generate(model, PROMPTS, 12, threshold):
+        written[token.sequence].append(token.id)
+    assert written == expected
+    stop = {expected[0][4], expected[1][2]}
+    stopped: list[list[int]] = [[], [], []]
+    for token in generate(model, PROMPTS, 12, threshold, stop=stop):
+        stopped[token.sequence].append(token.id)
+    for short, whole in zip(stopped, expected, strict=True):
+        ends = [i for i, token in enumerate(whole) if token in stop]
+        assert short == whole[: ends[0] + 1 if ends else None]
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("drafts", [1, 3, 8])
+@torch.no_grad()
+def test_lossless_greedy_text_is_the_full_models(context, drafts):
+    model = MODELS[context, 2]
+    for prompt in PROMPTS:
+        tokens = list(generate_lossless(model, prompt, 20, drafts=drafts))
+        assert [token.id for token in tokens] == greedy_by_recomputing(model, prompt, 20, None)
+        assert any(token.deep for token in tokens)
+
+
+@torch.no_grad()
+def test_lossless_sampling_has_the_full_models_distribution():
+    """Of the first two tokens after a prompt, 1,500 draws against the exact joint distribution: chi-square."""
+    from scipy.stats import chisquare
+
+    model, sampling = random_model("sequence", vocab=4), Sampling(temperature=2.0)
+    generator = torch.Generator().manual_seed(0)
+    counts, accepted = torch.zeros(4, 4), 0
+    for _ in range(1500):
+        tokens = list(generate_lossless(model, [1, 2], 2, drafts=2, sampling=sampling, generator=generator))
+        counts[tokens[0].id, tokens[1].id] += 1
+        accepted += sum(not token.deep for token in tokens)
+    first = sampling.probabilities(model(torch.tensor([[1, 2]]))[0, -1])
+    second = torch.stack([sampling.probabilities(model(torch.tensor([[1, 2, t]]))[0, -1]) for t in range(4)])
+    expected = (first[:, None] * second).flatten().double()
+    assert 300 < accepted < 2900  # both branches are taken
+    assert (
+        chisquare(counts.flatten().double(), expected.flatten().double() * 1500 / expected.sum().item()).pvalue > 1e-3
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**20),
+    temperature=st.sampled_from([0.5, 1.0, 1.7]),
+    top_k=st.integers(0, 12),
+    top_p=st.sampled_from([0.3, 0.7, 0.95, 1.0]),
+)
+def test_sampling_equals_transformers_warpers(seed, temperature, top_k, top_p):
+    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(seed)) * 3
+    expected = TemperatureLogitsWarper(temperature)(None, logits)
+    if top_k:
+        expected = TopKLogitsWarper(top_k)(None, expected)
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(None, expected)
+    torch.testing.assert_close(Sampling(temperature, top_k, top_p).probabilities(logits), expected.softmax(-1))
+
+
+def test_bad_requests_are_named():
+    model = MODELS["token", 4]
+    with pytest.raises(ValueError, match="prompt 1 is empty; give at least one token"):
+        list(generate(model, [[1], []], 3, None))
+    with pytest.raises(ValueError, match=f"prompt 0 holds a token outside the vocabulary of {VOCAB}"):
+        list(generate_lossless(model, [VOCAB], 3))
+    with pytest.raises(ValueError, match=r"need temperature >= 0, top_k >= 0 and top_p in \(0, 1\]"):
+        Sampling(top_p=0.0)
+    with pytest.raises(ValueError, match="drafts must be at least 1, got 0"):
+        list(generate_lossless(model, [1], 3, drafts=0))
+    assert list(generate(model, [], 3, None)) == []
