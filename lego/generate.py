@@ -1,13 +1,23 @@
-"""Text from a routed model: each token at its own depth, or exactly as the full model would write it."""
+"""Text from a routed model: each token at its own depth, or exactly as the full model would write it.
+
+python -m lego.generate data/phase2 "def main(" --max-new-tokens 64 --show-exits
+"""
 
 from __future__ import annotations
 
+import argparse
+import json
+import sys
+import time
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from lego.artifacts import ArtifactError
+from lego.checkpoint import load_model
 from lego.routing import RoutedDecoder, Shallow
 from lego.transformer import BaseTransformer
 
@@ -202,3 +212,85 @@ def _verify(p: Tensor, q: Tensor, drafted: list[int], generator: torch.Generator
             rest = rest if rest.sum() > 0 else p[number]  # the two differ by rounding alone
             return number, int(_draw(rest / rest.sum(), generator))
     return len(drafted), None
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m lego.generate", description="Writes text with a routed model.")
+    parser.add_argument("folder", help="a model folder with its tokenizer, such as data/phase2")
+    parser.add_argument("prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--threshold", type=float, help="confidence from which a token leaves early")
+    parser.add_argument("--lossless", action="store_true", help="exactly as the full model; block 1 drafts")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show-exits", action="store_true", help="yellow: needed block 2; green: did not")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return parser.parse_args(argv)
+
+
+def _write(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Text and measures of the routed model, and the full model's speed for the same prompt."""
+    from transformers import AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    model = load_model(arguments.folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{arguments.folder}: has no tokenizer ({str(error).splitlines()[0]})") from None
+    prompt = tokenizer(arguments.prompt)["input_ids"]
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    count, stop = arguments.max_new_tokens, {tokenizer.eos_token_id}
+    threshold = arguments.threshold if arguments.threshold is not None else getattr(model, "routing_threshold", 0.0)
+
+    def run(routed: bool) -> Iterator[Token]:
+        drawn = torch.Generator().manual_seed(arguments.seed)
+        if routed and arguments.lossless:
+            return generate_lossless(model, prompt, count, sampling=sampling, stop=stop, generator=drawn)
+        at = threshold if routed else None
+        return generate(model, [prompt], count, at, sampling=sampling, stop=stop, generator=drawn)
+
+    list(generate(model, [prompt], 2, None))  # the first steps of a process are slow
+    started = time.perf_counter()
+    tokens = list(run(routed=True))
+    between = time.perf_counter()
+    full = list(run(routed=False))
+    speed, full_speed = len(tokens) / (between - started), len(full) / (time.perf_counter() - between)
+    return {
+        "prompt": arguments.prompt,
+        "text": tokenizer.decode([token.id for token in tokens]),
+        "tokens": [{"id": token.id, "text": tokenizer.decode([token.id]), "deep": token.deep} for token in tokens],
+        "shallow_ratio": sum(not token.deep for token in tokens) / max(1, len(tokens)),
+        "tokens_per_second": speed,
+        "full_tokens_per_second": full_speed,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    try:
+        result = _write(arguments)
+    except (ArtifactError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        print(json.dumps(result))
+        return 0
+    if arguments.show_exits:
+        colours = {True: "\033[33m", False: "\033[32m"}
+        shown = "".join(f"{colours[token['deep']]}{token['text']}" for token in result["tokens"]) + "\033[0m"
+    else:
+        shown = result["text"]
+    print(result["prompt"] + shown)
+    print(
+        f"{len(result['tokens'])} tokens, {100 * result['shallow_ratio']:.1f} % shallow, "
+        f"{result['tokens_per_second']:.1f} tokens/s; full model {result['full_tokens_per_second']:.1f} tokens/s",
+        file=sys.stderr,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

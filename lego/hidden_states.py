@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lego.artifacts import ArtifactError, read_json, read_tensors, sha256, write_json, write_tensors
 
-MANIFEST, PROGRESS = "manifest.json", "progress.json"
+MANIFEST = "manifest.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -37,7 +37,8 @@ class _Progress(BaseModel):
 
 
 class StoreWriter:
-    """Writes whole blocks into shards; `close` writes the manifest. In a folder left by a killed run it continues.
+    """Writes whole blocks into shards; `close` writes the manifest. In a folder left by a killed run it continues:
+    a hidden file beside the folder says which shards are whole.
 
     Args:
         folder: an existing folder, empty or with the finished shards of the same store.
@@ -51,9 +52,12 @@ class StoreWriter:
         self.pending: list[dict[str, Tensor]] = []
         self.shards: list[dict[str, Any]] = []
         self.error = self.norm = self.confidence = 0.0
+        self.progress = self.folder.with_name(f".{self.folder.name}.progress.json")
         try:
-            done = _Progress.model_validate(read_json(self.folder / PROGRESS, *_Progress.model_fields))
+            done = _Progress.model_validate(read_json(self.progress, *_Progress.model_fields))
         except (ArtifactError, ValidationError):  # nothing whole to continue from
+            return
+        if not all((self.folder / shard.file).exists() for shard in done.shards):  # they were published
             return
         self.shards = [shard.model_dump() for shard in done.shards]
         self.error, self.norm, self.confidence = done.error, done.norm, done.confidence
@@ -109,7 +113,7 @@ class StoreWriter:
         )
         self.pending = []
         sums = {"error": self.error, "norm": self.norm, "confidence": self.confidence}
-        write_json(self.folder / PROGRESS, {"shards": self.shards, **sums})
+        write_json(self.progress, {"shards": self.shards, **sums})
 
     def close(self, **origin: Any) -> dict[str, Any]:
         """Writes and returns the manifest.
@@ -138,7 +142,6 @@ class StoreWriter:
             **origin,
         }
         write_json(self.folder / MANIFEST, manifest)
-        (self.folder / PROGRESS).unlink(missing_ok=True)
         return manifest
 
 

@@ -83,10 +83,11 @@ def _walk(folder: Path) -> Iterator[Path]:
     """All files that are not hidden; links to folders are followed, each folder is entered once."""
     entered: set[str] = set()
     for name, folders, files in os.walk(folder, followlinks=True):
-        entered.add(os.path.realpath(name))
-        folders[:] = [
-            sub for sub in sorted(folders) if sub[0] != "." and os.path.realpath(Path(name, sub)) not in entered
-        ]
+        if (real := os.path.realpath(name)) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = [sub for sub in sorted(folders) if sub[0] != "."]
         yield from (Path(name, file) for file in files if file[0] != "." and Path(name, file).is_file())
 
 

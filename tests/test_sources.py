@@ -167,6 +167,7 @@ def test_links_to_folders_are_followed_once_and_odd_names_read(tmp_path):
     (tmp_path / "elsewhere" / "a.txt").write_text("linked")
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "text" / "again").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "text" / "loop").symlink_to(tmp_path / "text")
     (tmp_path / "text" / "broken.txt").symlink_to(tmp_path / "nowhere")
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/text/\xff.txt")).write_text("odd")
