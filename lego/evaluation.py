@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lego.artifacts import write_tensors
 from lego.blocks import bits_per_byte
 from lego.cost import Ledger
 from lego.transformer import BaseTransformer, compute_cost
@@ -109,6 +111,17 @@ def token_table(
         columns.append((shallow[0], deep[0], shallow[1], deep[1], shallow[2]))
     nll_shallow, nll_deep, *rest = (torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True))
     return TokenTable(nll_shallow.astype(np.float64), nll_deep.astype(np.float64), *rest)
+
+
+def save_tables(folder: str | Path, **tables: TokenTable) -> None:
+    """Writes one safetensors file per table into an existing folder: what each exit said of each token, in order.
+
+    From these follow paired comparisons of models and the results of any threshold, without running the model again.
+    """
+    for name, table in tables.items():
+        tensors = {field.name: torch.from_numpy(getattr(table, field.name)) for field in fields(table)}
+        small = {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}
+        write_tensors(Path(folder) / f"{name}.safetensors", small)
 
 
 def threshold_sweep(table: TokenTable, ledger: Ledger, points: int) -> list[dict[str, float]]:

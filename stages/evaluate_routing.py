@@ -3,12 +3,12 @@
 dvc repro evaluate_routing      (python -m stages.evaluate_routing)
 """
 
-from lego.artifacts import read_json, read_number, write_csv, write_json
+from lego.artifacts import atomic_folder, read_json, read_number, write_csv, write_json
 from lego.batches import EvaluationBatches
 from lego.blocks import PackedBlocks, corpus_facts, data_digests
 from lego.checkpoint import load_model
 from lego.cost import Ledger
-from lego.evaluation import comparison_lines, routed_metrics, threshold_sweep, token_table
+from lego.evaluation import comparison_lines, routed_metrics, save_tables, threshold_sweep, token_table
 from lego.harness import Stage, exit_cleanly, resolve_device
 from lego.params import load_params
 from lego.progress import share
@@ -37,6 +37,8 @@ def main() -> None:
             "hard_share": mined["hard_share"],
             "leaky": mined["leaky"],
         }
+        with atomic_folder("data/evaluation") as folder:
+            save_tables(folder, test=tables[0], validation=tables[1])
         write_json("metrics/evaluate_routing.json", metrics)
         write_csv(
             "metrics/curves/evaluate_routing.csv", threshold_sweep(tables[0], ledger, params.evaluation.sweep_points)

@@ -22,7 +22,7 @@ from lego import (
     compute_confidence_threshold,
     load_model,
 )
-from lego.artifacts import read_json, sha256
+from lego.artifacts import read_json, read_tensors, sha256
 from lego.batches import EvaluationBatches
 from lego.blocks import PackedBlocks
 from lego.checkpoint import same_block1
@@ -64,6 +64,19 @@ def test_all_outs_are_there_and_the_two_models_report_the_same_keys(clone):
     assert ran(clone.output)[-1] == "evaluate_routing"
     timing = clone.json("metrics/timing/train_phase1.json")
     assert {"python_executable", "torch_version", "seconds", "trained_tokens_per_second"} <= set(timing)
+
+
+def test_the_tables_of_all_tokens_give_the_metrics(clone):
+    table, metrics = (
+        read_tensors(clone.folder / "data/evaluation/test.safetensors"),
+        clone.json("metrics/evaluate_routing.json"),
+    )
+    easy = table["confidence"] >= metrics["threshold"]
+    nll = torch.where(easy, table["nll_shallow"], table["nll_deep"]).double()
+    assert nll.mean().exp().item() == pytest.approx(metrics["ppl"], rel=1e-6)
+    assert torch.where(easy, table["right_shallow"], table["right_deep"]).double().mean() == metrics["acc"]
+    assert table["nll_deep"][~easy].double().mean().exp().item() == pytest.approx(metrics["hard_ppl_after"], rel=1e-6)
+    assert (clone.folder / "data/evaluation/validation.safetensors").exists()
 
 
 def test_block_1_is_bit_identical_in_the_published_model(clone):
