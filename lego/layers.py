@@ -54,15 +54,17 @@ class Attention(nn.Module):
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
         self.register_buffer("inv_freq", rope_theta**-exponents, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+        """Attention output (B, T, D) of x over keys and values of `source` (B, T, D), by default x itself."""
         B, T, D = x.shape
         H, G, d = self.num_heads, self.num_kv_heads, self.head_dim
+        source = x if source is None else source
         if T == 1:  # the softmax over one key is 1: attention returns the value, whatever query and key are
-            v = self.v_proj(x).view(B, T, G, d)
+            v = self.v_proj(source).view(B, T, G, d)
             return self.o_proj(v.repeat_interleave(H // G, dim=2).view(B, T, D))
         positions = torch.arange(T, device=x.device)
         q = self.q_proj(x).view(B, T, H, d).transpose(1, 2)  # (B, H, T, d)
-        k, v = self.keys_values(x)
+        k, v = self.keys_values(source)
         mixed = F.scaled_dot_product_attention(self._rotate(q, positions), k, v, is_causal=True, enable_gqa=G != H)
         return self.o_proj(mixed.transpose(1, 2).reshape(B, T, D))
 
@@ -132,8 +134,10 @@ class TransformerLayer(nn.Module):
         self.mlp = SwiGLU(dim, ffn_dim)
         self.exit_norm = nn.RMSNorm(dim, eps=norm_eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x))
+    def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
+        """Output (B, T, D) of x; keys and values are projected from `source` (B, T, D), by default from x itself."""
+        normed = None if source is None else self.input_layernorm(source)
+        x = x + self.self_attn(self.input_layernorm(x), normed)
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def gathered(self, x: Tensor, rows: Rows, source: Tensor) -> Tensor:

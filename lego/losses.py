@@ -93,6 +93,24 @@ def exit_confidence(h: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def exit_logits(h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits h @ weight.T (n, V), and the largest softmax probability (n,), taken while a chunk is at hand.
+
+    Args:
+        h: normed states (n, D).
+        weight: of the output head (V, D).
+    """
+    logits = h.new_empty(len(h), len(weight))
+    confidence = torch.empty(len(h), device=h.device)
+    rows = _rows_at_a_time(weight)
+    for start in range(0, len(h), rows):
+        chunk = logits[start : start + rows]
+        torch.mm(h[start : start + rows], weight.t(), out=chunk)
+        confidence[start : start + rows] = max_probability(chunk)
+    return logits, confidence
+
+
+@torch.no_grad()
 def read_exit(h: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What an exit says of each token: loss in nats (n,), whether its best guess is right (n,), confidence (n,).
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lego.layers import Rows, TransformerLayer
-from lego.losses import exit_confidence, linear_cross_entropy, max_probability, read_exit
+from lego.losses import exit_confidence, exit_logits, linear_cross_entropy, max_probability, read_exit
 
 BLOCK2_CONTEXTS = ("full", "token", "sequence")
 
@@ -115,7 +115,10 @@ class BaseTransformer(nn.Module):
         if self.block2_context == "sequence":
             if first > boundary + 1:
                 raise ValueError(f"layers above the exit run from layer {boundary + 1} on, got first = {first}")
-            return self.gathered(h, torch.ones(B, T, dtype=torch.bool, device=h.device), last).view(B, T, D)
+            source = h
+            for index in range(boundary + 1, last + 1):
+                h = self.layers[index - 1](h, source)
+            return h
         h = h.reshape(B * T, 1, D)
         for index in range(max(first, boundary + 1), last + 1):
             h = self.layers[index - 1](h)
@@ -191,8 +194,9 @@ class BaseTransformer(nn.Module):
             ValueError: exit_layer is none of the model's layers.
         """
         h = self.states_at(x, exit_layer)
-        logits = self.logits_at(h, exit_layer)
-        confidence = max_probability(logits)
+        normed = self.layer(exit_layer).exit_norm(h).reshape(-1, h.shape[-1])  # (n, D)
+        both = exit_logits(normed, self.head_at(exit_layer).weight)
+        logits, confidence = both[0].view(*x.shape, -1), both[1].view(x.shape)  # (B, T, V), (B, T)
         if threshold == 0.0:
             return self.logits_at(self.run_layers(h, exit_layer + 1, self.num_layers), self.num_layers), confidence
         hard = confidence < threshold

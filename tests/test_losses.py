@@ -31,14 +31,14 @@ def drawn(n: int, dim: int, vocab: int, scale: float, seed: int, dtype: torch.dt
 @settings(max_examples=150, deadline=None)
 @given(**SIZES, trained=st.sampled_from([(True, True), (True, False), (False, True)]))
 def test_loss_and_gradients_equal_torchs(n, dim, vocab, rows, scale, seed, trained):
-    h, weight, y = drawn(n, dim, vocab, scale, seed, torch.float32)
+    h, weight, y = drawn(n, dim, vocab, scale, seed, torch.float64)  # float32 forgives less the larger the logits
     h.requires_grad_(trained[0])
     weight.requires_grad_(trained[1])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "LOGITS_IN_CACHE", rows * vocab)  # `rows` rows at a time
         loss = linear_cross_entropy(h, weight, y)
     expected = F.cross_entropy(h @ weight.t(), y)
-    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
     (2.5 * loss).backward()
     actual = [tensor.grad for tensor in (h, weight)]
     h.grad = weight.grad = None
@@ -46,7 +46,7 @@ def test_loss_and_gradients_equal_torchs(n, dim, vocab, rows, scale, seed, train
     for mine, reference, wanted in zip(actual, (h.grad, weight.grad), trained, strict=True):
         assert (mine is not None) is wanted
         if wanted:
-            torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(mine, reference, rtol=1e-8, atol=1e-9)
 
 
 @settings(max_examples=100, deadline=None)
@@ -64,13 +64,13 @@ def test_what_an_exit_says_equals_torchs(n, dim, vocab, rows, scale, seed):
     assert torch.equal(right[clear], (logits.argmax(1) == y)[clear])
 
 
-def test_gradients_in_float64():
-    h, weight, y = drawn(7, 5, 11, 1.0, 0, torch.float64)
-    loss = linear_cross_entropy(h.requires_grad_(), weight.requires_grad_(), y)
-    loss.backward()
+@pytest.mark.parametrize("scale", [0.1, 3.0])
+def test_float32_gradients_are_within_rounding_of_torchs(scale):
+    h, weight, y = drawn(300, 16, 500, scale, 0, torch.float32)
+    linear_cross_entropy(h.requires_grad_(), weight.requires_grad_(), y).backward()
     expected = F.cross_entropy(h @ weight.t(), y)
     for mine, reference in zip((h.grad, weight.grad), torch.autograd.grad(expected, (h, weight)), strict=True):
-        torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6)
 
 
 def test_under_autocast_the_products_are_bfloat16_and_the_gradients_keep_their_types():
