@@ -181,7 +181,8 @@ def write_tokens(
     for ids, size in encoded:
         documents, all_bytes, all_ids = documents + 1, all_bytes + size, all_ids + len(ids)
         ids = ids[: limit - writer.ids]
-        kept.append(ids[: max(0, keep - writer.ids)])
+        if writer.ids < keep:
+            kept.append(ids[: keep - writer.ids])
         if lengths is not None:  # the first id of all is never predicted
             predicted_bytes += int(lengths[ids[0 if writer.ids else 1 :]].sum())
         writer.add(ids)
