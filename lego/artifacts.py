@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -75,6 +76,21 @@ def read_json(path: str | Path, *required: str) -> dict[str, Any]:
         raise ArtifactError(f"{path}: must hold a JSON object; run dvc checkout or dvc repro to restore it")
     if missing := [key for key in required if key not in content]:
         raise ArtifactError(f"{path}: lacks {', '.join(missing)}; run dvc checkout or dvc repro to restore it")
+    return content
+
+
+def read_checked(path: str | Path, shape: type[BaseModel]) -> dict[str, Any]:
+    """Reads a JSON object of the given shape; keys beyond it are kept.
+
+    Raises:
+        ArtifactError: as `read_json`, or a value is not as the shape says.
+    """
+    content = read_json(path, *shape.model_fields)
+    try:
+        shape.model_validate(content)
+    except ValidationError as error:
+        key = ".".join(str(part) for part in error.errors()[0]["loc"])
+        raise ArtifactError(f"{path}: {key} is not as it was written; run dvc checkout or dvc repro") from None
     return content
 
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor
 
-from lego.artifacts import ArtifactError, named, read_json, sha256
+from lego.artifacts import ArtifactError, named, read_checked, read_json, sha256
 
 ROWS_AT_A_TIME = 8192  # blocks per record batch
 
@@ -49,20 +49,25 @@ class BlockWriter:
         self.file = pa.OSFile(str(self.scratch), "wb")
         self.writer = pa.ipc.new_stream(self.file, self.schema)
         self.pending = np.empty(0, dtype=np.int32)
+        self.parts: list[np.ndarray] = []  # taken since the last rows were written
+        self.waiting = 0  # ids in pending and parts
         self.digest = hashlib.sha256()
         self.rows = self.ids = 0
 
     def add(self, ids: np.ndarray) -> None:
         """Takes the next ids (m,) of the stream."""
         self.ids += len(ids)
-        self.pending = np.concatenate([self.pending, ids.astype(np.int32)])
-        if len(self.pending) > ROWS_AT_A_TIME * self.seq_len:
+        self.waiting += len(ids)
+        self.parts.append(ids.astype(np.int32))
+        if self.waiting > ROWS_AT_A_TIME * self.seq_len:
             with named(self.folder):
                 self._flush()
 
     def _flush(self) -> None:
-        rows = pack(self.pending, self.seq_len)
-        self.pending = self.pending[len(rows) * self.seq_len :].copy()
+        ids = np.concatenate([self.pending, *self.parts])
+        rows = pack(ids, self.seq_len)
+        self.pending = ids[len(rows) * self.seq_len :].copy()
+        self.parts, self.waiting = [], len(self.pending)
         for part in np.array_split(rows, range(ROWS_AT_A_TIME, len(rows), ROWS_AT_A_TIME)):
             column = pa.FixedSizeListArray.from_arrays(part.ravel(), self.seq_len + 1)
             self.writer.write_batch(pa.record_batch([column], schema=self.schema))
@@ -198,14 +203,7 @@ def corpus_facts(folder: str | Path) -> dict[str, Any]:
     Raises:
         ArtifactError: corpus.json is missing or not as it was written.
     """
-    path = Path(folder) / "corpus.json"
-    facts = read_json(path, *_Facts.model_fields)
-    try:
-        _Facts.model_validate(facts)
-    except ValidationError as error:
-        key = ".".join(str(part) for part in error.errors()[0]["loc"])
-        raise ArtifactError(f"{path}: {key} is not as it was written; run dvc checkout or dvc repro") from None
-    return facts
+    return read_checked(Path(folder) / "corpus.json", _Facts)
 
 
 def bits_per_byte(ppl: float, facts: dict[str, Any]) -> float:

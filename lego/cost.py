@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lego.transformer import CONTEXT_AT_INFERENCE
+
 FORWARD_BACKWARD = 3  # a trained matrix product: forward, gradient of the input, gradient of the weight
 FROZEN_BACKWARD = 2  # a frozen one inside the graph: forward, gradient of the input
 
@@ -45,7 +47,7 @@ class Ledger:
 
     def grown(self, num_layers: int, phase2_context: str) -> Ledger:
         """Ledger of the routed model that grows from this block 1 (`ashem.phase2_layers`, `ashem.phase2_context`)."""
-        context = "full" if phase2_context == "historic" else phase2_context
+        context = CONTEXT_AT_INFERENCE[phase2_context]
         return replace(self, num_layers=num_layers, exit_layer=self.num_layers, block2_context=context)
 
     @property

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, PositiveInt
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lego.artifacts import ArtifactError, read_json, read_tensors, sha256, write_json, write_tensors
+from lego.artifacts import ArtifactError, read_checked, read_tensors, sha256, write_json, write_tensors
 
 MANIFEST = "manifest.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -54,8 +54,8 @@ class StoreWriter:
         self.error = self.norm = self.confidence = 0.0
         self.progress = self.folder.with_name(f".{self.folder.name}.progress.json")
         try:
-            done = _Progress.model_validate(read_json(self.progress, *_Progress.model_fields))
-        except (ArtifactError, ValidationError):  # nothing whole to continue from
+            done = _Progress.model_validate(read_checked(self.progress, _Progress))
+        except ArtifactError:  # nothing whole to continue from
             return
         if not all((self.folder / shard.file).exists() for shard in done.shards):  # they were published
             return
@@ -170,13 +170,7 @@ class HiddenStateStore:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.manifest = read_json(self.folder / MANIFEST, *_Manifest.model_fields)
-        try:
-            _Manifest.model_validate(self.manifest)
-        except ValidationError as error:
-            key = ".".join(str(part) for part in error.errors()[0]["loc"])
-            reason = f"{key} is not as it was written; run dvc checkout or dvc repro"
-            raise ArtifactError(f"{self.folder / MANIFEST}: {reason}") from None
+        self.manifest = read_checked(self.folder / MANIFEST, _Manifest)
         self.shards: list[dict[str, Any]] = self.manifest["shards"]
         self.hard_tokens: int = self.manifest["hard_tokens"]
         self.threshold: float = self.manifest["threshold"]

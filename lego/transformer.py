@@ -16,6 +16,7 @@ from lego.layers import Rows, TransformerLayer
 from lego.losses import exit_confidence, exit_logits, linear_cross_entropy, max_probability, read_exit
 
 BLOCK2_CONTEXTS = ("full", "token", "sequence")
+CONTEXT_AT_INFERENCE = {"token": "token", "sequence": "sequence", "historic": "full"}  # by ashem.phase2_context
 
 
 class BaseTransformer(nn.Module):

@@ -18,10 +18,9 @@ from lego.hidden_states import HiddenStateStore
 from lego.params import Params, load_params
 from lego.steps import build_training
 from lego.trainer import StageConfig, Trainer, TrainingConfig
-from lego.transformer import DeepSupervisionTransformer
+from lego.transformer import CONTEXT_AT_INFERENCE, DeepSupervisionTransformer
 
 Batches = HardTokenBatches | HardBlockBatches
-CONTEXTS = {"token": "token", "sequence": "sequence", "historic": "full"}
 
 
 def train(params: Params, stage: Stage, model: DeepSupervisionTransformer, batches: Batches) -> History:
@@ -69,7 +68,7 @@ def main() -> None:
             ashem.phase2_layers,
             init=ashem.init_new_layers,
             routing_threshold=store.threshold,
-            block2_context=CONTEXTS[ashem.phase2_context],
+            block2_context=CONTEXT_AT_INFERENCE[ashem.phase2_context],
             head=ashem.head,
         )
         kind = HardBlockBatches if ashem.phase2_context == "sequence" else HardTokenBatches
