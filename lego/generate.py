@@ -169,7 +169,8 @@ def generate_lossless(
         start = decoder.lengths.clone()
         drafted, read, q = _draft(decoder, last, min(drafts, left), sampling, generator)
         everything = torch.ones(len(drafted), dtype=torch.bool, device=device)
-        p = sampling.probabilities(decoder.deep_logits(read, everything))  # (drafts, V)
+        verified = model.logits_at(decoder.deep_states(read, everything), model.num_layers)
+        p = sampling.probabilities(verified)  # (drafts, V)
         accepted, chosen = _verify(p, q, drafted, generator)
         new = [Token(0, token, False) for token in drafted[:accepted]]
         if chosen is not None:
@@ -193,14 +194,7 @@ def _draft(
         q.append(sampling.probabilities(model.logits_at(parts[-1].states, model.exit_layer)))  # (1, V)
         last = int(_draw(q[-1], generator))
         drafted.append(last)
-    together = Shallow(
-        torch.cat([part.states for part in parts]),
-        torch.cat([part.sequence for part in parts]),
-        torch.cat([part.position for part in parts]),
-        torch.cat([part.mask for part in parts], dim=1),
-        torch.cat([part.positions for part in parts], dim=1),
-    )
-    return drafted, together, torch.cat(q)
+    return drafted, Shallow.joined(parts), torch.cat(q)
 
 
 def _verify(p: Tensor, q: Tensor, drafted: list[int], generator: torch.Generator | None) -> tuple[int, int | None]:

@@ -12,12 +12,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def rotate_half(x: Tensor) -> Tensor:
-    """Turns each pair (x_i, x_{i + d/2}) by 90 degrees, Llama's layout of rotary pairs."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
-
-
 @dataclass(frozen=True)
 class Rows:
     """Where gathered tokens stand: B sequences, at most Q of them in each, padded at the end.
@@ -25,10 +19,12 @@ class Rows:
     Args:
         positions: place of each in its sequence (B, Q).
         taken: false where a sequence has fewer than Q (B, Q); its true entries are the gathered tokens in order.
+        newest: they are the last Q tokens of every sequence, and the sequences are equally long.
     """
 
     positions: Tensor
     taken: Tensor
+    newest: bool = False
 
     @classmethod
     def of(cls, mask: Tensor) -> Rows:
@@ -37,6 +33,16 @@ class Rows:
         Q = int(counts.max())
         positions = mask.int().argsort(dim=1, descending=True, stable=True)[:, :Q]  # (B, Q)
         return cls(positions, torch.arange(Q, device=mask.device) < counts[:, None])
+
+
+Rotary = tuple[Tensor, Tensor]
+
+
+def rotated(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turns each pair (x_i, x_{i + d/2}) of x (..., d), Llama's layout, by cosines and sines (..., d/2)."""
+    cos, sin = (part.to(x.dtype) for part in rotary)
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class Attention(nn.Module):
@@ -62,41 +68,40 @@ class Attention(nn.Module):
         if T == 1:  # the softmax over one key is 1: attention returns the value, whatever query and key are
             v = self.v_proj(source).view(B, T, G, d)
             return self.o_proj(v.repeat_interleave(H // G, dim=2).view(B, T, D))
-        positions = torch.arange(T, device=x.device)
+        rotary = self.rotary(torch.arange(T, device=x.device))
         q = self.q_proj(x).view(B, T, H, d).transpose(1, 2)  # (B, H, T, d)
-        k, v = self.keys_values(source)
-        mixed = F.scaled_dot_product_attention(self._rotate(q, positions), k, v, is_causal=True, enable_gqa=G != H)
+        k, v = self.keys_values(source, rotary)
+        mixed = F.scaled_dot_product_attention(rotated(q, rotary), k, v, is_causal=True, enable_gqa=G != H)
         return self.o_proj(mixed.transpose(1, 2).reshape(B, T, D))
 
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values (B, G, T, d) of tokens (B, T, D) at positions 0..T-1."""
+    def keys_values(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """Rotated keys and values (B, G, T, d) of tokens (B, T, D)."""
         B, T, _ = x.shape
         k = self.k_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, d)
         v = self.v_proj(x).view(B, T, self.num_kv_heads, self.head_dim).transpose(1, 2)  # (B, G, T, d)
-        return self._rotate(k, torch.arange(T, device=x.device)), v
+        return rotated(k, rotary), v
 
-    def keys_values_at(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotated keys and values (n, G, d) of gathered tokens (n, D) at their positions (n,)."""
-        k = self.k_proj(x).view(len(x), self.num_kv_heads, self.head_dim)
-        v = self.v_proj(x).view(len(x), self.num_kv_heads, self.head_dim)
-        return self._rotate(k, positions.unsqueeze(1)), v
+    def rotary(self, positions: Tensor) -> Rotary:
+        """Cosines and sines (..., d/2) of positions (...); the same for every layer."""
+        angles = positions.float().unsqueeze(-1) * self.inv_freq  # (..., d/2)
+        return angles.cos(), angles.sin()
 
-    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Rotary embedding of x (..., T, d) at positions that broadcast to (..., T)."""
-        angles = positions.float().unsqueeze(-1) * self.inv_freq
-        angles = torch.cat([angles, angles], dim=-1)  # (..., T, d)
-        return x * angles.cos().to(x.dtype) + rotate_half(x) * angles.sin().to(x.dtype)
-
-    def attend(self, x: Tensor, rows: Rows, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, x: Tensor, rows: Rows, k: Tensor, v: Tensor, rotary: Rotary) -> Tensor:
         """Attention output (n, D) of gathered tokens x (n, D) over keys and values (B, G, T, d) of their sequences."""
-        B, Q = rows.positions.shape
-        padded = x.new_zeros(B, Q, self.num_heads * self.head_dim)
-        padded[rows.taken] = self.q_proj(x).to(padded.dtype)
-        q = padded.view(B, Q, self.num_heads, self.head_dim).transpose(1, 2)  # (B, H, Q, d)
-        q = self._rotate(q, rows.positions.unsqueeze(1))
-        sees = rows.positions[:, None, :, None] >= torch.arange(k.shape[2], device=x.device)  # (B, 1, Q, T)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, enable_gqa=k.shape[1] != q.shape[1])
-        return self.o_proj(mixed.transpose(1, 2).flatten(2)[rows.taken])  # (n, D)
+        (B, Q), T, H, d = rows.positions.shape, k.shape[2], self.num_heads, self.head_dim
+        q = self.q_proj(x)
+        if not rows.newest:  # a sequence may have fewer than Q
+            padded = q.new_zeros(B, Q, H * d)
+            padded[rows.taken] = q
+            q = padded
+        q = rotated(q.view(B, Q, H, d).transpose(1, 2), rotary)  # (B, H, Q, d)
+        sees, whole = None, rows.newest and Q == T
+        if not rows.newest or 1 < Q < T:
+            sees = rows.positions[:, None, :, None] >= torch.arange(T, device=x.device)  # (B, 1, Q, T)
+        grouped = k.shape[1] != H
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=whole, enable_gqa=grouped)
+        mixed = mixed.transpose(1, 2).reshape(B, Q, H * d)
+        return self.o_proj(mixed.flatten(0, 1) if rows.newest else mixed[rows.taken])  # (n, D)
 
 
 class SwiGLU(nn.Module):
@@ -140,17 +145,18 @@ class TransformerLayer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), normed)
         return x + self.mlp(self.post_attention_layernorm(x))
 
-    def gathered(self, x: Tensor, rows: Rows, source: Tensor) -> Tensor:
-        """Output (n, D) of gathered tokens only, whose keys and values come from states of every token.
+    def keys_values(self, source: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """This layer's rotated keys and values (B, G, T, d) of states (B, T, D)."""
+        return self.self_attn.keys_values(self.input_layernorm(source), rotary)
+
+    def over(self, x: Tensor, rows: Rows, k: Tensor, v: Tensor, rotary: Rotary) -> Tensor:
+        """Output (n, D) of gathered tokens only, over given keys and values of their sequences.
 
         Args:
             x: the gathered tokens' states (n, D).
             rows: where they stand.
-            source: states (B, T, D) from which this layer projects its keys and values.
+            k, v: keys and values (B, G, T, d), of every token so far or from a cache.
+            rotary: of the rows' positions, (B, 1, Q, d/2).
         """
-        return self.over(x, rows, *self.self_attn.keys_values(self.input_layernorm(source)))
-
-    def over(self, x: Tensor, rows: Rows, k: Tensor, v: Tensor) -> Tensor:
-        """Output (n, D) of gathered tokens x (n, D) over given keys and values (B, G, T, d), such as a cache's."""
-        x = x + self.self_attn.attend(self.input_layernorm(x), rows, k, v)
+        x = x + self.self_attn.attend(self.input_layernorm(x), rows, k, v, rotary)
         return x + self.mlp(self.post_attention_layernorm(x))

@@ -5,11 +5,14 @@ Shapes: n tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+Score = Callable[[Tensor, Tensor], Tensor]
 
 LOGITS_IN_CACHE, LOGITS_ON_GPU = 2**19, 2**26  # elements at a time: 2 MiB of float32 on a CPU, 256 MiB elsewhere
 
@@ -93,39 +96,45 @@ def exit_confidence(h: Tensor, weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def exit_logits(h: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits h @ weight.T (n, V), and the largest softmax probability (n,), taken while a chunk is at hand.
+def exit_logits(h: Tensor, weight: Tensor, score: Score, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits h @ weight.T (n, V), and the score (n,) of each, taken while a chunk is at hand.
 
     Args:
         h: normed states (n, D).
         weight: of the output head (V, D).
+        score: function of states (r, D) and logits (r, V).
+        states: what the score is given (n, D).
     """
     logits = h.new_empty(len(h), len(weight))
-    confidence = torch.empty(len(h), device=h.device)
+    scores = torch.empty(len(h), device=h.device)
     rows = _rows_at_a_time(weight)
     for start in range(0, len(h), rows):
         chunk = logits[start : start + rows]
         torch.mm(h[start : start + rows], weight.t(), out=chunk)
-        confidence[start : start + rows] = max_probability(chunk)
-    return logits, confidence
+        scores[start : start + rows] = score(states[start : start + rows], chunk)
+    return logits, scores
 
 
 @torch.no_grad()
-def read_exit(h: Tensor, weight: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def read_exit(
+    h: Tensor, weight: Tensor, y: Tensor, scores: Iterable[Score] = (), states: Tensor | None = None
+) -> tuple[Tensor, ...]:
     """What an exit says of each token: loss in nats (n,), whether its best guess is right (n,), confidence (n,).
 
     Args:
         h: normed states (n, D).
         weight: of the output head (V, D).
         y: targets (n,).
+        scores: functions of states (r, D) and logits (r, V), whose results (n,) follow the three.
+        states: what the scores are given (n, D); default h.
     """
+    scores, states = tuple(scores), h if states is None else states
     parts = []
     rows = _rows_at_a_time(weight)
-    for chunk, target in zip(h.split(rows), y.split(rows), strict=True):
+    for chunk, state, target in zip(h.split(rows), states.split(rows), y.split(rows), strict=True):
         logits = (chunk @ weight.t()).float()  # (r, V)
         best, guess = logits.max(dim=1)  # (r,)
         norm = logits.logsumexp(dim=1)  # (r,)
         right = logits.gather(1, target[:, None]).squeeze(1)  # (r,)
-        parts.append((norm - right, guess == target, (best - norm).exp()))
-    nll, right_guess, confidence = (torch.cat(column) for column in zip(*parts, strict=True))
-    return nll, right_guess, confidence
+        parts.append((norm - right, guess == target, (best - norm).exp(), *(score(state, logits) for score in scores)))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))

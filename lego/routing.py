@@ -6,22 +6,19 @@ tokens take the slots 0, 1, 2, ... of its cache whatever padding they came with,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lego.layers import Rows
-from lego.losses import max_probability
-from lego.transformer import BaseTransformer
+from lego.criteria import Criterion, max_prob, needs_logits
+from lego.layers import Rotary, Rows
+from lego.transformer import BaseTransformer, compute_cost
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
-
-
-def max_prob(exit_states: Tensor, logits: Tensor) -> Tensor:
-    """The default criterion: the largest softmax probability (n,) at the exit."""
-    return max_probability(logits)
+ALWAYS_DEEP = 2.0
+"""A threshold above every score in [0, 1]."""
 
 
 @dataclass
@@ -33,6 +30,21 @@ class Shallow:
     position: Tensor  # (n,)
     mask: Tensor  # (B, Q)
     positions: Tensor  # (B, Q)
+    together: bool  # no padding, and all sequences equally long
+
+    @classmethod
+    def joined(cls, parts: list[Shallow]) -> Shallow:
+        """Tokens read one after the other as if they had been read at once; the order of the states is theirs."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            torch.cat([part.states for part in parts]),
+            torch.cat([part.sequence for part in parts]),
+            torch.cat([part.position for part in parts]),
+            torch.cat([part.mask for part in parts], dim=1),
+            torch.cat([part.positions for part in parts], dim=1),
+            together=False,
+        )
 
 
 @dataclass(frozen=True)
@@ -55,16 +67,16 @@ class Routed:
 class RoutedDecoder:
     """Reads tokens, routes each by a criterion, and remembers keys and values of every layer.
 
-    An exited token's keys and values in block 2 are projections of its exit state in `sequence` context, and none in
-    `token` context; in `full` context they come from block 2's own states, so block 2 is run for every token and an
-    exit saves nothing but its head.
+    An exited token's keys and values in block 2 are projections of its exit state in `sequence` context, made when a
+    later token first goes deep, and none in `token` context; in `full` context they come from block 2's own states, so
+    block 2 is run for every token and an exit saves nothing but its head.
 
     Args:
         model: a model with two blocks, on its device.
         threshold: a token leaves at the exit if its score is at least this: 0.0 is block 1 alone, above the largest
             score always deep; None switches routing off, and the exit head is not evaluated.
         batch_size: sequences (B).
-        criterion: (exit states (n, D), exit logits (n, V)) -> score (n,).
+        criterion: see `lego.criteria`.
 
     Raises:
         ValueError: the threshold is negative or not a number.
@@ -78,6 +90,9 @@ class RoutedDecoder:
         self.model, self.threshold, self.criterion = model.eval(), threshold, criterion
         weight = model.embedding.weight
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
+        self.length: int | None = 0  # of all sequences, while they are equally long
+        self.slots = 0  # of the longest sequence
+        self.exited: list[Shallow] = []  # tokens whose keys and values block 2 lacks
         shape = (batch_size, model.sizes["num_kv_heads"], 0, model.sizes["dim"] // model.sizes["num_heads"])
         self.keys = [weight.new_zeros(shape) for _ in range(model.num_layers)]
         self.values = [weight.new_zeros(shape) for _ in range(model.num_layers)]
@@ -94,15 +109,22 @@ class RoutedDecoder:
             ValueError: ids are not (B, Q) for the decoder's B.
         """
         shallow = self.shallow(ids, mask)
-        h, k = shallow.states, self.model.exit_layer
+        model, h, k = self.model, shallow.states, self.model.exit_layer
         if self.threshold is None:
             deep = torch.ones(len(h), dtype=torch.bool, device=h.device)
             score = torch.zeros(len(h), device=h.device)
-            return Routed(self.deep_logits(shallow, deep), score, deep, shallow.mask)
-        logits = self.model.logits_at(h, k)
-        score = self.criterion(h, logits)
-        deep = score < self.threshold
-        logits[deep] = self.deep_logits(shallow, deep).to(logits.dtype)
+            return Routed(model.logits_at(self.deep_states(shallow, deep), model.num_layers), score, deep, shallow.mask)
+        if needs_logits(self.criterion):
+            logits, score = model.scored_logits_at(h, k, self.criterion)
+            deep = score < self.threshold
+        else:
+            logits = h.new_empty(len(h), model.sizes["vocab_size"])
+            score = self.criterion(h, logits)
+            deep = score < self.threshold
+            logits[~deep] = model.logits_at(h[~deep], k)
+        states = self.deep_states(shallow, deep)
+        if len(states):
+            logits[deep] = model.logits_at(states, model.num_layers).to(logits.dtype)
         return Routed(logits, score, deep, shallow.mask)
 
     @torch.no_grad()
@@ -110,61 +132,95 @@ class RoutedDecoder:
         """Runs block 1 over the next tokens; see `read`."""
         if ids.dim() != 2 or len(ids) != len(self.lengths):
             raise ValueError(f"ids must be ({len(self.lengths)}, Q), got {tuple(ids.shape)}")
-        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        (B, Q), device = ids.shape, ids.device
+        mask = None if mask is None or bool(mask.all()) else mask.bool()
+        together = mask is None and self.length is not None
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
         positions = (self.lengths[:, None] + mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, Q)
-        sequence, position = mask.nonzero()[:, 0], positions[mask]  # (n,), (n,)
-        shallow = Shallow(self.model.embedding(ids[mask]), sequence, position, mask, positions)
+        sequence = torch.arange(B, device=device)[:, None].expand(B, Q)[mask]  # (n,)
+        states = self.model.embedding(ids[mask])  # (n, D)
+        shallow = Shallow(states, sequence, positions[mask], mask, positions, together)
         self.lengths = self.lengths + mask.sum(dim=1)
-        self._make_room(int(self.lengths.max()))
-        rows = self._rows(shallow, mask)
+        self.length = self.length + Q if together and self.length is not None else None
+        self.slots = int(self.lengths.max()) if self.length is None else self.length
+        self._make_room(self.slots)
+        rows, rotary, own = self._rows(shallow, mask)
         for number in range(1, self.model.exit_layer + 1):
-            shallow.states = self._layer(number, shallow.states, shallow, rows)
+            self._remember(number, shallow.states, shallow, rotary)
+            shallow.states = self.model.layer(number).over(shallow.states, rows, *self._cached(number), own)
         return shallow
 
     @torch.no_grad()
-    def deep_logits(self, shallow: Shallow, deep: Tensor) -> Tensor:
-        """Full-depth logits (n_deep, V) of the tokens marked in deep (n,); the others' cache entries are filled."""
+    def deep_states(self, shallow: Shallow, deep: Tensor) -> Tensor:
+        """Full-depth states (n_deep, D) of the tokens marked in deep (n,), all of whose sequences remember the rest."""
         model, h = self.model, shallow.states
         numbers = range(model.exit_layer + 1, model.num_layers + 1)
+        if model.block2_context == "full":
+            rows, rotary, own = self._rows(shallow, shallow.mask)
+            for number in numbers:
+                self._remember(number, h, shallow, rotary)
+                h = model.layer(number).over(h, rows, *self._cached(number), own)
+            return h[deep]
+        if model.block2_context == "sequence":
+            self.exited.append(shallow)
+        if not deep.any():
+            return h[deep]
         if model.block2_context == "token":
-            x = model.run_layers(h[deep].unsqueeze(1), numbers.start, model.num_layers).squeeze(1)  # (n_deep, D)
-        elif model.block2_context == "sequence":
-            chosen = shallow.mask.clone()
+            return model.run_layers(h[deep].unsqueeze(1), numbers.start, model.num_layers).squeeze(1)  # (n_deep, D)
+        waiting, self.exited = Shallow.joined(self.exited), []
+        chosen = shallow.mask
+        if not deep.all():
+            chosen = chosen.clone()
             chosen[shallow.mask] = deep
-            x, rows = h[deep], self._rows(shallow, chosen) if deep.any() else None
-            for number in numbers:
-                self._remember(number, h, shallow)
-                if rows is not None:
-                    x = model.layer(number).over(x, rows, *self._cached(number))
-        else:
-            rows = self._rows(shallow, shallow.mask)
-            for number in numbers:
-                h = self._layer(number, h, shallow, rows)
-            x = h[deep]
-        return model.logits_at(x, model.num_layers)
+        x, (rows, _, own) = h[deep], self._rows(shallow, chosen)
+        rotary = self._rotary(waiting)
+        for number in numbers:
+            self._remember(number, waiting.states, waiting, rotary)
+            x = model.layer(number).over(x, rows, *self._cached(number), own)
+        return x
 
     def forget(self, lengths: Tensor) -> None:
-        """Takes back what was read beyond the first `lengths` (B,) tokens; their slots are written anew."""
-        self.lengths = torch.minimum(self.lengths, lengths.to(self.lengths.device))
+        """Takes back what was read beyond the first `lengths` (B,) tokens; their slots are written anew.
 
-    def _layer(self, number: int, h: Tensor, shallow: Shallow, rows: Rows) -> Tensor:
-        self._remember(number, h, shallow)
-        return self.model.layer(number).over(h, rows, *self._cached(number))
+        Raises:
+            ValueError: a token that is taken back has not gone deep yet, and neither has a later one.
+        """
+        if self.exited:
+            raise ValueError("only tokens that were read by block 2, or before one that was, can be taken back")
+        self.lengths = torch.minimum(self.lengths, lengths.to(self.lengths.device))
+        same = bool((self.lengths == self.lengths[0]).all())
+        self.length = int(self.lengths[0]) if same else None
+        self.slots = int(self.lengths.max())
 
     def _cached(self, number: int) -> tuple[Tensor, Tensor]:
         """Keys and values (B, G, S, d) of a layer, S the longest sequence so far."""
-        slots = int(self.lengths.max())
-        return self.keys[number - 1][:, :, :slots], self.values[number - 1][:, :, :slots]
+        return self.keys[number - 1][:, :, : self.slots], self.values[number - 1][:, :, : self.slots]
 
-    def _remember(self, number: int, h: Tensor, shallow: Shallow) -> None:
-        layer = self.model.layer(number)
-        k, v = layer.self_attn.keys_values_at(layer.input_layernorm(h), shallow.position)  # (n, G, d)
-        self.keys[number - 1][shallow.sequence, :, shallow.position] = k
-        self.values[number - 1][shallow.sequence, :, shallow.position] = v
+    def _remember(self, number: int, h: Tensor, shallow: Shallow, rotary: Rotary) -> None:
+        """Writes keys and values of states h (n, D) into the slots of their tokens."""
+        k, v = self.model.layer(number).keys_values(h.unsqueeze(0), rotary)  # (1, G, n, d)
+        for cache, new in ((self.keys[number - 1], k), (self.values[number - 1], v)):
+            if shallow.together:
+                B, Q = shallow.positions.shape
+                shaped = new.view(new.shape[1], B, Q, -1).transpose(0, 1)  # (B, G, Q, d)
+                cache[:, :, self.slots - Q : self.slots] = shaped
+            else:
+                cache[shallow.sequence, :, shallow.position] = new[0].transpose(0, 1)  # (n, G, d)
 
-    def _rows(self, shallow: Shallow, mask: Tensor) -> Rows:
+    def _rotary(self, shallow: Shallow) -> Rotary:
+        """Of all its tokens (n, d/2)."""
+        return self.model.layer(1).self_attn.rotary(shallow.position)
+
+    def _rows(self, shallow: Shallow, mask: Tensor) -> tuple[Rows, Rotary, Rotary]:
+        """Where the tokens of mask (B, Q) stand, and rotary factors of all tokens (n, d/2) and of theirs (B, 1, Q, d/2)."""
+        rotary = self._rotary(shallow)
+        if mask is shallow.mask and shallow.together:
+            B, Q = mask.shape
+            cos, sin = (part.view(B, 1, Q, -1) for part in rotary)
+            return Rows(shallow.positions, mask, newest=True), rotary, (cos, sin)
         rows = Rows.of(mask)
-        return Rows(shallow.positions.gather(1, rows.positions), rows.taken)
+        rows = Rows(shallow.positions.gather(1, rows.positions), rows.taken)
+        return rows, rotary, self.model.layer(1).self_attn.rotary(rows.positions.unsqueeze(1))
 
     def _make_room(self, slots: int) -> None:
         """Doubles the cache where it is too short, so that decoding copies it a logarithmic number of times."""
@@ -176,3 +232,52 @@ class RoutedDecoder:
             [torch.cat([t, t.new_zeros(*t.shape[:2], more, t.shape[3])], dim=2) for t in cache]
             for cache in (self.keys, self.values)
         )
+
+
+@torch.no_grad()
+def evaluate(
+    model: BaseTransformer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    threshold: float | None,
+    device: str | torch.device,
+    criterion: Criterion = max_prob,
+) -> dict[str, float]:
+    """Accuracy, perplexity, shallow_ratio and compute_cost of the routed model, with no logits of a whole batch.
+
+    Args:
+        model: with two blocks.
+        batches: (x, y) of token ids (B, T).
+        threshold, criterion: see RoutedDecoder.
+        device: where the model runs.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+    model.to(device)
+    k, nll, right, easy, tokens = model.exit_layer, 0.0, 0, 0, 0
+    for x, y in batches:
+        y = y.to(device).flatten()  # (n,)
+        decoder = RoutedDecoder(model, threshold, len(x))
+        shallow = decoder.shallow(x.to(device))
+        deep = torch.ones_like(y, dtype=torch.bool)
+        losses, correct = torch.zeros(len(y), device=device), torch.zeros_like(deep)
+        if threshold is not None:
+            losses, correct, _, score = model.read_at(shallow.states, k, y, [criterion])
+            deep = score < threshold
+        if deep.any():
+            losses[deep], correct[deep] = model.read_at(
+                decoder.deep_states(shallow, deep), model.num_layers, y[deep]
+            )[:2]
+        nll += losses.cpu().double().sum().item()  # not every device has float64
+        right += int(correct.sum())
+        easy += int((~deep).sum())
+        tokens += len(y)
+    if not tokens:
+        raise ValueError("no batches to evaluate: give a re-iterable that yields at least one (x, y)")
+    ratio = easy / tokens
+    return {
+        "acc": right / tokens,
+        "ppl": math.exp(min(nll / tokens, 700.0)),  # e^709 is the largest float
+        "shallow_ratio": ratio,
+        "compute_cost": compute_cost(ratio, k, model.num_layers),
+    }

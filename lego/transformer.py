@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lego.layers import Rows, TransformerLayer
-from lego.losses import exit_confidence, exit_logits, linear_cross_entropy, max_probability, read_exit
+from lego.losses import Score, exit_confidence, exit_logits, linear_cross_entropy, max_probability, read_exit
 
 BLOCK2_CONTEXTS = ("full", "token", "sequence")
 CONTEXT_AT_INFERENCE = {"token": "token", "sequence": "sequence", "historic": "full"}  # by ashem.phase2_context
@@ -138,10 +138,17 @@ class BaseTransformer(nn.Module):
         normed = self.layer(layer).exit_norm(h).reshape(-1, h.shape[-1])  # (n, D)
         return linear_cross_entropy(normed, self.head_at(layer).weight, y.flatten())
 
-    def read_at(self, h: Tensor, layer: int, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Per token (n,) of un-normed outputs (..., D) for targets (...,): loss in nats, right or not, confidence."""
-        normed = self.layer(layer).exit_norm(h).reshape(-1, h.shape[-1])  # (n, D)
-        return read_exit(normed, self.head_at(layer).weight, y.flatten())
+    def read_at(self, h: Tensor, layer: int, y: Tensor, scores: Iterable[Score] = ()) -> tuple[Tensor, ...]:
+        """Per token (n,) of un-normed outputs (..., D) for targets (...,): loss in nats, right or not, confidence.
+
+        Exit criteria, if given in `scores`, are evaluated too (see `lego.criteria`).
+        """
+        states = h.reshape(-1, h.shape[-1])  # (n, D)
+        return read_exit(self.layer(layer).exit_norm(states), self.head_at(layer).weight, y.flatten(), scores, states)
+
+    def scored_logits_at(self, h: Tensor, layer: int, score: Score) -> tuple[Tensor, Tensor]:
+        """Logits (n, V) of un-normed outputs (n, D) of a layer, and the exit criterion's score of each (n,)."""
+        return exit_logits(self.layer(layer).exit_norm(h), self.head_at(layer).weight, score, h)
 
     def forward(self, x: Tensor) -> Tensor:
         """Full-depth logits (B, T, V) of token ids (B, T)."""
@@ -195,8 +202,7 @@ class BaseTransformer(nn.Module):
             ValueError: exit_layer is none of the model's layers.
         """
         h = self.states_at(x, exit_layer)
-        normed = self.layer(exit_layer).exit_norm(h).reshape(-1, h.shape[-1])  # (n, D)
-        both = exit_logits(normed, self.head_at(exit_layer).weight)
+        both = self.scored_logits_at(h.flatten(0, 1), exit_layer, lambda _, logits: max_probability(logits))
         logits, confidence = both[0].view(*x.shape, -1), both[1].view(x.shape)  # (B, T, V), (B, T)
         if threshold == 0.0:
             return self.logits_at(self.run_layers(h, exit_layer + 1, self.num_layers), self.num_layers), confidence
@@ -212,9 +218,12 @@ class BaseTransformer(nn.Module):
         """
         x = h[mask]  # (n, D)
         if len(x):
-            rows = Rows.of(mask)
+            rows, attention = Rows.of(mask), self.layer(last).self_attn
+            own = attention.rotary(rows.positions.unsqueeze(1))  # (B, 1, Q, d/2)
+            every = attention.rotary(torch.arange(h.shape[1], device=h.device))  # (T, d/2)
             for number in range(self.exit_layer + 1, last + 1):
-                x = self.layer(number).gathered(x, rows, h)
+                layer = self.layer(number)
+                x = layer.over(x, rows, *layer.keys_values(h, every), own)
         return x
 
     def deepen(self, h: Tensor, hard: Tensor, exit_layer: int) -> Tensor:
