@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import nn
 
-from lego.artifacts import ArtifactError, read_json, read_tensors, write_json, write_tensors
+from lego.artifacts import ArtifactError, read_checked, read_json, read_tensors, write_json, write_tensors
+from lego.criteria import StateCriterion
 from lego.layers import TransformerLayer
 from lego.transformer import BaseTransformer, DeepSupervisionTransformer, StandardTransformer
 
@@ -149,6 +152,41 @@ def _init_new_layer(layer: TransformerLayer, source: TransformerLayer, exit_norm
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
     layer.exit_norm.load_state_dict(exit_norm.state_dict())
+
+
+def block1_sha256(model: BaseTransformer) -> str:
+    """SHA-256 of the embedding, block 1's layers and the exit's norm: what thresholds of exit scores belong to.
+
+    The head is left out, which `head: shared_trainable` moves.
+    """
+    digest, k = hashlib.sha256(), model.exit_layer
+    modules = [model.embedding, *model.layers[: k - 1], model.layer(k)]
+    for module in modules:
+        for tensor in module.state_dict().values():
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _Exit(BaseModel):
+    model_config = ConfigDict(strict=True)
+    block1_sha256: str
+    threshold: Annotated[float, Field(ge=0, le=1)]
+    hard_example_ratio: Annotated[float, Field(gt=0, lt=1)]
+    split: Literal["calibration", "validation"]
+    fit_tokens: PositiveInt
+
+
+def load_exit(folder: str | Path, model: BaseTransformer) -> tuple[dict[str, Any], StateCriterion]:
+    """What compute_threshold found of block 1's exit: threshold, split, fit_tokens; and the probe.
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or it was made for another block 1.
+    """
+    folder = Path(folder)
+    facts = read_checked(folder / "exit.json", _Exit)
+    if facts["block1_sha256"] != block1_sha256(model):
+        raise ArtifactError(f"{folder}: thresholds of another block 1; run dvc repro compute_threshold")
+    return facts, StateCriterion.load(folder / "probe.safetensors", model.sizes["dim"])
 
 
 def same_block1(block1: BaseTransformer, grown: BaseTransformer) -> bool:

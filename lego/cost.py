@@ -95,23 +95,27 @@ class Ledger:
         layers = self.num_layers - self.exit_layer
         return {"token": 0, "sequence": layers * self.keys_values, "full": self.block2}[self.block2_context]
 
-    def routed(self, shallow_ratio: float) -> float:
-        """Mean cost of a token under max-probability routing.
+    def routed(self, shallow_ratio: float, criterion_macs: int | None = None) -> float:
+        """Mean cost of a token.
 
-        Every token pays block 1 and the exit head, which yields both its confidence and, if it leaves, its logits;
-        a hard token pays block 2 and a second head on top.
+        A criterion that reads logits makes every token pay the exit head, which yields both its score and, if it
+        leaves, its logits; a hard token pays block 2 and a second head on top. One that reads the exit state costs
+        `criterion_macs` instead, and every token pays one head.
         """
         hard = 1 - shallow_ratio
-        return self.block1 + self.head + hard * (self.block2 + self.head) + shallow_ratio * self.kv_fill()
+        asked = hard * self.head if criterion_macs is None else criterion_macs
+        return self.block1 + self.head + asked + hard * self.block2 + shallow_ratio * self.kv_fill()
 
-    def flops_ratio(self, shallow_ratio: float) -> float:
+    def flops_ratio(self, shallow_ratio: float, criterion_macs: int | None = None) -> float:
         """Routed cost as a share of the full model's."""
-        return self.routed(shallow_ratio) / self.full
+        return self.routed(shallow_ratio, criterion_macs) / self.full
 
-    def break_even_shallow_ratio(self) -> float:
+    def break_even_shallow_ratio(self, criterion_macs: int | None = None) -> float:
         """The shallow ratio from which routing costs less than the full model; 1.0 if it never does."""
-        spared = self.block2 + self.head - self.kv_fill()  # what one more exited token saves
-        return min(1.0, self.head / spared)
+        spared = self.block2 - self.kv_fill()  # what one more exited token saves
+        if criterion_macs is None:
+            return min(1.0, self.head / (spared + self.head))
+        return min(1.0, criterion_macs / spared) if spared > 0 else 1.0
 
     def shallow(self) -> int:
         """Always-shallow inference: block 1 and its head."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -43,12 +43,27 @@ def quantile_threshold(confidences: Tensor, ratio: float) -> float:
 
 
 @torch.no_grad()
-def collect_confidences(model: BaseTransformer, batches: Batches, device: str | torch.device) -> Tensor:
-    """Confidences (n,) of every token of the batches, on the CPU, in order."""
+def collect_confidences(
+    model: BaseTransformer,
+    batches: Batches,
+    device: str | torch.device,
+    on_states: Callable[[Tensor, Tensor], None] = lambda states, confidence: None,
+) -> Tensor:
+    """Confidences (n,) of every token of the batches, on the CPU, in order.
+
+    Args:
+        model: read at its exit layer.
+        batches: (x, y) of token ids (B, T).
+        device: where the model runs.
+        on_states: called with each batch's exit states (B * T, D) and confidences (B * T,).
+    """
     model.to(device).eval()
-    return torch.cat(
-        [model.compute_confidence(model.forward_to_hidden(x.to(device))).flatten().cpu() for x, _ in batches]
-    )
+    parts = []
+    for x, _ in batches:
+        states = model.forward_to_hidden(x.to(device))  # (B, T, D)
+        parts.append(model.compute_confidence(states).flatten().cpu())
+        on_states(states.flatten(0, 1), parts[-1])
+    return torch.cat(parts)
 
 
 def compute_confidence_threshold(

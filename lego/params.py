@@ -192,9 +192,28 @@ class YardstickParams(Section):
     lr: Positive
 
 
+class ExitsParams(Section):
+    fit_share: Share
+    probe_l2: Positive
+
+
+class RoutingParams(Section):
+    criterion: Literal["max_prob", "margin", "entropy", "probe", "gain"]
+    calibration: Literal["quantile", "risk"]
+    hard_ratio: Annotated[Number, _within("[0, 1]")] | None
+    epsilon: Positive
+    delta: Share
+    risk_clip: Positive
+    risk_candidates: Annotated[int, _at_least(1, 10_000)]
+    otherwise: Literal["stop", "always_deep"]
+    gain_width: Annotated[int, _at_least(0, 2**16)]
+    gain_l2: Positive
+
+
 class EvaluationParams(Section):
     batch_size: Count
     sweep_points: Annotated[int, _at_least(2)]
+    latency_repeats: Annotated[int, _at_least(0, 10_000)]
 
 
 class Params(Section):
@@ -205,7 +224,9 @@ class Params(Section):
     model: ModelParams
     train: TrainParams
     ashem: AshemParams
+    exits: ExitsParams
     yardstick: YardstickParams
+    routing: RoutingParams
     evaluation: EvaluationParams
 
 

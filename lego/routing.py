@@ -212,7 +212,7 @@ class RoutedDecoder:
         return self.model.layer(1).self_attn.rotary(shallow.position)
 
     def _rows(self, shallow: Shallow, mask: Tensor) -> tuple[Rows, Rotary, Rotary]:
-        """Where the tokens of mask (B, Q) stand, and rotary factors of all tokens (n, d/2) and of theirs (B, 1, Q, d/2)."""
+        """Where tokens of mask (B, Q) stand, and rotary factors of all tokens (n, d/2) and of theirs (B, 1, Q, d/2)."""
         rotary = self._rotary(shallow)
         if mask is shallow.mask and shallow.together:
             B, Q = mask.shape
@@ -265,9 +265,9 @@ def evaluate(
             losses, correct, _, score = model.read_at(shallow.states, k, y, [criterion])
             deep = score < threshold
         if deep.any():
-            losses[deep], correct[deep] = model.read_at(
-                decoder.deep_states(shallow, deep), model.num_layers, y[deep]
-            )[:2]
+            losses[deep], correct[deep] = model.read_at(decoder.deep_states(shallow, deep), model.num_layers, y[deep])[
+                :2
+            ]
         nll += losses.cpu().double().sum().item()  # not every device has float64
         right += int(correct.sum())
         easy += int((~deep).sum())

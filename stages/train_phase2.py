@@ -16,8 +16,8 @@ from lego.hard_batches import HardBlockBatches, HardTokenBatches
 from lego.harness import Stage, exit_cleanly, resolve_device
 from lego.hidden_states import HiddenStateStore
 from lego.params import Params, load_params
+from lego.routing import evaluate
 from lego.steps import build_training
-from lego.trainer import StageConfig, Trainer, TrainingConfig
 from lego.transformer import CONTEXT_AT_INFERENCE, DeepSupervisionTransformer
 
 Batches = HardTokenBatches | HardBlockBatches
@@ -27,10 +27,9 @@ def train(params: Params, stage: Stage, model: DeepSupervisionTransformer, batch
     """Trains what the grown model has on top of block 1 until routed validation perplexity stops falling."""
     ashem, device = params.ashem, resolve_device(params.train.device)
     validation = EvaluationBatches(PackedBlocks("data/tokens", "validation"), params.evaluation.batch_size)
-    vocab_size, k, n = model.sizes["vocab_size"], model.exit_layer, model.num_layers
+    vocab_size, k = model.sizes["vocab_size"], model.exit_layer
     steps = ashem.phase2_epochs * -(-len(batches) // params.train.grad_accumulation)
     optimizer, options = build_training(model.to(device), ashem.phase2_lr, steps, params.train)
-    routed = Trainer(TrainingConfig([StageConfig((n, n))], model.routing_threshold, k), vocab_size, device)
 
     def train_once() -> float:
         if isinstance(batches, HardBlockBatches):
@@ -42,7 +41,7 @@ def train(params: Params, stage: Stage, model: DeepSupervisionTransformer, batch
         model,
         batches,
         train_once,
-        lambda: routed.evaluate(model, validation),
+        lambda: evaluate(model, validation, model.routing_threshold, device),
         max_epochs=ashem.phase2_epochs,
         patience=ashem.phase2_patience,
         keep_start=True,
