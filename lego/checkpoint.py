@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,25 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import nn
 
 from lego.artifacts import ArtifactError, read_checked, read_json, read_tensors, write_json, write_tensors
-from lego.criteria import StateCriterion
+from lego.criteria import LOGIT_CRITERIA, Criterion, StateCriterion, max_prob
 from lego.layers import TransformerLayer
-from lego.transformer import BaseTransformer, DeepSupervisionTransformer, StandardTransformer
+from lego.naming import ROUTED, config_of, from_llama, model_of
+from lego.transformer import BaseTransformer, DeepSupervisionTransformer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-FIELDS = {  # our argument -> Hugging Face's field
-    "vocab_size": "vocab_size",
-    "dim": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "ffn_dim": "intermediate_size",
-    "rope_theta": "rope_theta",
-    "norm_eps": "rms_norm_eps",
-    "init_std": "initializer_range",
-    "tie_embeddings": "tie_word_embeddings",
-    "own_head": "own_head",
-}
-ROUTING_FIELDS = ("exit_layer", "routing_threshold", "block2_context")
 INITS = ("copy", "zero", "random")
 
 
@@ -43,21 +31,17 @@ def save_model(model: BaseTransformer, folder: str | Path, tokenizer: str | Path
         tokenizer: a folder in Hugging Face format whose files are copied.
     """
     folder = Path(folder)
-    config: dict[str, Any] = {FIELDS[name]: value for name, value in model.sizes.items()}
-    config |= {"model_type": "lego", "architectures": [type(model).__name__]}
-    if isinstance(model, DeepSupervisionTransformer):
-        config |= {name: getattr(model, name) for name in ROUTING_FIELDS}
     tensors = model.state_dict()
     if model.sizes["tie_embeddings"]:
         del tensors["output_head.weight"]  # the same storage as embedding.weight
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-    write_json(folder / CONFIG, config)
+    write_json(folder / CONFIG, config_of(model))
     for file in sorted(Path(tokenizer).iterdir()) if tokenizer else ():
         shutil.copyfile(file, folder / file.name)
 
 
 def load_model(folder: str | Path) -> BaseTransformer:
-    """Reads a model folder written by `save_model`.
+    """Reads a model folder written by `save_model`, or by `lego.hf`.
 
     Raises:
         ArtifactError: a file is missing or damaged, or the weights do not fit the config.
@@ -66,15 +50,17 @@ def load_model(folder: str | Path) -> BaseTransformer:
     config, tensors = read_json(folder / CONFIG), read_tensors(folder / WEIGHTS)
     misfit = ArtifactError(f"{folder / WEIGHTS}: does not fit {CONFIG} beside it; run dvc checkout or dvc repro")
     try:
-        if config["num_hidden_layers"] != sum(name.endswith(".exit_norm.weight") for name in tensors):
+        if config["num_hidden_layers"] != sum(name.endswith(".input_layernorm.weight") for name in tensors):
             raise misfit
+        if config["architectures"] == [ROUTED]:
+            tensors = from_llama(tensors, config["num_hidden_layers"], config["exit_layer"])
         with torch.device("meta"):  # shapes without memory: a damaged size must not allocate what it says
-            shapes = {name: tensor.shape for name, tensor in _from_config(config).state_dict().items()}
-        if config[FIELDS["tie_embeddings"]] and "embedding.weight" in tensors:
+            shapes = {name: tensor.shape for name, tensor in model_of(config).state_dict().items()}
+        if config["tie_word_embeddings"] and "embedding.weight" in tensors:
             tensors["output_head.weight"] = tensors["embedding.weight"]
         if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
             raise misfit
-        model = _from_config(config)
+        model = model_of(config)
     except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         if error is misfit:
             raise
@@ -84,11 +70,34 @@ def load_model(folder: str | Path) -> BaseTransformer:
     return model
 
 
-def _from_config(config: dict[str, Any]) -> BaseTransformer:
-    arguments = {name: config[field] for name, field in FIELDS.items()}
-    if config["architectures"] == [DeepSupervisionTransformer.__name__]:
-        return DeepSupervisionTransformer(**arguments, **{name: config[name] for name in ROUTING_FIELDS})
-    return StandardTransformer(**arguments)
+@dataclass(frozen=True)
+class RoutedModel:
+    """A model with how its tokens are routed: see RoutedDecoder."""
+
+    model: BaseTransformer
+    threshold: float | None
+    criterion: Criterion
+
+
+def load_routed(folder: str | Path) -> RoutedModel:
+    """Reads a model folder with its threshold and exit criterion.
+
+    Args:
+        folder: written by `lego.hf`, such as data/routed; or by `save_model`, which routes as it was mined.
+
+    Raises:
+        ArtifactError: see `load_model`, or the criterion is missing.
+    """
+    model, config = load_model(folder), read_json(Path(folder) / CONFIG)
+    if config["architectures"] != [ROUTED]:
+        return RoutedModel(model, getattr(model, "routing_threshold", 0.0) or None, max_prob)
+    name, threshold = config.get("exit_criterion"), config["exit_threshold"]
+    if name in LOGIT_CRITERIA:
+        return RoutedModel(model, threshold, LOGIT_CRITERIA[name])
+    prefix = "exit_criterion_module."
+    tensors = read_tensors(Path(folder) / WEIGHTS)
+    mine = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    return RoutedModel(model, threshold, StateCriterion.of(mine, model.sizes["dim"], Path(folder) / WEIGHTS))
 
 
 def grow_model(

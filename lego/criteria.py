@@ -46,6 +46,9 @@ def entropy(exit_states: Tensor, logits: Tensor) -> Tensor:
     return 1 + (log_p.exp() * log_p).sum(dim=-1) / math.log(logits.shape[-1])
 
 
+LOGIT_CRITERIA = {"max_prob": max_prob, "margin": margin, "entropy": entropy}
+
+
 def needs_logits(criterion: Criterion) -> bool:
     return bool(getattr(criterion, "needs_logits", True))
 
@@ -88,14 +91,18 @@ class StateCriterion(nn.Module):
         Raises:
             ArtifactError: the file is missing or damaged, or belongs to exit states of another width.
         """
-        tensors = read_tensors(path)
+        return cls.of(read_tensors(path), dim, path)
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], dim: int, path: str | Path) -> StateCriterion:
+        """From its tensors, read from `path`; raises as `load`."""
         hidden = tensors.get("hidden.weight")
         criterion = cls(dim, 0 if hidden is None else len(hidden))
         shapes = {name: tensor.shape for name, tensor in criterion.state_dict().items()}
         if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
             raise ArtifactError(f"{path}: does not fit exit states of width {dim}; run dvc repro")
         criterion.load_state_dict(tensors)
-        return criterion
+        return criterion.requires_grad_(False)
 
 
 def features(exit_states: Tensor) -> Tensor:

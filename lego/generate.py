@@ -1,6 +1,6 @@
 """Text from a routed model: each token at its own depth, or exactly as the full model would write it.
 
-python -m lego.generate data/phase2 "def main(" --max-new-tokens 64 --show-exits
+python -m lego.generate data/routed "def main(" --max-new-tokens 64 --show-exits
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lego.artifacts import ArtifactError
-from lego.checkpoint import load_model
+from lego.checkpoint import load_routed
+from lego.criteria import Criterion, max_prob
 from lego.routing import RoutedDecoder, Shallow
 from lego.transformer import BaseTransformer
 
@@ -73,12 +74,17 @@ def _draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.multinomial(p, 1, generator=generator).squeeze(-1)
 
 
-def _checked(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+def _checked(prompts: Sequence[Sequence[int]], sizes: dict[str, Any]) -> None:
+    vocab_size, context = sizes["vocab_size"], sizes["context"]
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {number} is empty; give at least one token, such as the end-of-text token")
         if not all(0 <= token < vocab_size for token in prompt):
             raise ValueError(f"prompt {number} holds a token outside the vocabulary of {vocab_size}")
+        if context is not None and len(prompt) > context:
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens, the model was trained on {context}; shorten it"
+            )
 
 
 @torch.no_grad()
@@ -88,6 +94,7 @@ def generate(
     max_new_tokens: int,
     threshold: float | None,
     *,
+    criterion: Criterion = max_prob,
     sampling: Sampling = Sampling(),
     stop: Collection[int] = (),
     generator: torch.Generator | None = None,
@@ -98,15 +105,15 @@ def generate(
         model: on its device.
         prompts: token ids of each sequence, of any lengths.
         max_new_tokens: at most this many for each.
-        threshold: see RoutedDecoder.
+        threshold, criterion: see RoutedDecoder.
         sampling: how a token is chosen.
         stop: a sequence ends after one of these ids.
         generator: of the sampling.
 
     Raises:
-        ValueError: an empty prompt, or a token outside the vocabulary.
+        ValueError: a prompt that is empty or longer than the trained context, or a token outside the vocabulary.
     """
-    _checked(prompts, model.sizes["vocab_size"])
+    _checked(prompts, model.sizes)
     device = model.embedding.weight.device
     longest = max(map(len, prompts), default=0)
     ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
@@ -114,12 +121,12 @@ def generate(
     for number, prompt in enumerate(prompts):
         ids[number, : len(prompt)] = torch.tensor(prompt)
         mask[number, : len(prompt)] = True
-    decoder = RoutedDecoder(model, threshold, len(prompts))
+    decoder = RoutedDecoder(model, threshold, len(prompts), criterion)
     alive = mask.any(dim=1)  # (B,)
     for _ in range(max_new_tokens):
         if not alive.any():
             return
-        logits, deep = decoder.read(ids, mask).last()
+        logits, deep = decoder.read(ids, mask, last_only=True).last()
         chosen = _draw(sampling.probabilities(logits), generator)  # (B,)
         for number in alive.nonzero().flatten().tolist():
             yield Token(number, int(chosen[number]), bool(deep[number]))
@@ -155,15 +162,15 @@ def generate_lossless(
         Tokens; `deep` is false for a draft that was accepted, true where the full model chose.
 
     Raises:
-        ValueError: an empty prompt, a token outside the vocabulary, or no draft.
+        ValueError: as `generate`, or no draft.
     """
-    _checked([prompt], model.sizes["vocab_size"])
+    _checked([prompt], model.sizes)
     if drafts < 1:
         raise ValueError(f"drafts must be at least 1, got {drafts}")
     device = model.embedding.weight.device
     decoder = RoutedDecoder(model, None)
     if len(prompt) > 1:
-        decoder.read(torch.tensor([list(prompt[:-1])], device=device))
+        decoder.read(torch.tensor([list(prompt[:-1])], device=device), last_only=True)
     last, left = int(prompt[-1]), max_new_tokens
     while left > 0:
         start = decoder.lengths.clone()
@@ -210,10 +217,10 @@ def _verify(p: Tensor, q: Tensor, drafted: list[int], generator: torch.Generator
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m lego.generate", description="Writes text with a routed model.")
-    parser.add_argument("folder", help="a model folder with its tokenizer, such as data/phase2")
+    parser.add_argument("folder", help="a model folder with its tokenizer, such as data/routed")
     parser.add_argument("prompt")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--threshold", type=float, help="confidence from which a token leaves early")
+    parser.add_argument("--threshold", type=float, help="score from which a token leaves early")
     parser.add_argument("--lossless", action="store_true", help="exactly as the full model; block 1 drafts")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-k", type=int, default=0)
@@ -229,7 +236,8 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoTokenizer, logging
 
     logging.set_verbosity_error()
-    model = load_model(arguments.folder)
+    routed = load_routed(arguments.folder)
+    model = routed.model
     try:
         tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
     except (OSError, ValueError) as error:
@@ -237,20 +245,20 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
     prompt = tokenizer(arguments.prompt)["input_ids"]
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     count, stop = arguments.max_new_tokens, {tokenizer.eos_token_id}
-    threshold = arguments.threshold if arguments.threshold is not None else getattr(model, "routing_threshold", 0.0)
+    threshold = arguments.threshold if arguments.threshold is not None else routed.threshold
 
-    def run(routed: bool) -> Iterator[Token]:
+    def run(exits: bool) -> Iterator[Token]:
         drawn = torch.Generator().manual_seed(arguments.seed)
-        if routed and arguments.lossless:
+        if exits and arguments.lossless:
             return generate_lossless(model, prompt, count, sampling=sampling, stop=stop, generator=drawn)
-        at = threshold if routed else None
-        return generate(model, [prompt], count, at, sampling=sampling, stop=stop, generator=drawn)
+        at, by = threshold if exits else None, routed.criterion
+        return generate(model, [prompt], count, at, criterion=by, sampling=sampling, stop=stop, generator=drawn)
 
     list(generate(model, [prompt], 2, None))  # the first steps of a process are slow
     started = time.perf_counter()
-    tokens = list(run(routed=True))
+    tokens = list(run(exits=True))
     between = time.perf_counter()
-    full = list(run(routed=False))
+    full = list(run(exits=False))
     speed, full_speed = len(tokens) / (between - started), len(full) / (time.perf_counter() - between)
     return {
         "prompt": arguments.prompt,

@@ -5,7 +5,9 @@ Shapes: B sequences, T tokens, D width, H query heads, G key/value heads, d = D 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +40,35 @@ class Rows:
 Rotary = tuple[Tensor, Tensor]
 
 
+def rotary_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | None = None) -> Tensor:
+    """Angle per position of each pair (head_dim / 2,), scaled for longer contexts as Llama's configurations say.
+
+    Args:
+        head_dim: width of one head.
+        theta: base of the frequencies.
+        scaling: None; rope_type linear with factor; or rope_type llama3 with factor, low_freq_factor, high_freq_factor
+            and original_max_position_embeddings: long waves are slowed down by factor, short ones are not.
+
+    Raises:
+        ValueError: another rope_type, or a number is missing.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequencies = theta**-exponents
+    if scaling is None:
+        return frequencies
+    try:
+        if scaling["rope_type"] == "linear":
+            return frequencies / scaling["factor"]
+        if scaling["rope_type"] == "llama3":
+            turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+            kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0 = slowed down, 1 = as it is
+            return frequencies * (kept + (1 - kept) / scaling["factor"])
+    except KeyError as error:
+        raise ValueError(f"rope_scaling lacks {error}, got {scaling}") from None
+    raise ValueError(f"rope_scaling must have rope_type linear or llama3, got {scaling}")
+
+
 def rotated(x: Tensor, rotary: Rotary) -> Tensor:
     """Turns each pair (x_i, x_{i + d/2}) of x (..., d), Llama's layout, by cosines and sines (..., d/2)."""
     cos, sin = (part.to(x.dtype) for part in rotary)
@@ -50,15 +81,14 @@ class Attention(nn.Module):
 
     inv_freq: Tensor
 
-    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, rope_theta: float) -> None:
+    def __init__(self, dim: int, num_heads: int, num_kv_heads: int, frequencies: Tensor) -> None:
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, dim // num_heads
         self.q_proj = nn.Linear(dim, dim, bias=False)
         self.k_proj = nn.Linear(dim, num_kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(dim, num_kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(dim, dim, bias=False)
-        exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
-        self.register_buffer("inv_freq", rope_theta**-exponents, persistent=False)
+        self.register_buffer("inv_freq", frequencies, persistent=False)
 
     def forward(self, x: Tensor, source: Tensor | None = None) -> Tensor:
         """Attention output (B, T, D) of x over keys and values of `source` (B, T, D), by default x itself."""
@@ -125,16 +155,16 @@ class TransformerLayer(nn.Module):
         num_heads: query heads.
         num_kv_heads: key/value heads; must divide num_heads.
         ffn_dim: inner width of the MLP.
-        rope_theta: base of the rotary frequencies.
+        frequencies: of rotary positions (d / 2,), see rotary_frequencies.
         norm_eps: RMSNorm epsilon.
     """
 
     def __init__(
-        self, dim: int, num_heads: int, num_kv_heads: int, ffn_dim: int, rope_theta: float, norm_eps: float
+        self, dim: int, num_heads: int, num_kv_heads: int, ffn_dim: int, frequencies: Tensor, norm_eps: float
     ) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(dim, eps=norm_eps)
-        self.self_attn = Attention(dim, num_heads, num_kv_heads, rope_theta)
+        self.self_attn = Attention(dim, num_heads, num_kv_heads, frequencies)
         self.post_attention_layernorm = nn.RMSNorm(dim, eps=norm_eps)
         self.mlp = SwiGLU(dim, ffn_dim)
         self.exit_norm = nn.RMSNorm(dim, eps=norm_eps)

@@ -108,8 +108,6 @@ class DataParams(Section):
             )
         if self.source == "hub" and not self.hub_name:
             raise ValueError("hub_name must name a dataset when data.source is hub, got nothing")
-        if self.tokenizer == "pretrained" and not self.pretrained:
-            raise ValueError("pretrained must name a tokenizer or its folder when data.tokenizer is pretrained")
         try:
             re.compile(self.split_on or "")
         except (re.error, OverflowError, RecursionError) as error:
@@ -127,6 +125,8 @@ class ModelParams(Section):
     rope_theta: Positive
     norm_eps: Positive
     init_std: Positive
+    init_from: str | None
+    init_layers: Literal["all", "phase1_layers"]
 
     @model_validator(mode="after")
     def _heads_fit(self) -> ModelParams:
@@ -160,7 +160,7 @@ class TrainParams(Section):
 class AshemParams(Section):
     phase1_layers: Count
     phase1_lr: Positive
-    phase1_epochs: Count
+    phase1_epochs: CountOrZero
     phase1_patience: Count
     hard_example_ratio: Share
     hard_split: Literal["train", "validation"]
@@ -229,6 +229,22 @@ class Params(Section):
     routing: RoutingParams
     evaluation: EvaluationParams
 
+    @property
+    def tokenizer(self) -> str | None:
+        """Name or folder of the pretrained tokenizer, that of model.init_from by default; None = one is fitted."""
+        own = self.data.pretrained if self.data.tokenizer == "pretrained" else None
+        return own or self.model.init_from
+
+    @model_validator(mode="after")
+    def _given_or_trained(self) -> Params:
+        if self.data.tokenizer == "pretrained" and not self.tokenizer:
+            raise ValueError("data.pretrained must name a tokenizer or its folder when data.tokenizer is pretrained")
+        if not self.ashem.phase1_epochs and not self.model.init_from:
+            raise ValueError(
+                "ashem.phase1_epochs must be at least 1 unless model.init_from names a trained model, got 0"
+            )
+        return self
+
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
@@ -249,8 +265,8 @@ def _sentence(error: Any) -> str:
         case "extra_forbidden":
             close = difflib.get_close_matches(key, _known_keys(Params), n=1)
             return f"{key} is not a known key" + (f"; did you mean {close[0]}?" if close else "")
-        case "value_error" if isinstance(value, dict):  # a check across the keys of one section names its keys itself
-            return f"{key}.{error['ctx']['error']}"
+        case "value_error" if isinstance(value, dict):  # a check across several keys names them itself
+            return f"{key}.{error['ctx']['error']}".removeprefix(".")
         case "value_error":
             return f"{key} {error['ctx']['error']}, got {shown}"
         case "literal_error":

@@ -98,22 +98,28 @@ class RoutedDecoder:
         self.values = [weight.new_zeros(shape) for _ in range(model.num_layers)]
 
     @torch.no_grad()
-    def read(self, ids: Tensor, mask: Tensor | None = None) -> Routed:
+    def read(self, ids: Tensor, mask: Tensor | None = None, last_only: bool = False) -> Routed:
         """Reads the next tokens of each sequence.
 
         Args:
             ids: (B, Q).
             mask: true for real tokens (B, Q); padding may stand anywhere, and a sequence may have none. Default all.
+            last_only: results are wanted of each sequence's last token alone: nothing attends to what block 2 makes of
+                the others (but in `full` context), so they are neither scored nor computed there.
 
         Raises:
             ValueError: ids are not (B, Q) for the decoder's B.
         """
         shallow = self.shallow(ids, mask)
-        model, h, k = self.model, shallow.states, self.model.exit_layer
+        model, k, h, wanted = self.model, self.model.exit_layer, shallow.states, shallow.mask
+        if last_only and ids.shape[1] > 1:
+            left = wanted.flip(1).cumsum(1).flip(1)  # real tokens from here to the end
+            wanted = wanted & (left == 1)
+            h = h[wanted[shallow.mask]]
         if self.threshold is None:
-            deep = torch.ones(len(h), dtype=torch.bool, device=h.device)
-            score = torch.zeros(len(h), device=h.device)
-            return Routed(model.logits_at(self.deep_states(shallow, deep), model.num_layers), score, deep, shallow.mask)
+            score, deep = torch.zeros(len(h), device=h.device), torch.ones(len(h), dtype=torch.bool, device=h.device)
+            states = self.deep_states(shallow, wanted[shallow.mask])
+            return Routed(model.logits_at(states, model.num_layers), score, deep, wanted)
         if needs_logits(self.criterion):
             logits, score = model.scored_logits_at(h, k, self.criterion)
             deep = score < self.threshold
@@ -122,10 +128,12 @@ class RoutedDecoder:
             score = self.criterion(h, logits)
             deep = score < self.threshold
             logits[~deep] = model.logits_at(h[~deep], k)
-        states = self.deep_states(shallow, deep)
+        chosen = wanted[shallow.mask]  # (n,)
+        chosen[chosen.clone()] = deep
+        states = self.deep_states(shallow, chosen)
         if len(states):
             logits[deep] = model.logits_at(states, model.num_layers).to(logits.dtype)
-        return Routed(logits, score, deep, shallow.mask)
+        return Routed(logits, score, deep, wanted)
 
     @torch.no_grad()
     def shallow(self, ids: Tensor, mask: Tensor | None = None) -> Shallow:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lego.layers import Rows, TransformerLayer
+from lego.layers import Rows, TransformerLayer, rotary_frequencies
 from lego.losses import Score, exit_confidence, exit_logits, linear_cross_entropy, max_probability, read_exit
 
 BLOCK2_CONTEXTS = ("full", "token", "sequence")
@@ -30,7 +30,9 @@ class BaseTransformer(nn.Module):
         num_kv_heads: key/value heads, must divide num_heads; default num_heads.
         ffn_dim: inner width of the MLP; default 8/3 dim, rounded up to a multiple of 32.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: how they are scaled, as in Llama's configuration: None, rope_type linear or rope_type llama3.
         norm_eps: RMSNorm epsilon.
+        context: longest sequence it was trained on; None if that is not known.
         init_std: standard deviation of the initial weights; norms start at one.
         tie_embeddings: the output head shares the embedding's weight.
         own_head: layers above the exit have an output head of their own, `deep_head`.
@@ -49,7 +51,9 @@ class BaseTransformer(nn.Module):
         num_kv_heads: int | None = None,
         ffn_dim: int | None = None,
         rope_theta: float = 10000.0,
+        rope_scaling: dict[str, Any] | None = None,
         norm_eps: float = 1e-6,
+        context: int | None = None,
         init_std: float = 0.02,
         tie_embeddings: bool = False,
         own_head: bool = False,
@@ -72,6 +76,8 @@ class BaseTransformer(nn.Module):
             "num_kv_heads": num_kv_heads,
             "ffn_dim": ffn_dim,
             "rope_theta": rope_theta,
+            "rope_scaling": rope_scaling,
+            "context": context,
             "norm_eps": norm_eps,
             "init_std": init_std,
             "tie_embeddings": tie_embeddings,
@@ -81,8 +87,9 @@ class BaseTransformer(nn.Module):
         self.exit_layer = num_layers
         self.block2_context = "full"
         self.embedding = nn.Embedding(vocab_size, dim)
+        frequencies = rotary_frequencies(dim // num_heads, rope_theta, rope_scaling)
         self.layers = nn.ModuleList(
-            TransformerLayer(dim, num_heads, num_kv_heads, ffn_dim, rope_theta, norm_eps) for _ in range(num_layers)
+            TransformerLayer(dim, num_heads, num_kv_heads, ffn_dim, frequencies, norm_eps) for _ in range(num_layers)
         )
         self.output_head = nn.Linear(dim, vocab_size, bias=False)
         self.deep_head = nn.Linear(dim, vocab_size, bias=False) if own_head else None

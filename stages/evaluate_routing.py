@@ -4,7 +4,7 @@ dvc repro evaluate_routing      (python -m stages.evaluate_routing)
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -23,7 +23,7 @@ from lego.calibration import (
 )
 from lego.checkpoint import load_exit, load_model
 from lego.cost import Ledger
-from lego.criteria import Criterion
+from lego.criteria import Criterion, StateCriterion
 from lego.evaluation import (
     Route,
     TokenTable,
@@ -34,10 +34,11 @@ from lego.evaluation import (
     token_table,
 )
 from lego.harness import Stage, exit_cleanly, resolve_device
+from lego.hf import model_card, save_routed, to_hf
 from lego.latency import latency_ratios
 from lego.params import Params, load_params
 from lego.progress import share
-from lego.transformer import BaseTransformer
+from lego.transformer import BaseTransformer, DeepSupervisionTransformer
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,26 @@ def report(params: Params, model: BaseTransformer, routing: Routing, test: Token
     print(payment_sentence(chosen.criterion, router_quality(test, chosen, ledger), ledger, model.sizes["dim"]))
 
 
+def write_routed(model: DeepSupervisionTransformer, routing: Routing, metrics: dict[str, Any]) -> None:
+    """data/routed: the model as transformers and `lego.generate` load it."""
+    from transformers import AutoTokenizer
+
+    tokenizer, chosen = "data/tokens/tokenizer", routing.chosen
+    end = AutoTokenizer.from_pretrained(tokenizer).eos_token_id
+    scorer = routing.criteria[chosen.criterion]
+    converted = to_hf(
+        model,
+        chosen.threshold,
+        chosen.criterion,
+        scorer if isinstance(scorer, StateCriterion) else None,
+        eos_token_id=end,
+        pad_token_id=end,
+        bos_token_id=None,
+    )
+    with atomic_folder("data/routed") as folder:
+        save_routed(converted, folder, tokenizer, model_card(converted, metrics))
+
+
 def main() -> None:
     params = load_params()
     with Stage("evaluate_routing", params.seed, params.train.threads) as stage:
@@ -106,7 +127,7 @@ def main() -> None:
         train_macs = read_number("metrics/train_phase1.json", "train_macs")
         train_macs += read_number("metrics/added_macs.json", "added_macs")
         yardstick = read_json("metrics/baseline/shallow_continued.json")
-        model, device = load_model("data/phase2"), resolve_device(params.train.device)
+        model, device = cast(DeepSupervisionTransformer, load_model("data/phase2")), resolve_device(params.train.device)
         routing = decide(params, model, stage.seed, device)
         chosen, test = routing.chosen, text("test", params)
         ledger = Ledger.of(model, test.blocks.seq_len)
@@ -120,6 +141,7 @@ def main() -> None:
         metrics |= {key: mined[key] for key in ("n_hard", "hard_share", "leaky")} | {"train_macs": train_macs}
         with atomic_folder("data/evaluation") as folder:
             save_tables(folder, **tables)
+        write_routed(model, routing, metrics)
         write_json("metrics/evaluate_routing.json", metrics)
         sweep = threshold_sweep(tables["test"], ledger, params.evaluation.sweep_points, chosen.criterion, chosen.macs)
         write_csv("metrics/curves/evaluate_routing.csv", sweep)

@@ -3,45 +3,59 @@
 dvc repro train_phase1      (python -m stages.train_phase1)
 """
 
-from typing import Any
+import torch
 
 from lego.artifacts import atomic_folder, write_csv, write_json
 from lego.batches import EvaluationBatches, TrainingBatches
 from lego.blocks import PackedBlocks, bits_per_byte, corpus_facts, data_digests, train_part
 from lego.checkpoint import save_model
 from lego.cost import Ledger
-from lego.epochs import TrainingState, epoch_rows
+from lego.epochs import History, TrainingState, epoch_rows, fit
 from lego.harness import Stage, exit_cleanly, resolve_device
+from lego.llama import load_llama, require_fit
 from lego.params import Params, load_params
 from lego.steps import build_training
 from lego.trainer import Trainer, create_standard_config
 from lego.transformer import BaseTransformer, DeepSupervisionTransformer
 
 
-def train(params: Params, stage: Stage, batches: TrainingBatches) -> tuple[BaseTransformer, dict[str, Any]]:
-    """A new block 1, trained until validation perplexity stops falling, and what the training saw."""
+def block1(params: Params, device: torch.device) -> DeepSupervisionTransformer:
+    """A new block 1, or the trained one that model.init_from names."""
+    wanted, ashem, facts = params.model, params.ashem, corpus_facts("data/tokens")
+    if wanted.init_from is None:
+        sizes = wanted.model_dump(exclude={"seq_len", "init_from", "init_layers"}) | {"context": wanted.seq_len}
+        depth = ashem.phase1_layers
+        model = DeepSupervisionTransformer(facts["vocab_size"], num_layers=depth, exit_layer=depth, **sizes)
+    else:
+        model = load_llama(wanted.init_from, ashem.phase1_layers if wanted.init_layers == "phase1_layers" else None)
+        require_fit(model, facts["vocab_size"], wanted.seq_len)
+    print(f"block 1: {sum(p.numel() for p in model.parameters()):,} parameters on {device}", flush=True)
+    return model.to(device)
+
+
+def train(params: Params, stage: Stage, batches: TrainingBatches) -> tuple[BaseTransformer, History]:
+    """Block 1, trained until validation perplexity stops falling, and what the training saw."""
     ashem, device = params.ashem, resolve_device(params.train.device)
     validation = EvaluationBatches(PackedBlocks("data/tokens", "validation"), params.evaluation.batch_size)
-    sizes = params.model.model_dump(exclude={"seq_len"})
-    vocab_size, depth = corpus_facts("data/tokens")["vocab_size"], ashem.phase1_layers
-    model = DeepSupervisionTransformer(vocab_size, num_layers=depth, exit_layer=depth, **sizes).to(device)
-    print(f"block 1: {sum(p.numel() for p in model.parameters()):,} parameters on {device}", flush=True)
-    steps = ashem.phase1_epochs * -(-len(batches) // params.train.grad_accumulation)
+    model = block1(params, device)
+    steps = max(1, ashem.phase1_epochs) * -(-len(batches) // params.train.grad_accumulation)
     optimizer, options = build_training(model, ashem.phase1_lr, steps, params.train)
+    depth, vocab_size = model.num_layers, model.sizes["vocab_size"]
     trainer = Trainer(create_standard_config(depth), vocab_size, device, options=options)
     state = TrainingState(stage.scratch / "state.safetensors", model, optimizer, options.scheduler)
-    result = trainer.train_with_early_stopping(
+    history = fit(
         model,
         batches,
-        validation,
-        optimizer,
-        ashem.phase1_epochs,
-        ashem.phase1_patience,
+        lambda: trainer.train_epoch(model, batches, optimizer),
+        lambda: trainer.evaluate(model, validation),
+        max_epochs=ashem.phase1_epochs,
+        patience=ashem.phase1_patience,
+        keep_start=params.model.init_from is not None,
         on_best=lambda epoch: save_model(model, stage.keep("best")),
         state=state,
     )
     stage.continued = state.continued
-    return model, result
+    return model, history
 
 
 def main() -> None:
@@ -50,22 +64,25 @@ def main() -> None:
         blocks = PackedBlocks("data/tokens", "train", train_part(params.ashem.phase2_share, phase=1))
         per_epoch = -(-params.train.tokens_per_epoch // blocks.seq_len)
         batches = TrainingBatches(blocks, params.train.batch_size, per_epoch, stage.seed)
-        model, result = train(params, stage, batches)
+        model, history = train(params, stage, batches)
         with atomic_folder("data/phase1") as folder:
             save_model(model, folder, tokenizer="data/tokens/tokenizer")
+        result, best = history.as_result(), history.best
         epoch_tokens = batches.count * blocks.seq_len
         tokens = result["total_epochs"] * epoch_tokens
-        best, facts = result["best_epoch"] - 1, corpus_facts("data/tokens")["splits"]
-        write_csv("metrics/curves/train_phase1.csv", epoch_rows(result, epoch_tokens, tokens))
+        untrained = [{"epoch": 0, "tokens": 0, "train_loss": None, "val_ppl": best["ppl"], "val_acc": best["acc"]}]
+        write_csv("metrics/curves/train_phase1.csv", epoch_rows(result, epoch_tokens, tokens) or untrained)
+        facts = corpus_facts("data/tokens")["splits"]
         write_json(
             "metrics/train_phase1.json",
             {
-                "val_ppl": result["val_losses"][best],
-                "val_bits_per_byte": bits_per_byte(result["val_losses"][best], facts["validation"]),
-                "val_acc": result["val_accs"][best],
+                "val_ppl": best["ppl"],
+                "val_bits_per_byte": bits_per_byte(best["ppl"], facts["validation"]),
+                "val_acc": best["acc"],
                 "best_epoch": result["best_epoch"],
                 "total_epochs": result["total_epochs"],
-                "phase1_converged": result["stopped_early"],
+                # a given block 1 was trained elsewhere: nothing is known of it
+                "phase1_converged": result["stopped_early"] if result["total_epochs"] else None,
                 "train_tokens": tokens,
                 "train_text_tokens": blocks.tokens,
                 "parameters": sum(p.numel() for p in model.parameters()),

@@ -64,7 +64,7 @@ def main() -> None:
         torch.manual_seed(stage.seed)  # load_model drew random weights before it replaced them
         model = grow_model(
             block1,
-            ashem.phase2_layers,
+            block1.num_layers + ashem.phase2_layers - ashem.phase1_layers,
             init=ashem.init_new_layers,
             routing_threshold=store.threshold,
             block2_context=CONTEXT_AT_INFERENCE[ashem.phase2_context],

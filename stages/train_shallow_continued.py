@@ -64,7 +64,9 @@ def model_metrics(params: Params, model: BaseTransformer, block1: BaseTransforme
     return shallow_metrics(
         **tables,
         threshold=read_number("metrics/compute_threshold.json", "threshold", high=1.0),
-        ledger=ledger.grown(params.ashem.phase2_layers, params.ashem.phase2_context),
+        ledger=ledger.grown(
+            block1.num_layers + params.ashem.phase2_layers - params.ashem.phase1_layers, params.ashem.phase2_context
+        ),
         test_facts=corpus_facts("data/tokens")["splits"]["test"],
     )
 
