@@ -21,11 +21,13 @@ class Rows:
     Args:
         positions: place of each in its sequence (B, Q).
         taken: false where a sequence has fewer than Q (B, Q); its true entries are the gathered tokens in order.
-        newest: they are the last Q tokens of every sequence, and the sequences are equally long.
+        packed: every sequence has Q.
+        newest: positions are the last Q of every sequence, and the sequences are equally long.
     """
 
     positions: Tensor
     taken: Tensor
+    packed: bool = False
     newest: bool = False
 
     @classmethod
@@ -120,18 +122,18 @@ class Attention(nn.Module):
         """Attention output (n, D) of gathered tokens x (n, D) over keys and values (B, G, T, d) of their sequences."""
         (B, Q), T, H, d = rows.positions.shape, k.shape[2], self.num_heads, self.head_dim
         q = self.q_proj(x)
-        if not rows.newest:  # a sequence may have fewer than Q
+        if not rows.packed:
             padded = q.new_zeros(B, Q, H * d)
             padded[rows.taken] = q
             q = padded
         q = rotated(q.view(B, Q, H, d).transpose(1, 2), rotary)  # (B, H, Q, d)
         sees, whole = None, rows.newest and Q == T
-        if not rows.newest or 1 < Q < T:
+        if not rows.newest or 1 < Q < T:  # else causal, or one query that sees everything
             sees = rows.positions[:, None, :, None] >= torch.arange(T, device=x.device)  # (B, 1, Q, T)
         grouped = k.shape[1] != H
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=sees, is_causal=whole, enable_gqa=grouped)
         mixed = mixed.transpose(1, 2).reshape(B, Q, H * d)
-        return self.o_proj(mixed.flatten(0, 1) if rows.newest else mixed[rows.taken])  # (n, D)
+        return self.o_proj(mixed.flatten(0, 1) if rows.packed else mixed[rows.taken])  # (n, D)
 
 
 class SwiGLU(nn.Module):

@@ -17,6 +17,7 @@ from lego.criteria import Criterion, max_prob, needs_logits
 from lego.layers import Rotary, Rows
 from lego.transformer import BaseTransformer, compute_cost
 
+FEW = 3  # copying the cache of a third of the sequences takes less time than attending to all
 ALWAYS_DEEP = 2.0
 """A threshold above every score in [0, 1]."""
 
@@ -34,15 +35,22 @@ class Shallow:
 
     @classmethod
     def joined(cls, parts: list[Shallow]) -> Shallow:
-        """Tokens read one after the other as if they had been read at once; the order of the states is theirs."""
+        """Tokens read one after the other, as if they had been read at once."""
         if len(parts) == 1:
             return parts[0]
+        mask = torch.cat([part.mask for part in parts], dim=1)
+        positions = torch.cat([part.positions for part in parts], dim=1)
+        if all(part.together for part in parts):  # order is (B, Q)
+            states = torch.cat([part.states.unflatten(0, part.mask.shape) for part in parts], dim=1).flatten(0, 1)
+            sequence = torch.arange(len(mask), device=mask.device).repeat_interleave(mask.shape[1])
+            return cls(states, sequence, positions.flatten(), mask, positions, together=True)
+        order = torch.cat([part.sequence for part in parts]).argsort(stable=True)
         return cls(
-            torch.cat([part.states for part in parts]),
-            torch.cat([part.sequence for part in parts]),
-            torch.cat([part.position for part in parts]),
-            torch.cat([part.mask for part in parts], dim=1),
-            torch.cat([part.positions for part in parts], dim=1),
+            torch.cat([part.states for part in parts])[order],
+            torch.cat([part.sequence for part in parts])[order],
+            torch.cat([part.position for part in parts])[order],
+            mask,
+            positions,
             together=False,
         )
 
@@ -152,7 +160,8 @@ class RoutedDecoder:
         self.length = self.length + Q if together and self.length is not None else None
         self.slots = int(self.lengths.max()) if self.length is None else self.length
         self._make_room(self.slots)
-        rows, rotary, own = self._rows(shallow, mask)
+        rotary = self._rotary(shallow)
+        rows, own, _ = self._rows_of(shallow)
         for number in range(1, self.model.exit_layer + 1):
             self._remember(number, shallow.states, shallow, rotary)
             shallow.states = self.model.layer(number).over(shallow.states, rows, *self._cached(number), own)
@@ -164,7 +173,7 @@ class RoutedDecoder:
         model, h = self.model, shallow.states
         numbers = range(model.exit_layer + 1, model.num_layers + 1)
         if model.block2_context == "full":
-            rows, rotary, own = self._rows(shallow, shallow.mask)
+            rotary, (rows, own, _) = self._rotary(shallow), self._rows_of(shallow)
             for number in numbers:
                 self._remember(number, h, shallow, rotary)
                 h = model.layer(number).over(h, rows, *self._cached(number), own)
@@ -176,15 +185,11 @@ class RoutedDecoder:
         if model.block2_context == "token":
             return model.run_layers(h[deep].unsqueeze(1), numbers.start, model.num_layers).squeeze(1)  # (n_deep, D)
         waiting, self.exited = Shallow.joined(self.exited), []
-        chosen = shallow.mask
-        if not deep.all():
-            chosen = chosen.clone()
-            chosen[shallow.mask] = deep
-        x, (rows, _, own) = h[deep], self._rows(shallow, chosen)
+        x, (rows, own, of) = h[deep], self._rows_of(shallow, deep)
         rotary = self._rotary(waiting)
         for number in numbers:
             self._remember(number, waiting.states, waiting, rotary)
-            x = model.layer(number).over(x, rows, *self._cached(number), own)
+            x = model.layer(number).over(x, rows, *self._cached(number, of), own)
         return x
 
     def forget(self, lengths: Tensor) -> None:
@@ -200,9 +205,10 @@ class RoutedDecoder:
         self.length = int(self.lengths[0]) if same else None
         self.slots = int(self.lengths.max())
 
-    def _cached(self, number: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, G, S, d) of a layer, S the longest sequence so far."""
-        return self.keys[number - 1][:, :, : self.slots], self.values[number - 1][:, :, : self.slots]
+    def _cached(self, number: int, of: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values (b, G, S, d) of a layer for the sequences `of` (b,), S the longest so far."""
+        k, v = self.keys[number - 1][:, :, : self.slots], self.values[number - 1][:, :, : self.slots]
+        return (k, v) if of is None else (k[of], v[of])
 
     def _remember(self, number: int, h: Tensor, shallow: Shallow, rotary: Rotary) -> None:
         """Writes keys and values of states h (n, D) into the slots of their tokens."""
@@ -219,16 +225,29 @@ class RoutedDecoder:
         """Of all its tokens (n, d/2)."""
         return self.model.layer(1).self_attn.rotary(shallow.position)
 
-    def _rows(self, shallow: Shallow, mask: Tensor) -> tuple[Rows, Rotary, Rotary]:
-        """Where tokens of mask (B, Q) stand, and rotary factors of all tokens (n, d/2) and of theirs (B, 1, Q, d/2)."""
-        rotary = self._rotary(shallow)
-        if mask is shallow.mask and shallow.together:
-            B, Q = mask.shape
-            cos, sin = (part.view(B, 1, Q, -1) for part in rotary)
-            return Rows(shallow.positions, mask, newest=True), rotary, (cos, sin)
-        rows = Rows.of(mask)
-        rows = Rows(shallow.positions.gather(1, rows.positions), rows.taken)
-        return rows, rotary, self.model.layer(1).self_attn.rotary(rows.positions.unsqueeze(1))
+    def _rows_of(self, shallow: Shallow, chosen: Tensor | None = None) -> tuple[Rows, Rotary, Tensor | None]:
+        """Where the tokens marked in chosen (n,) stand, by default all: rows of the sequences that have any of them.
+
+        Returns:
+            The rows (b, q), their rotary factors (b, 1, q, d/2), and the sequences (b,) if they are few.
+        """
+        mask, positions, of = shallow.mask, shallow.positions, None
+        if chosen is None or bool(chosen.all()):
+            rows = Rows(positions, mask, packed=True, newest=True) if shallow.together else None
+        else:
+            mask = mask.clone()
+            mask[shallow.mask] = chosen
+            used = mask.any(dim=1)
+            few = FEW * int(used.sum()) <= len(used)
+            if few:
+                of = used.nonzero()[:, 0]  # (b,)
+                mask, positions = mask[of], positions[of]
+            alone = shallow.together and mask.shape[1] == 1
+            rows = Rows(positions, mask, packed=few, newest=True) if alone else None
+        if rows is None:
+            rows = Rows.of(mask)
+            rows = Rows(positions.gather(1, rows.positions), rows.taken)
+        return rows, self.model.layer(1).self_attn.rotary(rows.positions.unsqueeze(1)), of
 
     def _make_room(self, slots: int) -> None:
         """Doubles the cache where it is too short, so that decoding copies it a logarithmic number of times."""
