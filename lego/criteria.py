@@ -157,7 +157,8 @@ def fit_mlp(exit_states: Tensor, targets: Tensor, width: int, l2: float, seed: i
     """
     from sklearn.neural_network import MLPRegressor
 
-    regressor = MLPRegressor((width,), alpha=l2, early_stopping=True, random_state=seed % 2**32, max_iter=100)
+    options = {"early_stopping": True, "random_state": seed % 2**32, "max_iter": 1000}
+    regressor = MLPRegressor(hidden_layer_sizes=(width,), alpha=l2, **options)
     regressor.fit(features(exit_states).numpy(), targets.numpy())
     criterion = StateCriterion(exit_states.shape[1], width)
     state = {}

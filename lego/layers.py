@@ -55,17 +55,17 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | No
         ValueError: another rope_type, or a number is missing.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequencies = theta**-exponents
+    frequencies = 1.0 / theta**exponents  # theta**-exponents differs in the last bit from Llama's
     if scaling is None:
         return frequencies
     try:
         if scaling["rope_type"] == "linear":
             return frequencies / scaling["factor"]
         if scaling["rope_type"] == "llama3":
-            turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
+            turns = scaling["original_max_position_embeddings"] / (2 * math.pi / frequencies)
             low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
             kept = ((turns - low) / (high - low)).clamp(0, 1)  # 0 = slowed down, 1 = as it is
-            return frequencies * (kept + (1 - kept) / scaling["factor"])
+            return (1 - kept) * frequencies / scaling["factor"] + kept * frequencies
     except KeyError as error:
         raise ValueError(f"rope_scaling lacks {error}, got {scaling}") from None
     raise ValueError(f"rope_scaling must have rope_type linear or llama3, got {scaling}")

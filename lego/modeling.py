@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import GenerationMixin, LlamaConfig
 from transformers.cache_utils import Cache, DynamicCache
@@ -34,6 +35,7 @@ from lego.transformer import BLOCK2_CONTEXTS
 STATE_CRITERIA = ("probe", "gain")
 
 
+@strict
 class LegoConfig(LlamaConfig):
     """Llama's configuration with an exit.
 

@@ -216,6 +216,11 @@ class EvaluationParams(Section):
     latency_repeats: Annotated[int, _at_least(0, 10_000)]
 
 
+def pretrained_tokenizer(data: DataParams, init_from: str | None) -> str | None:
+    """Its name or folder, that of model.init_from by default; None = one is fitted to the text."""
+    return (data.pretrained if data.tokenizer == "pretrained" else None) or init_from
+
+
 class Params(Section):
     """The whole of params.yaml, one attribute per section."""
 
@@ -229,15 +234,9 @@ class Params(Section):
     routing: RoutingParams
     evaluation: EvaluationParams
 
-    @property
-    def tokenizer(self) -> str | None:
-        """Name or folder of the pretrained tokenizer, that of model.init_from by default; None = one is fitted."""
-        own = self.data.pretrained if self.data.tokenizer == "pretrained" else None
-        return own or self.model.init_from
-
     @model_validator(mode="after")
     def _given_or_trained(self) -> Params:
-        if self.data.tokenizer == "pretrained" and not self.tokenizer:
+        if self.data.tokenizer == "pretrained" and not pretrained_tokenizer(self.data, self.model.init_from):
             raise ValueError("data.pretrained must name a tokenizer or its folder when data.tokenizer is pretrained")
         if not self.ashem.phase1_epochs and not self.model.init_from:
             raise ValueError(

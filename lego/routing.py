@@ -33,6 +33,16 @@ class Shallow:
     positions: Tensor  # (B, Q)
     together: bool  # no padding, and all sequences equally long
 
+    def within(self, lengths: Tensor) -> Shallow:
+        """Its tokens at positions below their sequence's length (B,)."""
+        kept = self.position < lengths[self.sequence]
+        if kept.all():
+            return self
+        mask = self.mask.clone()
+        mask[self.mask] = kept
+        rest = (self.states[kept], self.sequence[kept], self.position[kept])
+        return Shallow(*rest, mask, self.positions, together=False)
+
     @classmethod
     def joined(cls, parts: list[Shallow]) -> Shallow:
         """Tokens read one after the other, as if they had been read at once."""
@@ -193,14 +203,9 @@ class RoutedDecoder:
         return x
 
     def forget(self, lengths: Tensor) -> None:
-        """Takes back what was read beyond the first `lengths` (B,) tokens; their slots are written anew.
-
-        Raises:
-            ValueError: a token that is taken back has not gone deep yet, and neither has a later one.
-        """
-        if self.exited:
-            raise ValueError("only tokens that were read by block 2, or before one that was, can be taken back")
+        """Takes back what was read beyond the first `lengths` (B,) tokens; their slots are written anew."""
         self.lengths = torch.minimum(self.lengths, lengths.to(self.lengths.device))
+        self.exited = [rest for part in self.exited if len((rest := part.within(self.lengths)).states)]
         same = bool((self.lengths == self.lengths[0]).all())
         self.length = int(self.lengths[0]) if same else None
         self.slots = int(self.lengths.max())

@@ -15,19 +15,25 @@ from lego.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.params import load_params
 
 
+def tokens_to_fit_on(share: float, blocks: PackedBlocks, split: str) -> int:
+    """The first tokens of calibration text, on which exit criteria are fitted; their thresholds come from the rest."""
+    count = round(share * len(blocks))
+    if not 0 < count < len(blocks):
+        raise StageError(
+            f"params.yaml: exits.fit_share {share:g} of {len(blocks)} blocks of {split} text leaves nothing to fit on "
+            "or to calibrate with; change it or raise data.max_calibration_tokens"
+        )
+    return count * blocks.seq_len
+
+
 def main() -> None:
     params = load_params()
-    leaky = params.ashem.hard_split == "validation"
+    ratio, leaky = params.ashem.hard_example_ratio, params.ashem.hard_split == "validation"
     split = "validation" if leaky else "calibration"
     with Stage("compute_threshold", threads=params.train.threads) as stage:
         batches = EvaluationBatches(PackedBlocks("data/tokens", split), params.evaluation.batch_size)
         model = load_model("data/phase1")
-        fit_tokens = round(params.exits.fit_share * len(batches.blocks)) * batches.blocks.seq_len
-        if not 0 < fit_tokens < batches.blocks.tokens:
-            raise StageError(
-                f"params.yaml: exits.fit_share {params.exits.fit_share:g} of {len(batches.blocks)} blocks of {split} "
-                "text leaves nothing to fit on or to calibrate with; change it or raise data.max_calibration_tokens"
-            )
+        fit_tokens = tokens_to_fit_on(params.exits.fit_share, batches.blocks, split)
         probe = Ridge(model.sizes["dim"])
 
         def fit(states: torch.Tensor, confidence: torch.Tensor) -> None:
@@ -41,31 +47,17 @@ def main() -> None:
                 f"{confidences[0]:g}, so none is hard; block 1 has "
                 "learned nothing: change ashem.phase1_lr or phase1_epochs"
             )
-        threshold = quantile_threshold(confidences, params.ashem.hard_example_ratio)
+        found = {"threshold": quantile_threshold(confidences, ratio), "split": split, "hard_example_ratio": ratio}
+        counted = {
+            "tokens": confidences.numel(),
+            "hard_share": (confidences < found["threshold"]).float().mean().item(),
+            "mean_confidence": confidences.double().mean().item(),
+            "leaky": leaky,
+        }
+        write_json("metrics/compute_threshold.json", found | counted)
         with atomic_folder("data/exit") as folder:
             probe.solve(params.exits.probe_l2).save(folder / "probe.safetensors")
-            write_json(
-                folder / "exit.json",
-                {
-                    "block1_sha256": block1_sha256(model),
-                    "threshold": threshold,
-                    "hard_example_ratio": params.ashem.hard_example_ratio,
-                    "split": split,
-                    "fit_tokens": fit_tokens,
-                },
-            )
-        write_json(
-            "metrics/compute_threshold.json",
-            {
-                "threshold": threshold,
-                "split": split,
-                "tokens": confidences.numel(),
-                "hard_example_ratio": params.ashem.hard_example_ratio,
-                "hard_share": (confidences < threshold).float().mean().item(),
-                "mean_confidence": confidences.double().mean().item(),
-                "leaky": leaky,
-            },
-        )
+            write_json(folder / "exit.json", found | {"block1_sha256": block1_sha256(model), "fit_tokens": fit_tokens})
         stage.record |= data_digests("data/tokens") | {"counts": {"tokens": confidences.numel()}}
 
 

@@ -10,7 +10,7 @@ from lego.blocks import BlockWriter
 from lego.corpus import SPLITS, Corpus, NearDuplicates
 from lego.harness import Stage, exit_cleanly
 from lego.ngram import references
-from lego.params import DataParams, Params, load_params
+from lego.params import DataParams, load_params, pretrained_tokenizer
 from lego.progress import track
 from lego.sources import documents
 from lego.tokenizer import TextEncoder, fit_bpe, fit_words, write_tokens
@@ -27,10 +27,9 @@ def gather(data: DataParams, path: Path) -> Corpus:
     return Corpus(read, path, shares, enough if streaming else None)
 
 
-def fit_tokenizer(params: Params, corpus: Corpus) -> TextEncoder:
-    data = params.data
-    if params.tokenizer:
-        return TextEncoder.load(params.tokenizer)
+def fit_tokenizer(data: DataParams, init_from: str | None, corpus: Corpus) -> TextEncoder:
+    if name := pretrained_tokenizer(data, init_from):
+        return TextEncoder.load(name)
     fit = fit_bpe if data.tokenizer == "bpe" else fit_words
     return TextEncoder.fitted(fit(corpus.texts("train"), data.vocab_size, data.max_tokenizer_bytes))
 
@@ -41,7 +40,7 @@ def main() -> None:
     with Stage("tokenize") as stage, atomic_folder("data/tokens") as folder:
         spool = folder / ".documents.arrow"
         corpus = gather(data, spool)
-        encoder = fit_tokenizer(params, corpus)
+        encoder = fit_tokenizer(data, params.model.init_from, corpus)
         encoder.save(folder / "tokenizer")
         near = NearDuplicates(data.near_duplicate_similarity) if data.near_duplicates == "drop" else None
         facts, ids = {}, {}

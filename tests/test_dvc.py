@@ -245,7 +245,7 @@ def test_a_second_run_gives_the_same_bytes_and_a_leaky_one_says_so(clone, tmp_pa
     assert (manifest["split"], manifest["tokens"]) == ("validation", validation_tokens)
     assert manifest["hard_tokens"] == pytest.approx(0.5 * validation_tokens, abs=1)
     written = {out for stage in ORDER[2:] for out in outs(stage) if re.fullmatch(r"metrics/(baseline/)?\w+\.json", out)}
-    assert len(written) == 7
+    assert len(written) == 8
     assert load_model(tmp_path / "data/phase2").block2_context == "token"
     assert all(read_json(tmp_path / out)["leaky"] is True for out in written)
 

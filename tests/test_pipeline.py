@@ -234,10 +234,10 @@ def test_stage_scripts_are_short():
 FLOORS = [
     {"params", "artifacts", "progress", "scratch", "harness"},
     {"blocks", "corpus", "readers", "sources", "tokenizer", "ngram", "batches"}
-    | {"layers", "losses", "transformer", "checkpoint", "cost"},
-    {"steps", "epochs", "trainer", "exits", "hidden_states", "hard_batches"},
+    | {"layers", "losses", "transformer", "criteria", "naming", "checkpoint", "llama", "cost"},
+    {"steps", "epochs", "trainer", "exits", "risk", "hidden_states", "hard_batches"},
     {"ashem", "routing"},
-    {"evaluation", "generate"},
+    {"evaluation", "calibration", "latency", "generate", "modeling", "hf"},
 ]
 
 

@@ -7,18 +7,22 @@ import re
 
 import pytest
 import torch
-from conftest import VOCAB, logits_close
+from conftest import VOCAB, logits_close, random_batches
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import AutoTokenizer
 
 from lego import DeepSupervisionTransformer, load_model, save_model
+from lego.criteria import LOGIT_CRITERIA, StateCriterion
 from lego.generate import Sampling, generate, generate_lossless, main
-from lego.routing import RoutedDecoder
+from lego.routing import ALWAYS_DEEP, RoutedDecoder, evaluate
 from lego.tokenizer import TextEncoder, fit_bpe
 
 CONTEXTS = ["full", "token", "sequence"]
+torch.manual_seed(0)
+STATE = StateCriterion(32, 5).requires_grad_(False)
 
 
 def random_model(context: str, vocab: int = VOCAB, **sizes) -> DeepSupervisionTransformer:
@@ -93,6 +97,50 @@ def test_teacher_forced_routing_equals_cached_reading_in_pieces(case):
         logits_close(cut, expected[0], 2e-5)
         logits_close(whole, expected[0], 2e-5)
     assert decoder.lengths.tolist() == [len(s) for s in sequences]
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(), criterion=st.sampled_from(["max_prob", "entropy", "state"]), quantile=st.floats(0.1, 0.9))
+@torch.no_grad()
+def test_results_of_the_last_token_alone_equal_those_of_all(case, criterion, quantile):
+    """Any criterion, with or without logits: prompts whose other tokens are not routed, then token by token."""
+    model, sequences, _, steps, left = case
+    chosen = STATE if criterion == "state" else LOGIT_CRITERIA[criterion]
+    states = [model.forward_to_hidden(s[None])[0] for s in sequences]
+    scores = torch.cat([chosen(h, model.logits_at(h, model.exit_layer)) for h in states]).sort().values
+    place = int(quantile * (len(scores) - 1))
+    threshold = (scores[place].item() + scores[min(place + 1, len(scores) - 1)].item()) / 2
+    assume((scores - threshold).abs().min() > 1e-5)
+    ids, mask = padded(sequences, left)
+    whole = RoutedDecoder(model, threshold, len(sequences), chosen).read(ids, mask)
+    decoder = RoutedDecoder(model, threshold, len(sequences), chosen)
+    first = decoder.read(ids, mask, last_only=True)
+    logits_close(first.last()[0], whole.last()[0], 2e-5)
+    assert torch.equal(first.last()[1], whole.last()[1])
+    assert len(first.score) == len(sequences)
+    reference = RoutedDecoder(model, threshold, len(sequences), chosen)
+    reference.read(ids, mask)
+    for step in range(steps):
+        more = torch.full((len(sequences), 1), 7 * step + 3)
+        logits_close(decoder.read(more).logits, reference.read(more).logits, 2e-5)
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("criterion", ["max_prob", "state"])
+def test_evaluation_measures_what_the_decoder_answers(context, criterion):
+    model, batches = MODELS[context, 2], random_batches(3)
+    chosen = STATE if criterion == "state" else LOGIT_CRITERIA[criterion]
+    for threshold in (0.3, None, 0.0, ALWAYS_DEEP):
+        routed = [RoutedDecoder(model, threshold, len(x), chosen).read(x) for x, _ in batches]
+        logits, y = torch.cat([r.logits for r in routed]), torch.cat([y.flatten() for _, y in batches])
+        stats = evaluate(model, batches, threshold, "cpu", chosen)
+        assert stats["ppl"] == pytest.approx(F.cross_entropy(logits, y).exp().item(), rel=1e-4)
+        assert stats["acc"] == pytest.approx((logits.argmax(1) == y).float().mean().item())
+        easy = ~torch.cat([r.deep for r in routed])
+        assert stats["shallow_ratio"] == pytest.approx(easy.float().mean().item())
+        assert stats["compute_cost"] == pytest.approx(1 - easy.float().mean().item() / 2)
+    with pytest.raises(ValueError, match="no batches to evaluate"):
+        evaluate(model, [], 0.3, "cpu")
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -251,6 +299,7 @@ def saved(tmp_path_factory):
     encoder = TextEncoder.fitted(fit_bpe(["def main(): pass\n" * 9], 257, 1000))
     encoder.save(folder)
     model = random_model("sequence", vocab=257)
+    model.sizes["context"] = 40
     model.routing_threshold = 0.4
     save_model(model, folder)
     return folder
@@ -280,6 +329,7 @@ def test_the_command_writes_what_the_functions_write(saved, capsys):
 def test_the_command_names_what_it_cannot_use(saved, tmp_path, capsys):
     for arguments, sentence in (
         ([str(tmp_path), "x"], r"error: \S+config\.json: cannot be read"),
+        ([str(saved), "x" * 41], "error: prompt 0 has 41 tokens, the model was trained on 40; shorten it"),
         ([str(saved), ""], "error: prompt 0 is empty; give at least one token"),
         ([str(saved), "x", "--threshold", "-1"], r"error: threshold must be None or at least 0\.0, got -1\.0"),
         ([str(saved), "x", "--top-p", "2"], r"error: need temperature >= 0, top_k >= 0 and top_p in"),
