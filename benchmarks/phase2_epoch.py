@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from lego.exits import quantile_threshold
 from lego.hard_batches import HardBlockBatches
 from lego.harness import reuse_freed_memory
 from lego.hidden_states import HiddenStateStore, StoreWriter
+from lego.latency import seconds
 from lego.trainer import Trainer, create_standard_config
 from lego.transformer import DeepSupervisionTransformer
 
@@ -93,14 +94,9 @@ def main() -> None:
             times: dict[str, list[float]] = {"phase 2": [], "full": [], "reading": []}
             for repeat in range(arguments.repeats + 1):
                 epoch.set_epoch(repeat)
-                for name, run in (
-                    ("phase 2", lambda: train_gathered(grown, epoch, optimizer, "cpu")),
-                    ("full", lambda: trainer.train_epoch(full, batches, full_optimizer)),
-                    ("reading", lambda: sum(1 for _ in epoch)),
-                ):
-                    start = time.perf_counter()
-                    run()
-                    times[name].append(time.perf_counter() - start)
+                times["phase 2"].append(seconds(partial(train_gathered, grown, epoch, optimizer, "cpu")))
+                times["full"].append(seconds(partial(trainer.train_epoch, full, batches, full_optimizer)))
+                times["reading"].append(seconds(partial(list, epoch)))
             streamed, seen = epoch.seen(1)
         took = {name: statistics.median(values[1:]) for name, values in times.items()}
         macs = Ledger.of(grown, arguments.seq_len).train_block2(seen, False, streamed)

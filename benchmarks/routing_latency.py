@@ -51,8 +51,8 @@ def prefill(model: DeepSupervisionTransformer, x: Tensor, criterion: Criterion, 
     median, low, high = ratio_of_pairs(routed, full, repeats)
     plain = statistics.median(seconds(full) / seconds(lambda: model(x)) for _ in range(repeats))
     return (
-        f"latency_ratio {median:.3f} ({low:.3f} to {high:.3f}), flops_ratio {flops:.3f}, quotient {median / flops:.3f}; "
-        f"the decoder's full pass takes {plain:.3f} of the model's own"
+        f"latency_ratio {median:.3f} ({low:.3f} to {high:.3f}), flops_ratio {flops:.3f}, quotient "
+        f"{median / flops:.3f}; the decoder's full pass takes {plain:.3f} of the model's own"
     )
 
 

@@ -79,9 +79,9 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, y: Tensor) -> Tensor:
 
 
 def max_probability(logits: Tensor) -> Tensor:
-    """Largest softmax probability (...,) of logits (..., V), in float32, without forming the softmax."""
+    """Largest softmax probability (...,) of logits (..., V), in float32."""
     logits = logits.float()
-    return (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp()
+    return (logits - logits.amax(dim=-1, keepdim=True)).exp_().sum(dim=-1).reciprocal()
 
 
 @torch.no_grad()

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lego.criteria import Criterion, max_prob, needs_logits
-from lego.layers import Rotary, Rows
+from lego.layers import Rotary, Rows, rotated
 from lego.transformer import BaseTransformer, compute_cost
 
 FEW = 3  # copying the cache of a third of the sequences takes less time than attending to all
@@ -111,9 +112,9 @@ class RoutedDecoder:
         self.length: int | None = 0  # of all sequences, while they are equally long
         self.slots = 0  # of the longest sequence
         self.exited: list[Shallow] = []  # tokens whose keys and values block 2 lacks
-        shape = (batch_size, model.sizes["num_kv_heads"], 0, model.sizes["dim"] // model.sizes["num_heads"])
-        self.keys = [weight.new_zeros(shape) for _ in range(model.num_layers)]
-        self.values = [weight.new_zeros(shape) for _ in range(model.num_layers)]
+        G, d = model.sizes["num_kv_heads"], model.sizes["dim"] // model.sizes["num_heads"]
+        self.cache = weight.new_zeros(model.num_layers, 2, batch_size, G, 0, d)  # keys and values of each layer
+        self.projection: Tensor | None = None  # of exit states, to block 2's keys and values
 
     @torch.no_grad()
     def read(self, ids: Tensor, mask: Tensor | None = None, last_only: bool = False) -> Routed:
@@ -140,18 +141,29 @@ class RoutedDecoder:
             return Routed(model.logits_at(states, model.num_layers), score, deep, wanted)
         if needs_logits(self.criterion):
             logits, score = model.scored_logits_at(h, k, self.criterion)
-            deep = score < self.threshold
         else:
-            logits = h.new_empty(len(h), model.sizes["vocab_size"])
-            score = self.criterion(h, logits)
-            deep = score < self.threshold
-            logits[~deep] = model.logits_at(h[~deep], k)
+            logits, score = None, self.criterion(h, h.new_empty(len(h), 0))
+        deep = score < self.threshold
         chosen = wanted[shallow.mask]  # (n,)
         chosen[chosen.clone()] = deep
         states = self.deep_states(shallow, chosen)
-        if len(states):
+        if logits is None:
+            logits = self._logits_of_both(h, deep, states)
+        elif len(states):
             logits[deep] = model.logits_at(states, model.num_layers).to(logits.dtype)
         return Routed(logits, score, deep, wanted)
+
+    def _logits_of_both(self, h: Tensor, deep: Tensor, states: Tensor) -> Tensor:
+        """Logits (n, V), one head a token: of exit states h (n, D), or of deep states (n_deep, D) where deep (n,)."""
+        model = self.model
+        if model.deep_head is None:
+            normed = model.layer(model.exit_layer).exit_norm(h)
+            normed[deep] = model.layer(model.num_layers).exit_norm(states)
+            return model.output_head(normed)
+        logits = h.new_empty(len(h), model.sizes["vocab_size"])
+        logits[~deep] = model.logits_at(h[~deep], model.exit_layer)
+        logits[deep] = model.logits_at(states, model.num_layers)
+        return logits
 
     @torch.no_grad()
     def shallow(self, ids: Tensor, mask: Tensor | None = None) -> Shallow:
@@ -169,7 +181,7 @@ class RoutedDecoder:
         self.lengths = self.lengths + mask.sum(dim=1)
         self.length = self.length + Q if together and self.length is not None else None
         self.slots = int(self.lengths.max()) if self.length is None else self.length
-        self._make_room(self.slots)
+        self._make_room(self.slots, filled=together)
         rotary = self._rotary(shallow)
         rows, own, _ = self._rows_of(shallow)
         for number in range(1, self.model.exit_layer + 1):
@@ -196,9 +208,8 @@ class RoutedDecoder:
             return model.run_layers(h[deep].unsqueeze(1), numbers.start, model.num_layers).squeeze(1)  # (n_deep, D)
         waiting, self.exited = Shallow.joined(self.exited), []
         x, (rows, own, of) = h[deep], self._rows_of(shallow, deep)
-        rotary = self._rotary(waiting)
+        self._remember_exits(waiting)
         for number in numbers:
-            self._remember(number, waiting.states, waiting, rotary)
             x = model.layer(number).over(x, rows, *self._cached(number, of), own)
         return x
 
@@ -212,19 +223,39 @@ class RoutedDecoder:
 
     def _cached(self, number: int, of: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Keys and values (b, G, S, d) of a layer for the sequences `of` (b,), S the longest so far."""
-        k, v = self.keys[number - 1][:, :, : self.slots], self.values[number - 1][:, :, : self.slots]
+        k, v = self.cache[number - 1, :, :, :, : self.slots]
         return (k, v) if of is None else (k[of], v[of])
 
     def _remember(self, number: int, h: Tensor, shallow: Shallow, rotary: Rotary) -> None:
-        """Writes keys and values of states h (n, D) into the slots of their tokens."""
-        k, v = self.model.layer(number).keys_values(h.unsqueeze(0), rotary)  # (1, G, n, d)
-        for cache, new in ((self.keys[number - 1], k), (self.values[number - 1], v)):
-            if shallow.together:
-                B, Q = shallow.positions.shape
-                shaped = new.view(new.shape[1], B, Q, -1).transpose(0, 1)  # (B, G, Q, d)
-                cache[:, :, self.slots - Q : self.slots] = shaped
-            else:
-                cache[shallow.sequence, :, shallow.position] = new[0].transpose(0, 1)  # (n, G, d)
+        """Writes a layer's keys and values of states h (n, D) into the slots of their tokens."""
+        new = torch.stack(self.model.layer(number).keys_values(h.unsqueeze(0), rotary))  # (2, 1, G, n, d)
+        self._write(slice(number - 1, number), new.permute(3, 1, 0, 2, 4), shallow)
+
+    def _remember_exits(self, shallow: Shallow) -> None:
+        """Writes block 2's keys and values of exit states, all layers' at once from one normalised state."""
+        model, k = self.model, self.model.exit_layer
+        layers = [model.layer(number) for number in range(k + 1, model.num_layers + 1)]
+        if self.projection is None:
+            parts = [
+                torch.cat([layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight]) * layer.input_layernorm.weight
+                for layer in layers
+            ]
+            self.projection = torch.cat(parts)  # (L * 2 * G * d, D)
+        normed = F.rms_norm(shallow.states, (shallow.states.shape[-1],), eps=model.sizes["norm_eps"])
+        G, d = self.cache.shape[3], self.cache.shape[5]
+        new = F.linear(normed, self.projection).view(-1, len(layers), 2, G, d)  # (n, L, 2, G, d)
+        cos, sin = self._rotary(shallow)  # (n, d/2)
+        new[:, :, 0] = rotated(new[:, :, 0], (cos[:, None, None], sin[:, None, None]))
+        self._write(slice(k, model.num_layers), new, shallow)
+
+    def _write(self, layers: slice, new: Tensor, shallow: Shallow) -> None:
+        """Puts keys and values (n, L, 2, G, d) of L layers into the slots of their tokens."""
+        if shallow.together:
+            B, Q = shallow.positions.shape
+            ordered = new.unflatten(0, (B, Q)).permute(2, 3, 0, 4, 1, 5)  # (L, 2, B, G, Q, d)
+            self.cache[layers, :, :, :, self.slots - Q : self.slots] = ordered
+        else:
+            self.cache[layers].permute(2, 4, 0, 1, 3, 5)[shallow.sequence, shallow.position] = new
 
     def _rotary(self, shallow: Shallow) -> Rotary:
         """Of all its tokens (n, d/2)."""
@@ -254,16 +285,22 @@ class RoutedDecoder:
             rows = Rows(positions.gather(1, rows.positions), rows.taken)
         return rows, self.model.layer(1).self_attn.rotary(rows.positions.unsqueeze(1)), of
 
-    def _make_room(self, slots: int) -> None:
-        """Doubles the cache where it is too short, so that decoding copies it a logarithmic number of times."""
-        have = self.keys[0].shape[2]
+    def _make_room(self, slots: int, filled: bool) -> None:
+        """Doubles the cache where it is too short, so that decoding copies it a logarithmic number of times.
+
+        Args:
+            slots: wanted.
+            filled: every slot is written before it is read; else what masks hide must be finite.
+        """
+        have = self.cache.shape[4]
         if slots <= have:
             return
-        more = max(slots, 2 * have) - have
-        self.keys, self.values = (
-            [torch.cat([t, t.new_zeros(*t.shape[:2], more, t.shape[3])], dim=2) for t in cache]
-            for cache in (self.keys, self.values)
-        )
+        shape = (*self.cache.shape[:4], max(slots, 2 * have), self.cache.shape[5])
+        if not have and filled:
+            self.cache = self.cache.new_empty(shape)
+            return
+        old, self.cache = self.cache, self.cache.new_zeros(shape)
+        self.cache[:, :, :, :, :have] = old
 
 
 @torch.no_grad()

@@ -31,9 +31,9 @@ def main() -> None:
     ratio, leaky = params.ashem.hard_example_ratio, params.ashem.hard_split == "validation"
     split = "validation" if leaky else "calibration"
     with Stage("compute_threshold", threads=params.train.threads) as stage:
-        batches = EvaluationBatches(PackedBlocks("data/tokens", split), params.evaluation.batch_size)
-        model = load_model("data/phase1")
-        fit_tokens = tokens_to_fit_on(params.exits.fit_share, batches.blocks, split)
+        blocks = PackedBlocks("data/tokens", split)
+        batches, model = EvaluationBatches(blocks, params.evaluation.batch_size), load_model("data/phase1")
+        fit_tokens = tokens_to_fit_on(params.exits.fit_share, blocks, split)
         probe = Ridge(model.sizes["dim"])
 
         def fit(states: torch.Tensor, confidence: torch.Tensor) -> None:
@@ -47,10 +47,11 @@ def main() -> None:
                 f"{confidences[0]:g}, so none is hard; block 1 has "
                 "learned nothing: change ashem.phase1_lr or phase1_epochs"
             )
-        found = {"threshold": quantile_threshold(confidences, ratio), "split": split, "hard_example_ratio": ratio}
+        threshold = quantile_threshold(confidences, ratio)
+        found = {"threshold": threshold, "split": split, "hard_example_ratio": ratio}
         counted = {
             "tokens": confidences.numel(),
-            "hard_share": (confidences < found["threshold"]).float().mean().item(),
+            "hard_share": (confidences < threshold).float().mean().item(),
             "mean_confidence": confidences.double().mean().item(),
             "leaky": leaky,
         }

@@ -85,14 +85,16 @@ def decide(params: Params, model: BaseTransformer, seed: int, device: torch.devi
     return Routing(criteria, routes, Route(settings.criterion, threshold, macs[settings.criterion]), vars(found))
 
 
-def report(params: Params, model: BaseTransformer, routing: Routing, test: TokenTable, ledger: Ledger) -> None:
+def report(
+    params: Params, model: BaseTransformer, routing: Routing, test: TokenTable, ledger: Ledger, leaky: bool
+) -> None:
     """Writes and prints what each criterion is worth on test text, and what came of the promise."""
     quality = {name: router_quality(test, route, ledger) for name, route in routing.routes.items()}
     chosen = routing.chosen
     promise = routing.promise | (
         realised_risk(test, chosen, ledger.seq_len, params.routing.risk_clip) if routing.promise else {}
     )
-    write_json("metrics/criteria.json", quality | {"risk": promise})
+    write_json("metrics/criteria.json", quality | {"risk": promise, "leaky": leaky})
     print("\n".join(quality_lines(quality)))
     if promise:
         print("risk on test text: " + ", ".join(f"{key} {value}" for key, value in promise.items()))
@@ -145,7 +147,7 @@ def main() -> None:
         write_json("metrics/evaluate_routing.json", metrics)
         sweep = threshold_sweep(tables["test"], ledger, params.evaluation.sweep_points, chosen.criterion, chosen.macs)
         write_csv("metrics/curves/evaluate_routing.csv", sweep)
-        report(params, model, routing, tables["test"], ledger)
+        report(params, model, routing, tables["test"], ledger, mined["leaky"])
         easy = int(tables["test"].easy(chosen.threshold, chosen.criterion).sum())
         print(f"shallow {share(easy, test.blocks.tokens)} of test text; phase 1 converged: {converged}")
         print("\n".join(comparison_lines(metrics, yardstick)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "true"
 torch.set_num_threads(1)
 
 VOCAB = 97
+SOURCE = inspect.getsource(argparse)  # real text
 
 
 def random_batches(count: int, batch: int = 4, length: int = 12, vocab: int = VOCAB, seed: int = 0) -> list:
@@ -47,3 +50,40 @@ def _seeded() -> Iterator[None]:
 
 def logits_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def train_llama(folder: Path) -> None:
+    """A Llama that has learned something of SOURCE: trained, and saved with its tokenizer, by transformers alone."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from lego.tokenizer import TextEncoder, fit_bpe
+
+    TextEncoder.fitted(fit_bpe([SOURCE], 300, 10**6)).save(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=304,  # more rows than the tokenizer has ids, as checkpoints often have
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+        eos_token_id=0,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(SOURCE)["input_ids"])
+    ids = ids[: len(ids) // 32 * 32].view(-1, 32)
+    model = LlamaForCausalLM(config)
+    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=5e-3), []
+    for step in range(60):
+        batch = ids[torch.arange(8 * step, 8 * step + 8) % len(ids)]
+        loss = model(batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1.5
+    model.save_pretrained(folder)

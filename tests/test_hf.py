@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
-import inspect
-
 import pytest
 import torch
-from conftest import VOCAB, logits_close
+from conftest import SOURCE, VOCAB, logits_close, train_llama
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -33,47 +30,19 @@ from lego.routing import RoutedDecoder
 from lego.tokenizer import TextEncoder, fit_bpe
 
 CONTEXTS = ["sequence", "token", "full"]
-SOURCE = inspect.getsource(argparse)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    train_llama(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
 def tokenizer_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     TextEncoder.fitted(fit_bpe([SOURCE], 300, 10**6)).save(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tokenizer_folder):
-    """A Llama that has learned something, trained, saved and loaded through transformers alone."""
-    folder = tmp_path_factory.mktemp("llama")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=304,  # more rows than the tokenizer has ids, as checkpoints often have
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
-    )
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    ids = torch.tensor(tokenizer(SOURCE)["input_ids"])
-    ids = ids[: len(ids) // 32 * 32].view(-1, 32)
-    model = LlamaForCausalLM(config)
-    optimizer, losses = torch.optim.AdamW(model.parameters(), lr=5e-3), []
-    for step in range(60):
-        batch = ids[torch.arange(8 * step, 8 * step + 8) % len(ids)]
-        loss = model(batch, labels=batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 1.5
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
     return folder
 
 
