@@ -27,6 +27,8 @@ _HOME = {
     "grow_model": "checkpoint",
     "save_model": "checkpoint",
     "load_model": "checkpoint",
+    "load_routed": "checkpoint",
+    "RoutedDecoder": "routing",
     "Ledger": "cost",
     "HiddenStateStore": "hidden_states",
 }

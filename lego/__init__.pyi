@@ -7,11 +7,13 @@ from lego.ashem import evaluate_on_hard_examples as evaluate_on_hard_examples
 from lego.ashem import train_upper_layers as train_upper_layers
 from lego.checkpoint import grow_model as grow_model
 from lego.checkpoint import load_model as load_model
+from lego.checkpoint import load_routed as load_routed
 from lego.checkpoint import save_model as save_model
 from lego.cost import Ledger as Ledger
 from lego.exits import compute_confidence as compute_confidence
 from lego.exits import compute_confidence_threshold as compute_confidence_threshold
 from lego.hidden_states import HiddenStateStore as HiddenStateStore
+from lego.routing import RoutedDecoder as RoutedDecoder
 from lego.steps import NonFiniteLossError as NonFiniteLossError
 from lego.steps import StepOptions as StepOptions
 from lego.trainer import StageConfig as StageConfig

@@ -14,16 +14,13 @@ from lego.cost import Ledger
 from lego.criteria import Criterion, Ridge, StateCriterion, entropy, fit_mlp, margin, max_prob
 from lego.evaluation import Route, TokenTable, perplexity
 from lego.exits import quantile_threshold
+from lego.harness import StageError
 from lego.params import RoutingParams
 from lego.risk import MIN_UNITS, Certificate, certify, unit_losses
 from lego.routing import ALWAYS_DEEP
 
 FITTED = ("probe", "gain")  # their thresholds come from text that they were not fitted on
 PRINTED = ("threshold", "shallow_ratio", "ppl", "oracle_gap_nats", "gain_captured", "gain_auroc", "flops_ratio")
-
-
-class CalibrationError(RuntimeError):
-    """Calibration text that cannot give what params.yaml asks for; the message names the key."""
 
 
 def all_criteria(probe: StateCriterion, gain: StateCriterion) -> dict[str, Criterion]:
@@ -98,7 +95,7 @@ class Calibration:
         Candidates come from the text that criteria were fitted on, the certificate from the rest.
 
         Raises:
-            CalibrationError: too few units, or no candidate can be certified and the user did not say what then.
+            StageError: too few units, or no candidate can be certified and the user did not say what then.
         """
         params = self.params
         share = np.arange(1, params.risk_candidates + 1) / params.risk_candidates
@@ -106,7 +103,7 @@ class Calibration:
         rest = self.table.part(self.fit_tokens)
         units = len(rest.confidence) // self.seq_len
         if units < MIN_UNITS:
-            raise CalibrationError(
+            raise StageError(
                 f"params.yaml: routing.calibration risk needs {MIN_UNITS} blocks of calibration text after "
                 f"exits.fit_share, got {units}; raise data.max_calibration_tokens or lower exits.fit_share"
             )
@@ -119,7 +116,7 @@ class Calibration:
             return thresholds[found.chosen], found
         if params.otherwise == "always_deep":
             return ALWAYS_DEEP, found
-        raise CalibrationError(
+        raise StageError(
             f"params.yaml: routing.epsilon {params.epsilon:g} cannot be certified with {name} on {units} units at "
             f"routing.delta {params.delta:g}, the smallest here is {found.smallest_epsilon:.4f}; raise it, or set "
             "routing.otherwise to always_deep"

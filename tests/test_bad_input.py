@@ -128,6 +128,16 @@ KEYS = [  # stage, keys to set, what it says
     ("train_phase2", {"ashem.phase2_layers": "2"}, r"phase2_layers is the total depth and must be greater than"),
     ("train_phase2", {"ashem.phase2_lr": "1.0e+30"}, r"learning rate .*(the best epoch|none was better).*; lower the"),
     ("evaluate_routing", {"evaluation.sweep_points": "1"}, r"evaluation\.sweep_points must be at least \d+, got 1"),
+    ("train_phase1", {"ashem.phase1_epochs": "0"}, r"phase1_epochs must be at least 1 unless model\.init_from names"),
+    ("train_phase1", {"model.init_from": "nowhere"}, r"model\.init_from nowhere cannot be loaded as a model \("),
+    ("tokenize", {"model.init_from": "nowhere"}, r"nowhere cannot be loaded as a tokenizer \(.*give a folder"),
+    ("compute_threshold", {"exits.fit_share": "0.0001"}, r"exits\.fit_share 0\.0001 of \d+ blocks of calibration text"),
+    ("evaluate_routing", {"routing.criterion": "hope"}, r"routing\.criterion must be one of 'max_prob', 'margin'"),
+    (
+        "evaluate_routing",
+        {"routing.calibration": "risk"},
+        r"routing\.calibration risk needs 500 blocks of calibration text after exits\.fit_share, got \d+; raise data\.",
+    ),
 ]
 
 
@@ -288,6 +298,16 @@ DAMAGES: dict[str, tuple[str, Callable[[], object], str]] = {
         "train_shallow_continued",
         lambda: edit_json("metrics/added_macs.json", added_macs="much"),
         r"metrics/added_macs\.json: added_macs must be a number in \[0, inf\], got 'much'",
+    ),
+    "threshold of another model": (
+        "evaluate_routing",
+        lambda: edit_json("data/exit/exit.json", block1_sha256="0"),
+        r"data/exit: thresholds of another block 1; run dvc repro compute_threshold",
+    ),
+    "no probe": (
+        "evaluate_routing",
+        lambda: Path("data/exit/probe.safetensors").unlink(),
+        r"data/exit/probe\.safetensors: cannot be read",
     ),
     "no yardstick": (
         "evaluate_routing",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lego.hf  # noqa: F401 - registers the classes
 from lego.artifacts import ArtifactError, read_json
 from lego.checkpoint import load_routed
+from lego.harness import exit_cleanly
+from stages import evaluate_routing
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +95,25 @@ def test_the_folder_routes_as_the_metrics_say(run):
     assert (config["exit_criterion"], config["exit_layer"], config["num_hidden_layers"]) == ("probe", 3, 5)
     card = (run / "data/routed/README.md").read_text()
     assert f"| ppl | {metrics['ppl']:.4f} |" in card
+
+
+def test_a_promise_that_cannot_be_kept_stops_unless_told_otherwise(run, tmp_path, monkeypatch, capsys):
+    for name in ("data", "metrics", "params.yaml"):
+        (shutil.copytree if (run / name).is_dir() else shutil.copy)(run / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    text = Path("params.yaml").read_text().replace("epsilon: 0.2", "epsilon: 0.0001")
+    Path("params.yaml").write_text(text.replace("otherwise: always_deep", "otherwise: stop"))
+    with pytest.raises(SystemExit):
+        exit_cleanly(evaluate_routing.main)
+    error = r"error: params\.yaml: routing\.epsilon 0\.0001 cannot be certified with probe on 5\d\d units at routing\."
+    assert re.search(error + r"delta 0\.1, the smallest here is 0\.\d+; raise it, or", capsys.readouterr().err)
+    assert read_json("metrics/evaluate_routing.json") == read_json(run / "metrics/evaluate_routing.json")
+    Path("params.yaml").write_text(text)
+    evaluate_routing.main()
+    assert "it cannot be kept: always deep" in capsys.readouterr().out
+    metrics = read_json("metrics/evaluate_routing.json")
+    assert (metrics["shallow_ratio"], metrics["ppl"]) == (0.0, metrics["deep_ppl"])
+    assert load_routed("data/routed").threshold > 1
 
 
 def test_a_folder_without_its_criterion_is_refused(run, tmp_path):
