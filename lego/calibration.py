@@ -68,7 +68,7 @@ class Calibration:
     Args:
         table: of the whole calibration text, with the scores of all criteria.
         fit_tokens: its first tokens, on which criteria were fitted.
-        seq_len: tokens of a unit of risk.
+        units: number of each token's unit of risk (n,), see `unit_losses`.
         mining_threshold: of max_prob.
         hard_example_ratio: share of tokens that are hard in mining.
         params: section `routing`.
@@ -76,7 +76,7 @@ class Calibration:
 
     table: TokenTable
     fit_tokens: int
-    seq_len: int
+    units: np.ndarray
     mining_threshold: float
     hard_example_ratio: float
     params: RoutingParams
@@ -89,6 +89,12 @@ class Calibration:
         score = self.table.score(name)[self.fit_tokens if name in FITTED else 0 :]
         return quantile_threshold(torch.from_numpy(score), self.hard_example_ratio if ratio is None else ratio)
 
+    def units_of_rest(self) -> np.ndarray:
+        """Units (n,) of the text after `fit_tokens`, from 0; one that began before belongs to none."""
+        rest = self.units[self.fit_tokens :]
+        begun = self.units[self.fit_tokens - 1]
+        return np.where(rest > begun, rest - begun - 1, -1)
+
     def certificate(self, name: str) -> tuple[float, Certificate]:
         """The threshold that routes most among those whose risk is certified, and what is promised of it.
 
@@ -100,15 +106,15 @@ class Calibration:
         params = self.params
         share = np.arange(1, params.risk_candidates + 1) / params.risk_candidates
         thresholds = [*np.quantile(self.table.score(name)[: self.fit_tokens], 1 - share[:-1]).tolist(), 0.0]
-        rest = self.table.part(self.fit_tokens)
-        units = len(rest.confidence) // self.seq_len
-        if units < MIN_UNITS:
+        rest, units = self.table.part(self.fit_tokens), self.units_of_rest()
+        count = int(units.max()) + 1
+        if count < MIN_UNITS:
             raise StageError(
-                f"params.yaml: routing.calibration risk needs {MIN_UNITS} blocks of calibration text after "
-                f"exits.fit_share, got {units}; raise data.max_calibration_tokens or lower exits.fit_share"
+                f"params.yaml: routing.calibration risk needs {MIN_UNITS} {params.risk_unit}s of calibration text "
+                f"after exits.fit_share, got {count}; raise data.max_calibration_tokens or lower exits.fit_share"
             )
         columns = [
-            unit_losses(rest.routed_nll(threshold, name), rest.nll_deep, self.seq_len, params.risk_clip)
+            unit_losses(rest.routed_nll(threshold, name), rest.nll_deep, units, params.risk_clip)
             for threshold in thresholds
         ]
         found = certify(np.stack(columns, axis=1), params.epsilon, params.delta, params.risk_clip)
@@ -117,17 +123,17 @@ class Calibration:
         if params.otherwise == "always_deep":
             return ALWAYS_DEEP, found
         raise StageError(
-            f"params.yaml: routing.epsilon {params.epsilon:g} cannot be certified with {name} on {units} units at "
+            f"params.yaml: routing.epsilon {params.epsilon:g} cannot be certified with {name} on {count} units at "
             f"routing.delta {params.delta:g}, the smallest here is {found.smallest_epsilon:.4f}; raise it, or set "
             "routing.otherwise to always_deep"
         )
 
 
-def realised_risk(test: TokenTable, route: Route, seq_len: int, clip: float) -> dict[str, float]:
+def realised_risk(test: TokenTable, route: Route, units: np.ndarray, clip: float) -> dict[str, float]:
     """What came of a promise on other text: risk as promised, and the plain increase of the mean loss, in nats."""
     routed = test.routed_nll(route.threshold, route.criterion)
     return {
-        "realised_risk": float(unit_losses(routed, test.nll_deep, seq_len, clip).mean()),
+        "realised_risk": float(unit_losses(routed, test.nll_deep, units, clip).mean()),
         "realised_increase_nats": float((routed - test.nll_deep).mean()),
         "shallow_ratio": float(test.easy(route.threshold, route.criterion).mean()),
     }
@@ -170,6 +176,16 @@ def router_quality(table: TokenTable, route: Route, ledger: Ledger) -> dict[str,
     }
 
 
+def certificate_line(name: str, found: Certificate, params: RoutingParams) -> str:
+    """What is promised, on what, and what could be promised at best."""
+    kept = "" if found.chosen is not None else "; it cannot be kept: always deep"
+    return (
+        f"risk by {name}: at most {found.epsilon:g} nats, clipped at {params.risk_clip:g}, with probability "
+        f"{1 - found.delta:g}, for {params.risk_unit}s drawn like these {found.units}; the smallest promise on them is "
+        f"{found.smallest_epsilon:.4f}, on any so many {found.best_epsilon:.4f}{kept}"
+    )
+
+
 def quality_lines(quality: dict[str, dict[str, Any]]) -> list[str]:
     """One line a criterion, as the pipeline prints them."""
     lines = [f"{'criterion':>10} " + " ".join(f"{key:>15}" for key in PRINTED)]
@@ -179,16 +195,15 @@ def quality_lines(quality: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
-def payment_sentence(name: str, row: dict[str, Any], ledger: Ledger, probe_macs: int) -> str:
+def payment_sentence(name: str, quality: dict[str, dict[str, Any]]) -> str:
     """Whether routing spares multiply-accumulates at this head and depth, and what would."""
-    even, ratio, state = (
-        row["break_even_shallow_ratio"],
-        row["shallow_ratio"],
-        ledger.break_even_shallow_ratio(probe_macs),
-    )
+    even, ratio = quality[name]["break_even_shallow_ratio"], quality[name]["shallow_ratio"]
     if ratio > even:
         return f"routing by {name} pays: {100 * ratio:.1f} % leave early, {100 * even:.1f} % are needed"
+    others = [
+        f"{other} from {100 * quality[other]['break_even_shallow_ratio']:.1f} %" for other in FITTED if other != name
+    ]
     return (
         f"routing by {name} cannot pay at this head and depth unless more than {100 * even:.1f} % leave early, "
-        f"{100 * ratio:.1f} % do; criteria that need no head (probe, gain) pay from {100 * state:.1f} %"
+        f"{100 * ratio:.1f} % do; without the exit's head {' and '.join(others)} on"
     )

@@ -41,7 +41,7 @@ def save_model(model: BaseTransformer, folder: str | Path, tokenizer: str | Path
 
 
 def load_model(folder: str | Path) -> BaseTransformer:
-    """Reads a model folder written by `save_model`, or by `lego.hf`.
+    """Reads a model folder written by `save_model`, or by `lego.hf`; `load_routed` also reads how it routes.
 
     Raises:
         ArtifactError: a file is missing or damaged, or the weights do not fit the config.

@@ -71,10 +71,13 @@ class StateCriterion(nn.Module):
 
     def forward(self, exit_states: Tensor, logits: Tensor | None = None) -> Tensor:
         """Score (...,) of exit states (..., D), which are normalised first: their scale says little."""
-        x = features(exit_states)
-        if self.hidden is not None:
-            x = self.hidden(x).relu()
-        return self.output(x).squeeze(-1).sigmoid()
+        with torch.autocast(
+            exit_states.device.type, enabled=False
+        ):  # float32 tells scores apart that bfloat16 does not
+            x = features(exit_states)
+            if self.hidden is not None:
+                x = F.linear(x, self.hidden.weight.float(), self.hidden.bias.float()).relu()
+            return F.linear(x, self.output.weight.float(), self.output.bias.float()).squeeze(-1).sigmoid()
 
     @property
     def macs(self) -> int:

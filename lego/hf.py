@@ -42,8 +42,8 @@ def to_hf(
     if criterion in STATE_CRITERIA and scorer is None:
         raise ValueError(f"exit_criterion {criterion} needs its fitted weights")
     known = config_of(model)
-    if known["max_position_embeddings"] is None:
-        del known["max_position_embeddings"]
+    if known["trained_context"]:
+        known["max_position_embeddings"] = known["trained_context"]
     for field in ("architectures", "model_type", "routing_threshold"):
         del known[field]
     width = scorer.width if scorer is not None else 0

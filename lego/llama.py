@@ -95,7 +95,9 @@ def load_llama(name: str, num_layers: int | None = None) -> DeepSupervisionTrans
             raise ArtifactError(
                 f"{key} has {config.num_hidden_layers} layers, ashem.phase1_layers asks for {depth}; lower it"
             )
-        checkpoint = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        checkpoint, loading = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+        if missing := sorted(loading["missing_keys"]):
+            raise ArtifactError(f"{key} lacks {missing[0]}; give a whole model, with its head")
     except ArtifactError:
         raise
     except Exception as error:  # transformers raises many kinds; each means the same to the user

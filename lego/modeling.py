@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import GenerationMixin, LlamaConfig
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -47,6 +48,7 @@ class LegoConfig(LlamaConfig):
         exit_criterion_width: hidden width of probe or gain; 0 = linear.
         block2_context: what a token sees above the exit: sequence, token or full (see DeepSupervisionTransformer).
         own_head: block 2 has an output head of its own.
+        trained_context: longest sequence it was trained on; None if that is not known.
 
     Raises:
         ValueError: a value outside its range.
@@ -59,6 +61,7 @@ class LegoConfig(LlamaConfig):
     exit_criterion_width: int = 0
     block2_context: str = "sequence"
     own_head: bool = False
+    trained_context: int | None = None
 
     def validate_architecture(self) -> None:
         super().validate_architecture()
@@ -129,18 +132,22 @@ class LegoForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> LegoOutput | tuple[Tensor, ...]:
-        """As LlamaForCausalLM.forward.
+        """As LlamaForCausalLM.forward, without hidden states and attentions: tokens differ in their depth.
 
         Raises:
-            ValueError: not exactly one of input_ids and inputs_embeds.
+            ValueError: not exactly one of input_ids and inputs_embeds, or the configuration was changed to one that
+                cannot be.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if kwargs.pop("output_hidden_states", False) or kwargs.pop("output_attentions", False):
+            raise ValueError("hidden states and attentions are not returned: tokens differ in their depth")
+        self._require_valid()
         h = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not self.training:
             past_key_values = DynamicCache(config=self.config)
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        seen = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
         if position_ids is None:
             position_ids = (torch.arange(h.shape[1], device=h.device) + seen).unsqueeze(0)
         mask = create_causal_mask(
@@ -182,15 +189,27 @@ class LegoForCausalLM(LlamaPreTrainedModel, GenerationMixin):
             score = LOGIT_CRITERIA[self.config.exit_criterion](exits, logits)
             deep = score < self.config.exit_threshold  # (B, K)
         else:
-            score = self.exit_criterion_module(exits)
+            logits, score = None, self.exit_criterion_module(exits)
             deep = score < self.config.exit_threshold
-            easy = self.lm_head(normed[~deep])
-            logits = easy.new_empty(*deep.shape, easy.shape[-1])
-            logits[~deep] = easy
         states = self._above(h, kept, deep, reading, seen)
-        if deep.any():
+        if logits is None:
+            logits = self._logits_of_both(normed, deep, states)
+        elif deep.any():
             logits[deep] = self._deep_logits(states)
         return logits, score, deep
+
+    def _logits_of_both(self, normed: Tensor, deep: Tensor, states: Tensor) -> Tensor:
+        """Logits (B, K, V), one head a token: of exits (B, K, D), and of deep states (n, D) where deep (B, K).
+
+        A shared head is evaluated on all rows at once, as the original's: with fewer rows it would round otherwise.
+        """
+        if self.deep_head is None:
+            normed[deep] = self.model.norm(states)
+            return self.lm_head(normed)
+        easy = self.lm_head(normed[~deep])
+        logits = easy.new_empty(*deep.shape, easy.shape[-1])
+        logits[~deep], logits[deep] = easy, self._deep_logits(states)
+        return logits
 
     def _deep_logits(self, h: Tensor) -> Tensor:
         return (self.deep_head or self.lm_head)(self.model.norm(h))
@@ -206,7 +225,10 @@ class LegoForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         if context == "token":
             x = exits[:, kept] if deep is None else exits[:, kept][deep]
             for layer in layers:
-                x = self._alone(layer, x)
+                if self.training and layer.gradient_checkpointing:
+                    x = layer._gradient_checkpointing_func(self._alone, layer, x)
+                else:
+                    x = self._alone(layer, x)
             return x
         h = exits
         for layer in layers:
@@ -245,7 +267,10 @@ class LegoForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         if deep is not None or len(kept) < exits.shape[1]:
             mask = self._mask_of(rows, seen, reading)
         for layer in self.model.layers[self.config.exit_layer :]:
-            x = self._gathered(layer, x, exits, mask, rotary, reading)
+            if self.training and layer.gradient_checkpointing:
+                x = layer._gradient_checkpointing_func(self._gathered, layer, x, exits, mask, rotary, reading)
+            else:
+                x = self._gathered(layer, x, exits, mask, rotary, reading)
         return x if taken is None else x[taken]
 
     def _gathered(
@@ -268,6 +293,8 @@ class LegoForCausalLM(LlamaPreTrainedModel, GenerationMixin):
             k, v = reading.cache.update(k, v, attention.layer_idx)
         if not x.shape[1]:
             return x
+        if mask is not None and mask.dtype is torch.bool:  # a static cache has slots beyond the newest token
+            mask = F.pad(mask, (0, k.shape[2] - mask.shape[-1]))
         q = attention.q_proj(layer.input_layernorm(x)).view(*x.shape[:2], -1, attention.head_dim).transpose(1, 2)
         q, _ = apply_rotary_pos_emb(q, q, *rotary)  # (B, H, rows, d)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
@@ -291,6 +318,26 @@ class LegoForCausalLM(LlamaPreTrainedModel, GenerationMixin):
             return mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
         newest = reading.rotary[0].shape[1] + seen
         return (rows + seen)[:, None, :, None] >= torch.arange(newest, device=rows.device)
+
+    def _require_valid(self) -> None:
+        """Users set thresholds on a loaded model."""
+        threshold, criterion = self.config.exit_threshold, self.config.exit_criterion
+        if threshold is not None and not threshold >= 0:  # NaN fails every comparison
+            raise ValueError(f"exit_threshold must be None or at least 0.0, got {threshold}")
+        if (criterion in STATE_CRITERIA) != (self.exit_criterion_module is not None):
+            raise ValueError(f"exit_criterion {criterion} needs a model that was saved with it")
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers.
+
+        Raises:
+            ValueError: assistant_early_exit is asked for; lego.generate.generate_lossless is this model's own drafting.
+        """
+        if kwargs.get("assistant_early_exit") is not None:
+            raise ValueError(
+                "assistant_early_exit is not supported; lego.generate.generate_lossless drafts with block 1"
+            )
+        return super().generate(*args, **kwargs)
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers; block 2's own head is resized too."""

@@ -20,7 +20,7 @@ FIELDS = {  # our argument -> Hugging Face's field
     "init_std": "initializer_range",
     "tie_embeddings": "tie_word_embeddings",
     "own_head": "own_head",
-    "context": "max_position_embeddings",
+    "context": "trained_context",
 }
 ROUTING_FIELDS = ("exit_layer", "routing_threshold", "block2_context")
 ROUTED = "LegoForCausalLM"  # architecture of folders that lego.hf writes
@@ -62,9 +62,10 @@ def model_of(config: dict[str, Any]) -> BaseTransformer:
     """
     sizes = sizes_of(config)
     if config["architectures"] == [ROUTED]:
-        threshold = config["exit_threshold"]
+        by_confidence = config["exit_criterion"] == "max_prob"  # the only criterion that the model itself knows
+        threshold = (config["exit_threshold"] or 0.0) if by_confidence else 0.0
         routing = {"exit_layer": config["exit_layer"], "block2_context": config["block2_context"]}
-        return DeepSupervisionTransformer(**sizes, **routing, routing_threshold=threshold or 0.0)
+        return DeepSupervisionTransformer(**sizes, **routing, routing_threshold=threshold)
     if config["architectures"] == [DeepSupervisionTransformer.__name__]:
         return DeepSupervisionTransformer(**sizes, **{name: config[name] for name in ROUTING_FIELDS})
     return StandardTransformer(**sizes)

@@ -203,11 +203,20 @@ class RoutingParams(Section):
     hard_ratio: Annotated[Number, _within("[0, 1]")] | None
     epsilon: Positive
     delta: Share
+    risk_unit: Literal["block", "document"]
     risk_clip: Positive
     risk_candidates: Annotated[int, _at_least(1, 10_000)]
     otherwise: Literal["stop", "always_deep"]
     gain_width: Annotated[int, _at_least(0, 2**16)]
     gain_l2: Positive
+
+    @model_validator(mode="after")
+    def _risk_can_exceed_epsilon(self) -> RoutingParams:
+        if self.epsilon >= self.risk_clip:
+            raise ValueError(
+                f"epsilon must be below risk_clip = {self.risk_clip:g}, which no loss exceeds, got {self.epsilon:g}"
+            )
+        return self
 
 
 class EvaluationParams(Section):

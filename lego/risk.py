@@ -1,7 +1,8 @@
 """How much routing may cost in loss, with a guarantee that needs no assumption on the model: Learn-then-Test.
 
 Sources: Angelopoulos et al. 2021 (arXiv 2110.01052), as CALM uses it for early exits, Schuster et al. 2022.
-A unit is what the guarantee is about: one block of text, whose loss is the mean increase over the full model in nats.
+A unit is what the guarantee is about, a block or a document: its loss is the mean increase over the full model in nats.
+Units must be drawn independently of each other, as later ones are.
 """
 
 from __future__ import annotations
@@ -35,16 +36,28 @@ class Certificate:
     best_epsilon: float
 
 
-def unit_losses(nll_routed: np.ndarray, nll_full: np.ndarray, tokens: int, clip: float) -> np.ndarray:
-    """Per-unit increase of the mean loss over the full model, clipped to [0, clip] nats (units,).
+def unit_losses(nll_routed: np.ndarray, nll_full: np.ndarray, units: np.ndarray, clip: float) -> np.ndarray:
+    """Per-unit increase of the mean loss over the full model, clipped to [0, clip] nats (number of units,).
 
     Args:
-        nll_routed, nll_full: losses (n,) of each token, `tokens` of each unit in order.
-        tokens: per unit.
+        nll_routed, nll_full: losses (n,) of each token.
+        units: number of each token's unit (n,), from 0 without holes; tokens with -1 belong to none.
         clip: Learn-then-Test needs a bounded loss.
     """
-    increase = (nll_routed - nll_full).reshape(-1, tokens).mean(axis=1)
-    return increase.clip(0.0, clip)
+    inside = units >= 0
+    increase = np.bincount(units[inside], weights=(nll_routed - nll_full)[inside])
+    return (increase / np.bincount(units[inside])).clip(0.0, clip)
+
+
+def document_units(ids: np.ndarray, end: int) -> np.ndarray:
+    """Number of each token's document (n,); -1 before the first end-of-text, where a document may have begun earlier.
+
+    Args:
+        ids: token ids (n,) in the order of the text.
+        end: id of the end-of-text token, the last of its document.
+    """
+    ended = np.cumsum(ids == end)
+    return np.concatenate([[0], ended[:-1]]) - 1
 
 
 def p_value(mean: float, n: int, epsilon: float) -> float:

@@ -78,6 +78,8 @@ class Routed:
     def last(self) -> tuple[Tensor, Tensor]:
         """Logits (B, V) and depth (B,) of each sequence's last real token; zeros where it had none."""
         counts = self.mask.sum(dim=1)
+        if not len(self.logits):
+            return self.logits.new_zeros(len(counts), self.logits.shape[1]), counts > 0
         ends = counts.cumsum(0) - 1
         logits, deep = self.logits[ends.clamp(min=0)], self.deep[ends.clamp(min=0)]
         return torch.where(counts[:, None] > 0, logits, 0.0), deep & (counts > 0)
@@ -113,7 +115,8 @@ class RoutedDecoder:
         self.slots = 0  # of the longest sequence
         self.exited: list[Shallow] = []  # tokens whose keys and values block 2 lacks
         G, d = model.sizes["num_kv_heads"], model.sizes["dim"] // model.sizes["num_heads"]
-        self.cache = weight.new_zeros(model.num_layers, 2, batch_size, G, 0, d)  # keys and values of each layer
+        remembered = model.exit_layer if model.block2_context == "token" else model.num_layers
+        self.cache = weight.new_zeros(remembered, 2, batch_size, G, 0, d)  # keys and values of each layer
         self.projection: Tensor | None = None  # of exit states, to block 2's keys and values
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ dvc repro evaluate_routing      (python -m stages.evaluate_routing)
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 
 from lego.artifacts import atomic_folder, read_json, read_number, write_csv, write_json
@@ -15,6 +16,7 @@ from lego.calibration import (
     Calibration,
     GainFit,
     all_criteria,
+    certificate_line,
     macs_of,
     payment_sentence,
     quality_lines,
@@ -38,75 +40,89 @@ from lego.hf import model_card, save_routed, to_hf
 from lego.latency import latency_ratios
 from lego.params import Params, load_params
 from lego.progress import share
+from lego.risk import Certificate, document_units
 from lego.transformer import BaseTransformer, DeepSupervisionTransformer
 
 
 @dataclass(frozen=True)
 class Routing:
-    """What calibration text decided: criteria by name, how each routes, the chosen one, and what is promised of it."""
+    """What calibration text decided: criteria by name, how each routes, the chosen one, what is promised of it.
+
+    `mining` is the threshold of max_prob that mining used.
+    """
 
     criteria: dict[str, Criterion]
     routes: dict[str, Route]
     chosen: Route
-    promise: dict[str, Any]
+    promise: Certificate | None
+    mining: float
 
 
 def text(split: str, params: Params, part: tuple[float, float] = (0.0, 1.0)) -> EvaluationBatches:
     return EvaluationBatches(PackedBlocks("data/tokens", split, part), params.evaluation.batch_size)
 
 
+def end_of_text() -> int:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained("data/tokens/tokenizer").eos_token_id
+
+
+def units(params: Params, blocks: PackedBlocks) -> np.ndarray:
+    """Number of each predicted token's block or document."""
+    if params.routing.risk_unit == "block":
+        return np.arange(blocks.tokens) // blocks.seq_len
+    rows = [blocks.rows(part)[:, 1:] for part in torch.arange(len(blocks)).split(1024)]
+    return document_units(torch.cat(rows).flatten().numpy(), end_of_text())
+
+
 def decide(params: Params, model: BaseTransformer, seed: int, device: torch.device) -> Routing:
     """Fits the gain criterion and sets every criterion's threshold, on calibration text alone."""
-    settings, exit_facts, probe = params.routing, *load_exit("data/exit", model)
-    split, fit_tokens = exit_facts["split"], exit_facts["fit_tokens"]
-    whole = text(split, params)
+    settings, facts, probe = params.routing, *load_exit("data/exit", model)
+    whole, mining, fit_tokens = text(facts["split"], params), facts["threshold"], facts["fit_tokens"]
+    blocks = PackedBlocks("data/tokens", facts["split"])
     gain = GainFit(model.sizes["dim"], settings.gain_width)
-    token_table(model, text(split, params, (0.0, fit_tokens / whole.blocks.tokens)), device, on_states=gain.add)
+    first = text(facts["split"], params, (0.0, fit_tokens / blocks.tokens))
+    token_table(model, first, device, on_states=gain.add)
     criteria = all_criteria(probe, gain.solve(settings.gain_l2, seed))
-    calibration = Calibration(
-        token_table(model, whole, device, criteria),
-        fit_tokens,
-        whole.blocks.seq_len,
-        exit_facts["threshold"],
-        exit_facts["hard_example_ratio"],
-        settings,
-    )
+    table = token_table(model, whole, device, scored(criteria))
+    ratio = facts["hard_example_ratio"]
+    calibration = Calibration(table, fit_tokens, units(params, blocks), mining, ratio, settings)
     macs = {name: macs_of(criterion) for name, criterion in criteria.items()}
     routes = {name: Route(name, calibration.quantile(name), macs[name]) for name in criteria}
-    if settings.calibration == "quantile":
-        return Routing(criteria, routes, routes[settings.criterion], {})
-    threshold, found = calibration.certificate(settings.criterion)
-    print(
-        f"risk by {settings.criterion}: at most {found.epsilon:g} nats with probability {1 - found.delta:g} on "
-        f"{found.units} units; the smallest promise on them is {found.smallest_epsilon:.4f}, on any so many "
-        f"{found.best_epsilon:.4f}" + ("" if found.chosen is not None else "; it cannot be kept: always deep"),
-        flush=True,
-    )
-    return Routing(criteria, routes, Route(settings.criterion, threshold, macs[settings.criterion]), vars(found))
+    name, found = settings.criterion, None
+    if settings.calibration == "risk":
+        threshold, found = calibration.certificate(name)
+        routes[name] = Route(name, threshold, macs[name])
+        print(certificate_line(name, found, settings), flush=True)
+    return Routing(criteria, routes, routes[name], found, mining)
 
 
-def report(
-    params: Params, model: BaseTransformer, routing: Routing, test: TokenTable, ledger: Ledger, leaky: bool
-) -> None:
-    """Writes and prints what each criterion is worth on test text, and what came of the promise."""
-    quality = {name: router_quality(test, route, ledger) for name, route in routing.routes.items()}
-    chosen = routing.chosen
-    promise = routing.promise | (
-        realised_risk(test, chosen, ledger.seq_len, params.routing.risk_clip) if routing.promise else {}
-    )
+def scored(criteria: dict[str, Criterion]) -> dict[str, Criterion]:
+    """Those whose scores a token table does not hold anyway."""
+    return {name: criterion for name, criterion in criteria.items() if name != "max_prob"}
+
+
+def report(params: Params, routing: Routing, tables: dict[str, TokenTable], ledger: Ledger, leaky: bool) -> None:
+    """Writes and prints what each criterion is worth, and what came of the promise on test text."""
+    quality = {
+        split: {name: router_quality(table, route, ledger) for name, route in routing.routes.items()}
+        for split, table in tables.items()
+    }
+    promise: dict[str, Any] = {}
+    if routing.promise is not None:
+        of_test = units(params, PackedBlocks("data/tokens", "test"))
+        realised = realised_risk(tables["test"], routing.chosen, of_test, params.routing.risk_clip)
+        promise = vars(routing.promise) | realised
+        print("risk on test text: " + ", ".join(f"{key} {value:.4f}" for key, value in realised.items()))
     write_json("metrics/criteria.json", quality | {"risk": promise, "leaky": leaky})
-    print("\n".join(quality_lines(quality)))
-    if promise:
-        print("risk on test text: " + ", ".join(f"{key} {value}" for key, value in promise.items()))
-    print(payment_sentence(chosen.criterion, router_quality(test, chosen, ledger), ledger, model.sizes["dim"]))
+    print("\n".join(["exit criteria on validation text, where one is chosen:", *quality_lines(quality["validation"])]))
+    print(payment_sentence(routing.chosen.criterion, quality["test"]))
 
 
 def write_routed(model: DeepSupervisionTransformer, routing: Routing, metrics: dict[str, Any]) -> None:
     """data/routed: the model as transformers and `lego.generate` load it."""
-    from transformers import AutoTokenizer
-
-    tokenizer, chosen = "data/tokens/tokenizer", routing.chosen
-    end = AutoTokenizer.from_pretrained(tokenizer).eos_token_id
+    tokenizer, chosen, end = "data/tokens/tokenizer", routing.chosen, end_of_text()
     scorer = routing.criteria[chosen.criterion]
     converted = to_hf(
         model,
@@ -134,12 +150,11 @@ def main() -> None:
         chosen, test = routing.chosen, text("test", params)
         ledger = Ledger.of(model, test.blocks.seq_len)
         tables = {
-            "test": token_table(model, test, device, routing.criteria),
-            "validation": token_table(model, text("validation", params), device, routing.criteria),
+            "test": token_table(model, test, device, scored(routing.criteria)),
+            "validation": token_table(model, text("validation", params), device, scored(routing.criteria)),
         }
-        mining = load_exit("data/exit", model)[0]["threshold"]
         facts = corpus_facts("data/tokens")["splits"]["test"]
-        metrics = routed_metrics(tables["test"], tables["validation"], mining, ledger, facts, chosen)
+        metrics = routed_metrics(tables["test"], tables["validation"], routing.mining, ledger, facts, chosen)
         metrics |= {key: mined[key] for key in ("n_hard", "hard_share", "leaky")} | {"train_macs": train_macs}
         with atomic_folder("data/evaluation") as folder:
             save_tables(folder, **tables)
@@ -147,7 +162,7 @@ def main() -> None:
         write_json("metrics/evaluate_routing.json", metrics)
         sweep = threshold_sweep(tables["test"], ledger, params.evaluation.sweep_points, chosen.criterion, chosen.macs)
         write_csv("metrics/curves/evaluate_routing.csv", sweep)
-        report(params, model, routing, tables["test"], ledger, mined["leaky"])
+        report(params, routing, tables, ledger, mined["leaky"])
         easy = int(tables["test"].easy(chosen.threshold, chosen.criterion).sum())
         print(f"shallow {share(easy, test.blocks.tokens)} of test text; phase 1 converged: {converged}")
         print("\n".join(comparison_lines(metrics, yardstick)))

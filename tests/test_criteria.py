@@ -16,7 +16,7 @@ from sklearn.neural_network import MLPRegressor
 from lego.artifacts import ArtifactError
 from lego.calibration import GainFit
 from lego.criteria import Ridge, StateCriterion, entropy, features, fit_mlp, log_odds, margin, max_prob
-from lego.risk import Certificate, certify, p_value, smallest_epsilon, unit_losses
+from lego.risk import Certificate, certify, document_units, p_value, smallest_epsilon, unit_losses
 
 
 @settings(max_examples=50, deadline=None)
@@ -81,6 +81,19 @@ def test_a_gain_that_is_linear_in_the_exit_state_is_found(width):
 
 
 @pytest.mark.parametrize("width", [0, 5])
+def test_scores_are_those_of_float32_in_any_model(width):
+    states = torch.randn(200, 12)
+    criterion = StateCriterion(12, width)
+    expected = criterion(states)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(criterion(states), expected)
+    for dtype in (torch.bfloat16, torch.float16):
+        scores = criterion.to(dtype)(states.to(dtype))
+        assert scores.dtype == torch.float32
+        torch.testing.assert_close(scores, expected, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("width", [0, 5])
 def test_fitted_criteria_come_back_as_they_were_saved(width, tmp_path):
     criterion, states = StateCriterion(12, width), torch.randn(9, 12)
     criterion.save(tmp_path / "probe.safetensors")
@@ -114,7 +127,13 @@ def test_the_smallest_promise_is_where_the_p_value_meets_delta():
 
 def test_losses_of_units_are_clipped_means_of_their_tokens():
     routed, full = np.array([3.0, 1.0, 2.0, 2.0, 9.0, 9.0]), np.array([1.0, 2.0, 2.5, 2.5, 1.0, 1.0])
-    assert unit_losses(routed, full, 2, 1.0).tolist() == [0.5, 0.0, 1.0]
+    assert unit_losses(routed, full, np.array([0, 0, 1, 1, 2, 2]), 1.0).tolist() == [0.5, 0.0, 1.0]
+    assert unit_losses(routed, full, np.array([-1, 0, 0, 0, 0, -1]), 9.0).tolist() == [6.0 / 4]
+
+
+def test_a_document_ends_with_its_end_of_text_and_one_that_may_be_cut_counts_for_nothing():
+    ids = np.array([7, 0, 5, 6, 0, 0, 3])
+    assert document_units(ids, 0).tolist() == [-1, -1, 0, 0, 0, 1, 2]
 
 
 def risks(generator: np.random.Generator, units: int, candidates: int) -> tuple[np.ndarray, np.ndarray]:

@@ -101,6 +101,22 @@ def test_easy_tokens_have_the_original_models_logits_bit_for_bit(checkpoint, ext
     assert 10 < torch.cat(seen).sum() < 134
 
 
+@pytest.mark.parametrize("easy", [1, 3, 17])
+@torch.no_grad()
+def test_few_easy_tokens_have_the_same_bits_without_the_exits_head(checkpoint, easy):
+    """A head of fewer rows would round otherwise."""
+    block1 = grow_model(load_llama(str(checkpoint)), 5, init="random", block2_context="sequence")
+    routed = to_hf(block1, 0.5, "probe", StateCriterion(48, 0))
+    x = text_ids(checkpoint, 4, 32)
+    routed.config.exit_threshold = routed(x).exit_scores.flatten().sort().values[-easy].item()
+    answer, original = routed(x), LlamaForCausalLM.from_pretrained(checkpoint)(x).logits
+    assert (~answer.went_deep).sum() == easy
+    assert torch.equal(answer.logits[~answer.went_deep], original[~answer.went_deep])
+    half = routed.to(torch.bfloat16)(x)
+    assert half.logits.dtype == torch.bfloat16
+    assert half.exit_scores.dtype == torch.float32
+
+
 def lego_model(context: str, own_head: bool) -> DeepSupervisionTransformer:
     torch.manual_seed(2)
     model = DeepSupervisionTransformer(
@@ -166,6 +182,12 @@ def test_generate_equals_our_generation_and_padding_changes_nothing(context):
     assert torch.equal(routed.generate(ids, **sampled, use_cache=False), drawn)
     static = routed.generate(ids, **options, cache_implementation="static")
     assert static[:, 4:].tolist() == ours
+    whole = torch.randint(0, VOCAB, (2, 7))  # without padding there is no mask
+    options = {"max_new_tokens": 12, "do_sample": False}
+    for threshold in (None, 0.3, 2.0):
+        routed.config.exit_threshold = threshold
+        static = routed.generate(whole, **options, cache_implementation="static")
+        assert torch.equal(static, routed.generate(whole, **options))
 
 
 class Collected(BaseStreamer):
@@ -227,6 +249,51 @@ def test_under_the_trainer_the_loss_falls_on_real_text(checkpoint, tmp_path):
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(losses) == 6
     assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_gradient_checkpointing_recomputes_every_layer_and_changes_no_gradient(context):
+    model = to_hf(lego_model(context, own_head=False), None).train()
+    x, calls, gradients = torch.randint(0, VOCAB, (2, 6)), [0, 0, 0, 0], []
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, number=number: calls.__setitem__(number, calls[number] + 1))
+    for switch in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        switch()
+        model.zero_grad()
+        model(x, labels=x).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert calls == [3, 3, 3, 3]
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+def test_what_a_routed_model_cannot_do_is_named():
+    model, x = to_hf(lego_model("sequence", own_head=False), 0.3), torch.tensor([[1, 2]])
+    with pytest.raises(ValueError, match="hidden states and attentions are not returned"):
+        model(x, output_hidden_states=True)
+    with pytest.raises(ValueError, match=r"assistant_early_exit is not supported; lego\.generate\.generate_lossless"):
+        model.generate(x, assistant_early_exit=2)
+    with pytest.raises(ValueError, match="give exactly one of input_ids and inputs_embeds"):
+        model()
+    for threshold in (-1.0, float("nan")):
+        model.config.exit_threshold = threshold
+        with pytest.raises(ValueError, match=r"exit_threshold must be None or at least 0\.0, got"):
+            model(x)
+    model.config.exit_threshold, model.config.exit_criterion = 0.3, "probe"
+    with pytest.raises(ValueError, match="exit_criterion probe needs a model that was saved with it"):
+        model(x)
+
+
+@torch.no_grad()
+def test_load_model_routes_by_confidence_or_not_at_all(tmp_path, tokenizer_folder):
+    """What it returns knows max_prob alone: another criterion's threshold must not be compared with it."""
+    model, x = lego_model("sequence", own_head=False), torch.randint(0, VOCAB, (2, 9))
+    for criterion, threshold in (("max_prob", 0.3), ("margin", 0.3)):
+        save_routed(to_hf(model, threshold, criterion), tmp_path, tokenizer_folder, "a card")
+        loaded = load_model(tmp_path)
+        assert loaded.routing_threshold == (0.3 if criterion == "max_prob" else 0.0)
+        expected = model.route(x, 2, 0.3)[0] if criterion == "max_prob" else model(x)
+        logits_close(loaded.forward_inference(x)[0], expected)
 
 
 def test_embeddings_are_resized_with_both_heads():
@@ -314,6 +381,10 @@ def test_checkpoints_that_are_not_supported_are_named(tmp_path, checkpoint):
         config.save_pretrained(tmp_path)
         with pytest.raises(ArtifactError, match=rf"params\.yaml: model\.init_from \S+ has {sentence}"):
             load_llama(str(tmp_path))
+    headless = LlamaForCausalLM(LlamaConfig(**small, intermediate_size=32)).model
+    headless.save_pretrained(tmp_path / "headless")
+    with pytest.raises(ArtifactError, match=r"headless lacks lm_head\.weight; give a whole model, with its head"):
+        load_llama(str(tmp_path / "headless"))
     with pytest.raises(ArtifactError, match=r"has 3 layers, ashem\.phase1_layers asks for 4; lower it"):
         load_llama(str(checkpoint), 4)
     with pytest.raises(ArtifactError, match="nowhere cannot be loaded as a model"):
