@@ -11,7 +11,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 
 from lego.cost import Ledger
-from lego.criteria import Criterion, Ridge, StateCriterion, entropy, fit_mlp, margin, max_prob
+from lego.criteria import STATE_CRITERIA, Criterion, Ridge, StateCriterion, entropy, fit_mlp, margin, max_prob
 from lego.evaluation import Route, TokenTable, perplexity
 from lego.exits import quantile_threshold
 from lego.harness import StageError
@@ -19,7 +19,6 @@ from lego.params import RoutingParams
 from lego.risk import MIN_UNITS, Certificate, certify, unit_losses
 from lego.routing import ALWAYS_DEEP
 
-FITTED = ("probe", "gain")  # their thresholds come from text that they were not fitted on
 PRINTED = ("threshold", "shallow_ratio", "ppl", "oracle_gap_nats", "gain_captured", "gain_auroc", "flops_ratio")
 
 
@@ -86,7 +85,10 @@ class Calibration:
         ratio = self.params.hard_ratio
         if name == "max_prob" and ratio is None:
             return self.mining_threshold
-        score = self.table.score(name)[self.fit_tokens if name in FITTED else 0 :]
+        if ratio in (0, 1):  # none and all, whatever the scores
+            return ALWAYS_DEEP if ratio else 0.0
+        # a fitted criterion's threshold comes from text that it was not fitted on
+        score = self.table.score(name)[self.fit_tokens if name in STATE_CRITERIA else 0 :]
         return quantile_threshold(torch.from_numpy(score), self.hard_example_ratio if ratio is None else ratio)
 
     def units_of_rest(self) -> np.ndarray:
@@ -201,7 +203,9 @@ def payment_sentence(name: str, quality: dict[str, dict[str, Any]]) -> str:
     if ratio > even:
         return f"routing by {name} pays: {100 * ratio:.1f} % leave early, {100 * even:.1f} % are needed"
     others = [
-        f"{other} from {100 * quality[other]['break_even_shallow_ratio']:.1f} %" for other in FITTED if other != name
+        f"{other} from {100 * quality[other]['break_even_shallow_ratio']:.1f} %"
+        for other in STATE_CRITERIA
+        if other != name
     ]
     return (
         f"routing by {name} cannot pay at this head and depth unless more than {100 * even:.1f} % leave early, "

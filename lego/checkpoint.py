@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import nn
 
 from lego.artifacts import ArtifactError, read_checked, read_json, read_tensors, write_json, write_tensors
-from lego.criteria import LOGIT_CRITERIA, Criterion, StateCriterion, max_prob
+from lego.criteria import CRITERIA, LOGIT_CRITERIA, Criterion, StateCriterion, max_prob
 from lego.layers import TransformerLayer
 from lego.naming import ROUTED, config_of, from_llama, model_of
 from lego.transformer import BaseTransformer, DeepSupervisionTransformer
@@ -48,6 +48,11 @@ def load_model(folder: str | Path) -> BaseTransformer:
     """
     folder = Path(folder)
     config, tensors = read_json(folder / CONFIG), read_tensors(folder / WEIGHTS)
+    if config.get("model_type") != "lego":
+        raise ArtifactError(
+            f"{folder / CONFIG}: is of model_type {config.get('model_type')}, not lego; to extend a trained Llama set "
+            "model.init_from"
+        )
     misfit = ArtifactError(f"{folder / WEIGHTS}: does not fit {CONFIG} beside it; run dvc checkout or dvc repro")
     try:
         if config["num_hidden_layers"] != sum(name.endswith(".input_layernorm.weight") for name in tensors):
@@ -61,7 +66,7 @@ def load_model(folder: str | Path) -> BaseTransformer:
         if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
             raise misfit
         model = model_of(config)
-    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
         if error is misfit:
             raise
         what = f"describes no model ({str(error).splitlines()[0]})"
@@ -91,7 +96,9 @@ def load_routed(folder: str | Path) -> RoutedModel:
     model, config = load_model(folder), read_json(Path(folder) / CONFIG)
     if config["architectures"] != [ROUTED]:
         return RoutedModel(model, getattr(model, "routing_threshold", 0.0) or None, max_prob)
-    name, threshold = config.get("exit_criterion"), config["exit_threshold"]
+    name, threshold = str(config["exit_criterion"]), config["exit_threshold"]
+    if name not in CRITERIA:
+        raise ArtifactError(f"{folder}/{CONFIG}: exit_criterion must be one of {', '.join(CRITERIA)}, got {name}")
     if name in LOGIT_CRITERIA:
         return RoutedModel(model, threshold, LOGIT_CRITERIA[name])
     prefix = "exit_criterion_module."

@@ -47,6 +47,8 @@ def entropy(exit_states: Tensor, logits: Tensor) -> Tensor:
 
 
 LOGIT_CRITERIA = {"max_prob": max_prob, "margin": margin, "entropy": entropy}
+STATE_CRITERIA = ("probe", "gain")  # fitted, each a StateCriterion
+CRITERIA = (*LOGIT_CRITERIA, *STATE_CRITERIA)
 
 
 def needs_logits(criterion: Criterion) -> bool:

@@ -48,7 +48,8 @@ class Sampling:
         """The distribution (..., V) that is sampled from; greedy is all on the best token."""
         if self.temperature == 0:
             return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
-        logits = logits.float() / self.temperature
+        logits = logits.float()
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # no overflow however cold
         if self.top_k:
             least = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]
             logits = logits.masked_fill(logits < least, float("-inf"))
@@ -220,8 +221,9 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("folder", help="a model folder with its tokenizer, such as data/routed")
     parser.add_argument("prompt")
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--threshold", type=float, help="score from which a token leaves early")
-    parser.add_argument("--lossless", action="store_true", help="exactly as the full model; block 1 drafts")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--threshold", type=float, help="score from which a token leaves early")
+    how.add_argument("--lossless", action="store_true", help="exactly as the full model; block 1 drafts")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -236,6 +238,12 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoTokenizer, logging
 
     logging.set_verbosity_error()
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    if not 0 <= arguments.seed < 2**63:
+        raise ValueError(f"--seed must be in [0, 2^63), got {arguments.seed}")
+    if any("\ud800" <= letter <= "\udfff" for letter in arguments.prompt):
+        raise ValueError("the prompt is not UTF-8")
     routed = load_routed(arguments.folder)
     model = routed.model
     try:

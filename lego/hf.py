@@ -10,8 +10,8 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lego.artifacts import write_text
-from lego.criteria import StateCriterion
-from lego.modeling import STATE_CRITERIA, LegoConfig, LegoForCausalLM, LegoOutput
+from lego.criteria import STATE_CRITERIA, StateCriterion
+from lego.modeling import LegoConfig, LegoForCausalLM, LegoOutput
 from lego.naming import config_of, to_llama
 from lego.transformer import DeepSupervisionTransformer
 

@@ -85,6 +85,7 @@ def load_llama(name: str, num_layers: int | None = None) -> DeepSupervisionTrans
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.set_verbosity_error()  # its report of missing weights would stand before our sentence
     key = f"params.yaml: model.init_from {name}"
     try:
         config = AutoConfig.from_pretrained(name)
@@ -98,6 +99,9 @@ def load_llama(name: str, num_layers: int | None = None) -> DeepSupervisionTrans
         checkpoint, loading = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         if missing := sorted(loading["missing_keys"]):
             raise ArtifactError(f"{key} lacks {missing[0]}; give a whole model, with its head")
+        for tensor_name, tensor in checkpoint.state_dict().items():
+            if not tensor.isfinite().all():
+                raise ArtifactError(f"{key} has a weight in {tensor_name} that is not finite; give another")
     except ArtifactError:
         raise
     except Exception as error:  # transformers raises many kinds; each means the same to the user

@@ -30,10 +30,8 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from lego.criteria import LOGIT_CRITERIA, StateCriterion
+from lego.criteria import CRITERIA, LOGIT_CRITERIA, STATE_CRITERIA, StateCriterion
 from lego.transformer import BLOCK2_CONTEXTS
-
-STATE_CRITERIA = ("probe", "gain")
 
 
 @strict
@@ -69,9 +67,8 @@ class LegoConfig(LlamaConfig):
             raise ValueError(f"exit_layer must be in 1..{self.num_hidden_layers}, got {self.exit_layer}")
         if self.exit_threshold is not None and not self.exit_threshold >= 0:
             raise ValueError(f"exit_threshold must be None or at least 0.0, got {self.exit_threshold}")
-        if self.exit_criterion not in (*LOGIT_CRITERIA, *STATE_CRITERIA):
-            known = ", ".join((*LOGIT_CRITERIA, *STATE_CRITERIA))
-            raise ValueError(f"exit_criterion must be one of {known}, got {self.exit_criterion!r}")
+        if self.exit_criterion not in CRITERIA:
+            raise ValueError(f"exit_criterion must be one of {', '.join(CRITERIA)}, got {self.exit_criterion!r}")
         if self.block2_context not in BLOCK2_CONTEXTS:
             raise ValueError(f"block2_context must be one of {', '.join(BLOCK2_CONTEXTS)}, got {self.block2_context!r}")
 
@@ -322,7 +319,7 @@ class LegoForCausalLM(LlamaPreTrainedModel, GenerationMixin):
     def _require_valid(self) -> None:
         """Users set thresholds on a loaded model."""
         threshold, criterion = self.config.exit_threshold, self.config.exit_criterion
-        if threshold is not None and not threshold >= 0:  # NaN fails every comparison
+        if threshold is not None and not (isinstance(threshold, int | float) and threshold >= 0):  # NaN is not
             raise ValueError(f"exit_threshold must be None or at least 0.0, got {threshold}")
         if (criterion in STATE_CRITERIA) != (self.exit_criterion_module is not None):
             raise ValueError(f"exit_criterion {criterion} needs a model that was saved with it")

@@ -22,6 +22,7 @@ FIELDS = {  # our argument -> Hugging Face's field
     "own_head": "own_head",
     "context": "trained_context",
 }
+NUMBERS = {*FIELDS.values(), "rope_theta"} - {"tie_word_embeddings", "own_head", "trained_context"}
 ROUTING_FIELDS = ("exit_layer", "routing_threshold", "block2_context")
 ROUTED = "LegoForCausalLM"  # architecture of folders that lego.hf writes
 
@@ -46,6 +47,9 @@ def sizes_of(config: dict[str, Any]) -> dict[str, Any]:
         KeyError: a field is missing.
     """
     rope = config["rope_parameters"]
+    for field, value in {**config, **rope}.items():
+        if field in NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise TypeError(f"{field} is no number")
     sizes = {name: config[field] for name, field in FIELDS.items()}
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return sizes | {

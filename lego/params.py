@@ -225,9 +225,11 @@ class EvaluationParams(Section):
     latency_repeats: Annotated[int, _at_least(0, 10_000)]
 
 
-def pretrained_tokenizer(data: DataParams, init_from: str | None) -> str | None:
-    """Its name or folder, that of model.init_from by default; None = one is fitted to the text."""
-    return (data.pretrained if data.tokenizer == "pretrained" else None) or init_from
+def pretrained_tokenizer(data: DataParams, init_from: str | None) -> tuple[str, str] | None:
+    """Its name or folder and the key that says so, model.init_from by default; None = one is fitted to the text."""
+    if data.tokenizer == "pretrained" and data.pretrained:
+        return data.pretrained, "data.pretrained"
+    return (init_from, "model.init_from") if init_from else None
 
 
 class Params(Section):

@@ -114,7 +114,7 @@ class RoutedDecoder:
         self.length: int | None = 0  # of all sequences, while they are equally long
         self.slots = 0  # of the longest sequence
         self.exited: list[Shallow] = []  # tokens whose keys and values block 2 lacks
-        G, d = model.sizes["num_kv_heads"], model.sizes["dim"] // model.sizes["num_heads"]
+        self.heads = G, d = model.sizes["num_kv_heads"], model.sizes["dim"] // model.sizes["num_heads"]
         remembered = model.exit_layer if model.block2_context == "token" else model.num_layers
         self.cache = weight.new_zeros(remembered, 2, batch_size, G, 0, d)  # keys and values of each layer
         self.projection: Tensor | None = None  # of exit states, to block 2's keys and values
@@ -231,8 +231,10 @@ class RoutedDecoder:
 
     def _remember(self, number: int, h: Tensor, shallow: Shallow, rotary: Rotary) -> None:
         """Writes a layer's keys and values of states h (n, D) into the slots of their tokens."""
-        new = torch.stack(self.model.layer(number).keys_values(h.unsqueeze(0), rotary))  # (2, 1, G, n, d)
-        self._write(slice(number - 1, number), new.permute(3, 1, 0, 2, 4), shallow)
+        layer, (G, d) = self.model.layer(number), self.heads
+        x = layer.input_layernorm(h)
+        k, v = (project(x).view(-1, 1, G, d) for project in (layer.self_attn.k_proj, layer.self_attn.v_proj))
+        self._write(slice(number - 1, number), k, v, shallow, rotary)
 
     def _remember_exits(self, shallow: Shallow) -> None:
         """Writes block 2's keys and values of exit states, all layers' at once from one normalised state."""
@@ -245,20 +247,24 @@ class RoutedDecoder:
             ]
             self.projection = torch.cat(parts)  # (L * 2 * G * d, D)
         normed = F.rms_norm(shallow.states, (shallow.states.shape[-1],), eps=model.sizes["norm_eps"])
-        G, d = self.cache.shape[3], self.cache.shape[5]
-        new = F.linear(normed, self.projection).view(-1, len(layers), 2, G, d)  # (n, L, 2, G, d)
-        cos, sin = self._rotary(shallow)  # (n, d/2)
-        new[:, :, 0] = rotated(new[:, :, 0], (cos[:, None, None], sin[:, None, None]))
-        self._write(slice(k, model.num_layers), new, shallow)
+        both = F.linear(normed, self.projection).view(-1, len(layers), 2, *self.heads)  # (n, L, 2, G, d)
+        self._write(slice(k, model.num_layers), both[:, :, 0], both[:, :, 1], shallow, self._rotary(shallow))
 
-    def _write(self, layers: slice, new: Tensor, shallow: Shallow) -> None:
-        """Puts keys and values (n, L, 2, G, d) of L layers into the slots of their tokens."""
-        if shallow.together:
-            B, Q = shallow.positions.shape
-            ordered = new.unflatten(0, (B, Q)).permute(2, 3, 0, 4, 1, 5)  # (L, 2, B, G, Q, d)
-            self.cache[layers, :, :, :, self.slots - Q : self.slots] = ordered
-        else:
+    def _write(self, layers: slice, k: Tensor, v: Tensor, shallow: Shallow, rotary: Rotary) -> None:
+        """Rotates keys (n, L, G, d) of L layers, and puts them and the values into the slots of their tokens."""
+        if not shallow.together:
+            cos, sin = (part[:, None, None] for part in rotary)  # (n, 1, 1, d/2)
+            new = torch.stack([rotated(k, (cos, sin)), v], dim=2)  # (n, L, 2, G, d)
             self.cache[layers].permute(2, 4, 0, 1, 3, 5)[shallow.sequence, shallow.position] = new
+            return
+        B, Q = shallow.positions.shape
+        place = self.cache[layers, :, :, :, self.slots - Q : self.slots]  # (L, 2, B, G, Q, d)
+        k, v = (part.unflatten(0, (B, Q)).permute(2, 0, 3, 1, 4) for part in (k, v))  # (L, B, G, Q, d)
+        place[:, 1] = v
+        cos, sin = (part.view(B, 1, Q, -1) for part in rotary)
+        (first, second), (first_place, second_place) = k.chunk(2, dim=-1), place[:, 0].chunk(2, dim=-1)
+        torch.mul(first, cos, out=first_place).addcmul_(second, sin, value=-1)  # `rotated`, without a copy in between
+        torch.mul(second, cos, out=second_place).addcmul_(first, sin)
 
     def _rotary(self, shallow: Shallow) -> Rotary:
         """Of all its tokens (n, d/2)."""

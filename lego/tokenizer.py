@@ -91,8 +91,8 @@ class TextEncoder:
         return cls(fast, fast.get_vocab()[END_OF_TEXT], fast.get_vocab_size())
 
     @classmethod
-    def load(cls, name: str) -> TextEncoder:
-        """A pretrained tokenizer from the hub or a folder.
+    def load(cls, name: str, key: str = "data.pretrained") -> TextEncoder:
+        """A pretrained tokenizer from the hub or a folder, which this key of params.yaml names.
 
         Raises:
             CorpusError: it cannot be loaded, has no fast version or no end-of-text token.
@@ -104,12 +104,12 @@ class TextEncoder:
         except Exception as error:  # transformers raises many kinds; each means the same to the user
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise CorpusError(
-                f"params.yaml: data.pretrained {name} cannot be loaded as a tokenizer ({reason}); give a folder with "
+                f"params.yaml: {key} {name} cannot be loaded as a tokenizer ({reason}); give a folder with "
                 "tokenizer.json, or the name of a model on the hub, which needs the network"
             ) from None
         if not loaded.is_fast or loaded.eos_token_id is None:
             what = "end-of-text token" if loaded.is_fast else "tokenizer.json"
-            raise CorpusError(f"params.yaml: data.pretrained {name} has no {what}; choose another tokenizer")
+            raise CorpusError(f"params.yaml: {key} {name} has no {what}; choose another tokenizer")
         size = max(loaded.get_vocab().values()) + 1  # ids may have holes
         return cls(loaded.backend_tokenizer, loaded.eos_token_id, size, loaded)
 

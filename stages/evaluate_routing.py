@@ -84,7 +84,7 @@ def decide(params: Params, model: BaseTransformer, seed: int, device: torch.devi
     gain = GainFit(model.sizes["dim"], settings.gain_width)
     first = text(facts["split"], params, (0.0, fit_tokens / blocks.tokens))
     token_table(model, first, device, on_states=gain.add)
-    criteria = all_criteria(probe, gain.solve(settings.gain_l2, seed))
+    criteria = all_criteria(probe.to(device), gain.solve(settings.gain_l2, seed).to(device))
     table = token_table(model, whole, device, scored(criteria))
     ratio = facts["hard_example_ratio"]
     calibration = Calibration(table, fit_tokens, units(params, blocks), mining, ratio, settings)

@@ -28,8 +28,8 @@ def gather(data: DataParams, path: Path) -> Corpus:
 
 
 def fit_tokenizer(data: DataParams, init_from: str | None, corpus: Corpus) -> TextEncoder:
-    if name := pretrained_tokenizer(data, init_from):
-        return TextEncoder.load(name)
+    if pretrained := pretrained_tokenizer(data, init_from):
+        return TextEncoder.load(*pretrained)
     fit = fit_bpe if data.tokenizer == "bpe" else fit_words
     return TextEncoder.fitted(fit(corpus.texts("train"), data.vocab_size, data.max_tokenizer_bytes))
 

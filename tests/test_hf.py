@@ -20,7 +20,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from lego import DeepSupervisionTransformer, grow_model, load_model
-from lego.artifacts import ArtifactError
+from lego.artifacts import ArtifactError, read_json, write_json
 from lego.checkpoint import load_routed
 from lego.criteria import LOGIT_CRITERIA, StateCriterion
 from lego.generate import generate
@@ -284,6 +284,22 @@ def test_what_a_routed_model_cannot_do_is_named():
         model(x)
 
 
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"exit_criterion": "hope"}, "exit_criterion must be one of max_prob, margin, entropy, probe, gain, got hope"),
+        ({"rope_parameters": None}, r"config\.json: describes no model"),
+        ({"rms_norm_eps": "x"}, r"config\.json: describes no model \(rms_norm_eps is no number\)"),
+        ({"model_type": "llama"}, r"is of model_type llama, not lego; to extend a trained Llama set model\.init_from"),
+    ],
+)
+def test_an_edited_configuration_is_named(change, sentence, tmp_path, tokenizer_folder):
+    save_routed(to_hf(lego_model("sequence", own_head=False), 0.3), tmp_path, tokenizer_folder, "a card")
+    write_json(tmp_path / "config.json", read_json(tmp_path / "config.json") | change)
+    with pytest.raises(ArtifactError, match=sentence):
+        load_routed(tmp_path)
+
+
 @torch.no_grad()
 def test_load_model_routes_by_confidence_or_not_at_all(tmp_path, tokenizer_folder):
     """What it returns knows max_prob alone: another criterion's threshold must not be compared with it."""
@@ -385,6 +401,13 @@ def test_checkpoints_that_are_not_supported_are_named(tmp_path, checkpoint):
     headless.save_pretrained(tmp_path / "headless")
     with pytest.raises(ArtifactError, match=r"headless lacks lm_head\.weight; give a whole model, with its head"):
         load_llama(str(tmp_path / "headless"))
+    whole = LlamaForCausalLM(LlamaConfig(**small, intermediate_size=32))
+    whole.model.layers[0].mlp.up_proj.weight.data[3, 4] = float("nan")
+    whole.save_pretrained(tmp_path / "nan")
+    with pytest.raises(
+        ArtifactError, match=r"nan has a weight in model\.layers\.0\.mlp\.up_proj\.weight that is not f"
+    ):
+        load_llama(str(tmp_path / "nan"))
     with pytest.raises(ArtifactError, match=r"has 3 layers, ashem\.phase1_layers asks for 4; lower it"):
         load_llama(str(checkpoint), 4)
     with pytest.raises(ArtifactError, match="nowhere cannot be loaded as a model"):

@@ -280,6 +280,11 @@ def test_sampling_equals_transformers_warpers(seed, temperature, top_k, top_p):
     torch.testing.assert_close(Sampling(temperature, top_k, top_p).probabilities(logits), expected.softmax(-1))
 
 
+def test_a_temperature_near_zero_is_greedy_and_not_a_number():
+    logits = torch.tensor([[1.0, 3.0, 2.0]])
+    assert Sampling(1e-40).probabilities(logits).tolist() == [[0.0, 1.0, 0.0]]
+
+
 def test_bad_requests_are_named():
     model = MODELS["token", 4]
     with pytest.raises(ValueError, match="prompt 1 is empty; give at least one token"):
@@ -332,6 +337,9 @@ def test_the_command_names_what_it_cannot_use(saved, tmp_path, capsys):
         ([str(saved), "x" * 41], "error: prompt 0 has 41 tokens, the model was trained on 40; shorten it"),
         ([str(saved), ""], "error: prompt 0 is empty; give at least one token"),
         ([str(saved), "x", "--threshold", "-1"], r"error: threshold must be None or at least 0\.0, got -1\.0"),
+        ([str(saved), "x", "--max-new-tokens", "0"], "error: --max-new-tokens must be at least 1, got 0"),
+        ([str(saved), "x", "--seed", "9" * 20], r"error: --seed must be in \[0, 2\^63\), got 9+"),
+        ([str(saved), "\udcff"], "error: the prompt is not UTF-8"),
         ([str(saved), "x", "--top-p", "2"], r"error: need temperature >= 0, top_k >= 0 and top_p in"),
     ):
         assert main(arguments) == 1
