@@ -48,11 +48,9 @@ def load_model(folder: str | Path) -> BaseTransformer:
     """
     folder = Path(folder)
     config, tensors = read_json(folder / CONFIG), read_tensors(folder / WEIGHTS)
-    if config.get("model_type") != "lego":
-        raise ArtifactError(
-            f"{folder / CONFIG}: is of model_type {config.get('model_type')}, not lego; to extend a trained Llama set "
-            "model.init_from"
-        )
+    if (kind := config.get("model_type", "lego")) != "lego":
+        what = f"is of model_type {kind}, not lego; to extend a trained Llama set model.init_from"
+        raise ArtifactError(f"{folder / CONFIG}: {what}")
     misfit = ArtifactError(f"{folder / WEIGHTS}: does not fit {CONFIG} beside it; run dvc checkout or dvc repro")
     try:
         if config["num_hidden_layers"] != sum(name.endswith(".input_layernorm.weight") for name in tensors):

@@ -164,7 +164,8 @@ def main() -> None:
         write_csv("metrics/curves/evaluate_routing.csv", sweep)
         report(params, routing, tables, ledger, mined["leaky"])
         easy = int(tables["test"].easy(chosen.threshold, chosen.criterion).sum())
-        print(f"shallow {share(easy, test.blocks.tokens)} of test text; phase 1 converged: {converged}")
+        known = "not known, it was given" if converged is None else converged
+        print(f"shallow {share(easy, test.blocks.tokens)} of test text; phase 1 converged: {known}")
         print("\n".join(comparison_lines(metrics, yardstick)))
         if params.evaluation.latency_repeats:
             ids = test.blocks.rows(torch.arange(min(32, len(test.blocks))))[:, :-1]
