@@ -97,7 +97,7 @@ def exit_confidence(h: Tensor, weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def exit_logits(h: Tensor, weight: Tensor, score: Score, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits h @ weight.T (n, V), and the score (n,) of each, taken while a chunk is at hand.
+    """Logits h @ weight.T (n, V) by one product, and the score (n,) of each, taken a few rows at a time.
 
     Args:
         h: normed states (n, D).
@@ -105,14 +105,10 @@ def exit_logits(h: Tensor, weight: Tensor, score: Score, states: Tensor) -> tupl
         score: function of states (r, D) and logits (r, V).
         states: what the score is given (n, D).
     """
-    logits = h.new_empty(len(h), len(weight))
-    scores = torch.empty(len(h), device=h.device)
-    rows = _rows_at_a_time(weight)
-    for start in range(0, len(h), rows):
-        chunk = logits[start : start + rows]
-        torch.mm(h[start : start + rows], weight.t(), out=chunk)
-        scores[start : start + rows] = score(states[start : start + rows], chunk)
-    return logits, scores
+    logits = h @ weight.t()
+    rows = _rows_at_a_time(weight)  # a score passes over its rows several times: they should stay in the cache
+    parts = [score(*chunk) for chunk in zip(states.split(rows), logits.split(rows), strict=True)]
+    return logits, torch.cat(parts)
 
 
 @torch.no_grad()
