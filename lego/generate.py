@@ -19,7 +19,8 @@ from torch import Tensor
 from lego.artifacts import ArtifactError
 from lego.checkpoint import load_routed
 from lego.criteria import Criterion, max_prob
-from lego.routing import RoutedDecoder, Shallow
+from lego.reading import Shallow
+from lego.routing import RoutedDecoder
 from lego.transformer import BaseTransformer
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lego.artifacts import write_text
+from lego.configuration import LegoConfig
 from lego.criteria import STATE_CRITERIA, StateCriterion
-from lego.modeling import LegoConfig, LegoForCausalLM, LegoOutput
+from lego.modeling import LegoForCausalLM, LegoOutput
 from lego.naming import config_of, to_llama
 from lego.transformer import DeepSupervisionTransformer
 

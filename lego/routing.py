@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,73 +15,12 @@ from torch.nn import functional as F
 
 from lego.criteria import Criterion, max_prob, needs_logits
 from lego.layers import Rotary, Rows, rotated
+from lego.reading import Routed, Shallow
 from lego.transformer import BaseTransformer, compute_cost
 
 FEW = 3  # copying the cache of a third of the sequences takes less time than attending to all
 ALWAYS_DEEP = 2.0
 """A threshold above every score in [0, 1]."""
-
-
-@dataclass
-class Shallow:
-    """What block 1 made of new tokens: exit states (n, D), where they stand, and which of the (B, Q) are real."""
-
-    states: Tensor
-    sequence: Tensor  # (n,)
-    position: Tensor  # (n,)
-    mask: Tensor  # (B, Q)
-    positions: Tensor  # (B, Q)
-    together: bool  # no padding, and all sequences equally long
-
-    def within(self, lengths: Tensor) -> Shallow:
-        """Its tokens at positions below their sequence's length (B,)."""
-        kept = self.position < lengths[self.sequence]
-        if kept.all():
-            return self
-        mask = self.mask.clone()
-        mask[self.mask] = kept
-        rest = (self.states[kept], self.sequence[kept], self.position[kept])
-        return Shallow(*rest, mask, self.positions, together=False)
-
-    @classmethod
-    def joined(cls, parts: list[Shallow]) -> Shallow:
-        """Tokens read one after the other, as if they had been read at once."""
-        if len(parts) == 1:
-            return parts[0]
-        mask = torch.cat([part.mask for part in parts], dim=1)
-        positions = torch.cat([part.positions for part in parts], dim=1)
-        if all(part.together for part in parts):  # order is (B, Q)
-            states = torch.cat([part.states.unflatten(0, part.mask.shape) for part in parts], dim=1).flatten(0, 1)
-            sequence = torch.arange(len(mask), device=mask.device).repeat_interleave(mask.shape[1])
-            return cls(states, sequence, positions.flatten(), mask, positions, together=True)
-        order = torch.cat([part.sequence for part in parts]).argsort(stable=True)
-        return cls(
-            torch.cat([part.states for part in parts])[order],
-            torch.cat([part.sequence for part in parts])[order],
-            torch.cat([part.position for part in parts])[order],
-            mask,
-            positions,
-            together=False,
-        )
-
-
-@dataclass(frozen=True)
-class Routed:
-    """Results of the real tokens in order: logits (n, V), score (n,) and whether each went deep (n,); mask (B, Q)."""
-
-    logits: Tensor
-    score: Tensor
-    deep: Tensor
-    mask: Tensor
-
-    def last(self) -> tuple[Tensor, Tensor]:
-        """Logits (B, V) and depth (B,) of each sequence's last real token; zeros where it had none."""
-        counts = self.mask.sum(dim=1)
-        if not len(self.logits):
-            return self.logits.new_zeros(len(counts), self.logits.shape[1]), counts > 0
-        ends = counts.cumsum(0) - 1
-        logits, deep = self.logits[ends.clamp(min=0)], self.deep[ends.clamp(min=0)]
-        return torch.where(counts[:, None] > 0, logits, 0.0), deep & (counts > 0)
 
 
 class RoutedDecoder:

@@ -236,8 +236,8 @@ FLOORS = [
     {"blocks", "corpus", "readers", "sources", "tokenizer", "ngram", "batches"}
     | {"layers", "losses", "transformer", "criteria", "naming", "checkpoint", "llama", "cost"},
     {"steps", "epochs", "trainer", "exits", "risk", "hidden_states", "hard_batches"},
-    {"ashem", "routing"},
-    {"evaluation", "calibration", "latency", "generate", "modeling", "hf"},
+    {"ashem", "reading", "routing"},
+    {"evaluation", "calibration", "latency", "generate", "configuration", "modeling", "hf"},
 ]
 
 

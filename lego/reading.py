@@ -1,0 +1,73 @@
+"""What a routed decoder hands on: tokens as block 1 left them, and tokens as they were answered.
+
+Shapes: B sequences, Q new tokens of each (a prompt, or one), n of them real, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Shallow:
+    """What block 1 made of new tokens: exit states (n, D), where they stand, and which of the (B, Q) are real."""
+
+    states: Tensor
+    sequence: Tensor  # (n,)
+    position: Tensor  # (n,)
+    mask: Tensor  # (B, Q)
+    positions: Tensor  # (B, Q)
+    together: bool  # no padding, and all sequences equally long
+
+    def within(self, lengths: Tensor) -> Shallow:
+        """Its tokens at positions below their sequence's length (B,)."""
+        kept = self.position < lengths[self.sequence]
+        if kept.all():
+            return self
+        mask = self.mask.clone()
+        mask[self.mask] = kept
+        rest = (self.states[kept], self.sequence[kept], self.position[kept])
+        return Shallow(*rest, mask, self.positions, together=False)
+
+    @classmethod
+    def joined(cls, parts: list[Shallow]) -> Shallow:
+        """Tokens read one after the other, as if they had been read at once."""
+        if len(parts) == 1:
+            return parts[0]
+        mask = torch.cat([part.mask for part in parts], dim=1)
+        positions = torch.cat([part.positions for part in parts], dim=1)
+        if all(part.together for part in parts):  # order is (B, Q)
+            states = torch.cat([part.states.unflatten(0, part.mask.shape) for part in parts], dim=1).flatten(0, 1)
+            sequence = torch.arange(len(mask), device=mask.device).repeat_interleave(mask.shape[1])
+            return cls(states, sequence, positions.flatten(), mask, positions, together=True)
+        order = torch.cat([part.sequence for part in parts]).argsort(stable=True)
+        return cls(
+            torch.cat([part.states for part in parts])[order],
+            torch.cat([part.sequence for part in parts])[order],
+            torch.cat([part.position for part in parts])[order],
+            mask,
+            positions,
+            together=False,
+        )
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Results of the real tokens in order: logits (n, V), score (n,) and whether each went deep (n,); mask (B, Q)."""
+
+    logits: Tensor
+    score: Tensor
+    deep: Tensor
+    mask: Tensor
+
+    def last(self) -> tuple[Tensor, Tensor]:
+        """Logits (B, V) and depth (B,) of each sequence's last real token; zeros where it had none."""
+        counts = self.mask.sum(dim=1)
+        if not len(self.logits):
+            return self.logits.new_zeros(len(counts), self.logits.shape[1]), counts > 0
+        ends = counts.cumsum(0) - 1
+        logits, deep = self.logits[ends.clamp(min=0)], self.deep[ends.clamp(min=0)]
+        return torch.where(counts[:, None] > 0, logits, 0.0), deep & (counts > 0)
