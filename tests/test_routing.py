@@ -29,7 +29,7 @@ def random_model(context: str, vocab: int = VOCAB, **sizes) -> DeepSupervisionTr
     torch.manual_seed(3)
     model = DeepSupervisionTransformer(vocab, 32, 4, 4, exit_layer=2, block2_context=context, **sizes)
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.3)
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
     return model.eval()
 
 
@@ -94,8 +94,8 @@ def test_teacher_forced_routing_equals_cached_reading_in_pieces(case):
         expected, confidence = model.route(s[None], model.exit_layer, threshold)
         assert torch.equal(cut_deep, confidence[0] < threshold)
         assert torch.equal(whole_deep, cut_deep)
-        logits_close(cut, expected[0], 2e-5)
-        logits_close(whole, expected[0], 2e-5)
+        logits_close(cut, expected[0])
+        logits_close(whole, expected[0])
     assert decoder.lengths.tolist() == [len(s) for s in sequences]
 
 
@@ -115,14 +115,14 @@ def test_results_of_the_last_token_alone_equal_those_of_all(case, criterion, qua
     whole = RoutedDecoder(model, threshold, len(sequences), chosen).read(ids, mask)
     decoder = RoutedDecoder(model, threshold, len(sequences), chosen)
     first = decoder.read(ids, mask, last_only=True)
-    logits_close(first.last()[0], whole.last()[0], 2e-5)
+    logits_close(first.last()[0], whole.last()[0])
     assert torch.equal(first.last()[1], whole.last()[1])
     assert len(first.score) == len(sequences)
     reference = RoutedDecoder(model, threshold, len(sequences), chosen)
     reference.read(ids, mask)
     for step in range(steps):
         more = torch.full((len(sequences), 1), 7 * step + 3)
-        logits_close(decoder.read(more).logits, reference.read(more).logits, 2e-5)
+        logits_close(decoder.read(more).logits, reference.read(more).logits)
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
@@ -181,7 +181,7 @@ def test_what_is_forgotten_leaves_no_trace(context):
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[1, 4:] = False
     fresh.read(x, mask)
-    logits_close(after.logits, fresh.read(x[:, :3]).logits, 2e-5)
+    logits_close(after.logits, fresh.read(x[:, :3]).logits)
 
 
 @torch.no_grad()
