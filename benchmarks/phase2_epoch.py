@@ -8,7 +8,6 @@ in this process, interleaved; the quotient is (time / time) / (MACs / MACs).
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 from functools import partial
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import parser_with_sizes
 from lego.ashem import exit_states, train_gathered
 from lego.batches import EvaluationBatches
 from lego.checkpoint import grow_model
@@ -60,17 +60,11 @@ def stored(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--exit-layer", type=int, default=2)
-    parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--seq-len", type=int, default=256)
+    parser = parser_with_sizes(__doc__)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=64)
     parser.add_argument("--hard", type=float, nargs="+", default=[0.5, 0.2])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     reuse_freed_memory()
     torch.set_num_threads(arguments.threads)

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from benchmarks import parser_with_sizes
 from lego.cost import Ledger
 from lego.criteria import Criterion, StateCriterion, max_prob
 from lego.exits import quantile_threshold
@@ -86,17 +87,11 @@ def decoding(model: DeepSupervisionTransformer, x: Tensor, wanted: float, argume
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--exit-layer", type=int, default=2)
-    parser.add_argument("--vocab", type=int, default=4096)
-    parser.add_argument("--seq-len", type=int, default=256)
+    parser = parser_with_sizes(__doc__)
     parser.add_argument("--batches", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.8])
     parser.add_argument("--contexts", nargs="+", default=["sequence", "token"])
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--decode", type=int, default=0, help="decode so many tokens one by one instead")
     arguments = parser.parse_args()
     reuse_freed_memory()
