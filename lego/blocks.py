@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from lego.artifacts import ArtifactError, named, read_checked, read_json, sha256
@@ -174,6 +174,11 @@ class PackedBlocks:
         rows = [self.pieces[p][row] for p, row in zip(piece, wanted - self.starts[piece], strict=True)]
         return torch.from_numpy(np.stack(rows)).long()
 
+    def targets(self) -> np.ndarray:
+        """Ids of all predicted tokens (n,), in the order of the text."""
+        parts = torch.arange(len(self)).split(1024)
+        return torch.cat([self.rows(part)[:, 1:] for part in parts]).flatten().numpy()
+
 
 def train_part(phase2_share: float, phase: int, phase2_text: str = "fresh") -> tuple[float, float]:
     """Part of train that a phase reads: phase 1 the first 1 - phase2_share, phase 2 the rest, or the `same`."""
@@ -194,11 +199,12 @@ class _Facts(BaseModel):
     model_config = ConfigDict(strict=True)
     vocab_size: PositiveInt
     seq_len: PositiveInt
+    end_of_text: NonNegativeInt
     splits: dict[str, _Split]
 
 
 def corpus_facts(folder: str | Path) -> dict[str, Any]:
-    """What tokenize counted: vocab_size, seq_len and by split documents, tokens, bytes and sha256.
+    """What tokenize counted: vocab_size, seq_len, the id end_of_text and by split documents, tokens, bytes and sha256.
 
     Raises:
         ArtifactError: corpus.json is missing or not as it was written.

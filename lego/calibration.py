@@ -15,9 +15,9 @@ from lego.criteria import STATE_CRITERIA, Criterion, Ridge, StateCriterion, entr
 from lego.evaluation import Route, TokenTable, perplexity
 from lego.exits import quantile_threshold
 from lego.harness import StageError
-from lego.params import RoutingParams
 from lego.risk import MIN_UNITS, Certificate, certify, unit_losses
 from lego.routing import ALWAYS_DEEP
+from lego.sections import RoutingParams
 
 PRINTED = ("threshold", "shallow_ratio", "ppl", "oracle_gap_nats", "gain_captured", "gain_auroc", "flops_ratio")
 

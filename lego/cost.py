@@ -125,8 +125,12 @@ class Ledger:
         """Training block 1 and its head on `tokens` tokens."""
         return FORWARD_BACKWARD * self.shallow() * tokens
 
+    def train_joint(self, tokens: int, exits: int = 1) -> int:
+        """Training all layers on `tokens` tokens, with the loss at this many exits."""
+        return FORWARD_BACKWARD * (self.num_layers * self.layer + exits * self.head) * tokens
+
     def mine(self, tokens: int) -> int:
-        """Collecting exit states, confidences and hard tokens from `tokens` tokens: one forward pass of block 1."""
+        """Confidences, and exit states and hard tokens, of `tokens` tokens: one forward pass of block 1."""
         return self.shallow() * tokens
 
     def train_block2(self, hard_tokens: int, head_trains: bool, tokens: int = 0) -> int:

@@ -194,19 +194,25 @@ def _one_epoch(
     return loss, stats
 
 
-def epoch_rows(result: dict[str, Any], tokens_per_epoch: int, total_tokens: int) -> list[dict[str, float]]:
-    """The curve of a run as rows for a CSV: epoch, tokens seen, train_loss, val_ppl, val_acc.
+def epoch_rows(
+    result: dict[str, Any], tokens_per_epoch: int, total_tokens: int, macs: float, macs_before: float = 0
+) -> list[dict[str, float]]:
+    """The curve of a run as rows for a CSV: epoch, tokens seen, macs spent, train_loss, val_ppl, val_acc.
 
     Args:
         result: what `train_with_early_stopping` returns.
         tokens_per_epoch: tokens in a full epoch; the last one may be cut.
         total_tokens: tokens seen in all.
+        macs: multiply-accumulates that these cost.
+        macs_before: what had been spent before.
     """
+    seen = [min(n * tokens_per_epoch, total_tokens) for n in range(1, len(result["train_losses"]) + 1)]
     columns = zip(result["train_losses"], result["val_losses"], result["val_accs"], strict=True)
     return [
         {
             "epoch": n,
-            "tokens": min(n * tokens_per_epoch, total_tokens),
+            "tokens": seen[n - 1],
+            "macs": round(macs_before + macs * seen[n - 1] / total_tokens),
             "train_loss": loss,
             "val_ppl": ppl,
             "val_acc": acc,

@@ -27,13 +27,19 @@ MODEL_KEYS = (
     "deep_ppl",
     "hard_ppl_before",
     "hard_ppl_after",
+    "val_ppl",
+    "val_shallow_ppl",
     "val_hard_ppl_before",
     "val_hard_ppl_after",
     "shallow_ratio",
     "compute_cost",
     "flops_ratio",
     "break_even_shallow_ratio",
+    "lr",
     "train_macs",
+    "added_macs",
+    "budget_macs",
+    "distance_from_budget",
     "n_hard",
     "hard_share",
     "threshold",
@@ -223,6 +229,8 @@ def routed_metrics(
         "deep_ppl": perplexity(test.nll_deep),
         "hard_ppl_before": before,
         "hard_ppl_after": after,
+        "val_ppl": perplexity(validation.routed_nll(route.threshold, route.criterion)),
+        "val_shallow_ppl": perplexity(validation.nll_shallow),
         "val_hard_ppl_before": val_before,
         "val_hard_ppl_after": val_after,
         "shallow_ratio": ratio,
@@ -233,53 +241,6 @@ def routed_metrics(
         "oracle_ppl": perplexity(np.minimum(test.nll_shallow, test.nll_deep)),
     }
     return {key: None if math.isnan(value) else value for key, value in metrics.items()}
-
-
-def shallow_metrics(
-    test: TokenTable,
-    validation: TokenTable,
-    block1_test: TokenTable,
-    block1_validation: TokenTable,
-    threshold: float,
-    ledger: Ledger,
-    test_facts: dict[str, Any],
-) -> dict[str, float | None]:
-    """The same keys for a model of block 1's depth that answers every token.
-
-    Its hard tokens are those of the routed model it is compared with: the ones block 1, as phase 1 left it, is unsure
-    of. So hard_ppl_before and hard_ppl_after speak of the same tokens in both files.
-
-    Args:
-        test, validation: token tables of this model.
-        block1_test, block1_validation: token tables of block 1 after phase 1.
-        threshold: of the routed model.
-        ledger: costs of the routed model, to which flops_ratio and compute_cost refer.
-        test_facts: what `corpus_facts` says of the test split.
-    """
-
-    def paired(block1: TokenTable, model: TokenTable) -> TokenTable:
-        return TokenTable(block1.nll_shallow, model.nll_deep, block1.right_shallow, model.right_deep, block1.confidence)
-
-    before, after = paired(block1_test, test).hard_perplexities(threshold)
-    val_before, val_after = paired(block1_validation, validation).hard_perplexities(threshold)
-    ppl = perplexity(test.nll_deep)
-    metrics = {
-        "acc": float(test.right_deep.mean()),
-        "ppl": ppl,
-        "bits_per_byte": bits_per_byte(ppl, test_facts),
-        "shallow_ppl": ppl,
-        "deep_ppl": ppl,
-        "hard_ppl_before": before,
-        "hard_ppl_after": after,
-        "val_hard_ppl_before": val_before,
-        "val_hard_ppl_after": val_after,
-        "shallow_ratio": 1.0,
-        "compute_cost": compute_cost(1.0, ledger.exit_layer, ledger.num_layers),
-        "flops_ratio": ledger.shallow() / ledger.full,
-        "oracle_ppl": ppl,  # it has one exit to choose from
-    }
-    missing = {"break_even_shallow_ratio": None, "threshold": None}  # it does not route
-    return {key: None if math.isnan(value) else value for key, value in metrics.items()} | missing
 
 
 def comparison_lines(ashem: Mapping[str, float | None], yardstick: Mapping[str, float | None]) -> list[str]:

@@ -30,7 +30,30 @@ def shuffled_segments(sizes: list[int], start: int, count: int, seed: int) -> It
         number += 1
 
 
-class HardTokenBatches:
+class _Epochs:
+    """A stream of batches cut into epochs of `steps`, which ends after `total_steps` of them; None = never."""
+
+    steps: int
+    total_steps: int | None = None
+    epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def steps_until(self, epochs: int) -> int:
+        """Batches in the first epochs."""
+        return epochs * self.steps if self.total_steps is None else min(epochs * self.steps, self.total_steps)
+
+    def steps_by_epoch(self, epochs: int) -> list[int]:
+        """Batches in each of the first epochs."""
+        return [self.steps_until(n + 1) - self.steps_until(n) for n in range(epochs)]
+
+    def __len__(self) -> int:
+        """Batches in the current epoch."""
+        return self.steps_until(self.epoch + 1) - self.steps_until(self.epoch)
+
+
+class HardTokenBatches(_Epochs):
     """One epoch of batches ((B, 1, D), (B,)) of hard tokens, each without its context.
 
     Args:
@@ -43,25 +66,18 @@ class HardTokenBatches:
     def __init__(self, store: HiddenStateStore, batch_size: int, tokens_per_epoch: int, seed: int) -> None:
         self.store, self.batch_size, self.seed = store, batch_size, seed
         self.steps = -(-tokens_per_epoch // batch_size)
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.steps
 
     def seen(self, epochs: int) -> tuple[int, int]:
         """Tokens streamed in the first epochs, and how many of them are hard."""
-        return (epochs * self.steps * self.batch_size,) * 2
+        return (self.steps_until(epochs) * self.batch_size,) * 2
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         sizes = [shard["hard_tokens"] for shard in self.store.shards]
-        count = self.steps * self.batch_size
+        count = len(self) * self.batch_size
         states: list[Tensor] = []  # parts of the batch that is being filled
         targets: list[Tensor] = []
         missing = self.batch_size
-        for index, places in shuffled_segments(sizes, self.epoch * count, count, self.seed):
+        for index, places in shuffled_segments(sizes, self.epoch * self.steps * self.batch_size, count, self.seed):
             shard = self.store.read_shard(index)
             rows = shard["hard"].flatten().nonzero().squeeze(1)[places]  # (m,)
             h, y = shard["exit_states"].flatten(0, 1), shard["targets"].flatten()
@@ -76,7 +92,7 @@ class HardTokenBatches:
             del shard, h, y  # before the next one is read
 
 
-class HardBlockBatches:
+class HardBlockBatches(_Epochs):
     """One epoch of batches of whole blocks: exit states (B, T, D), hard mask (B, T), targets (B, T).
 
     Args:
@@ -93,27 +109,21 @@ class HardBlockBatches:
         hard_per_block = store.hard_tokens / sum(len(counts) for counts in self.counts)
         self.blocks = max(1, round(batch_size / hard_per_block))
         self.steps = max(1, -(-tokens_per_epoch // round(self.blocks * hard_per_block)))
-        self.epoch = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def _segments(self, first_epoch: int, epochs: int) -> Iterator[tuple[int, Tensor]]:
-        sizes, count = [len(counts) for counts in self.counts], self.steps * self.blocks
-        return shuffled_segments(sizes, first_epoch * count, epochs * count, self.seed)
+    def _segments(self, first_step: int, steps: int) -> Iterator[tuple[int, Tensor]]:
+        sizes = [len(counts) for counts in self.counts]
+        return shuffled_segments(sizes, first_step * self.blocks, steps * self.blocks, self.seed)
 
     def seen(self, epochs: int) -> tuple[int, int]:
         """Tokens streamed in the first epochs, and how many of them are hard."""
-        hard = sum(int(self.counts[index][places].sum()) for index, places in self._segments(0, epochs))
-        return epochs * self.steps * self.blocks * self.seq_len, hard
+        steps = self.steps_until(epochs)
+        hard = sum(int(self.counts[index][places].sum()) for index, places in self._segments(0, steps))
+        return steps * self.blocks * self.seq_len, hard
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         parts: list[tuple[Tensor, Tensor, Tensor]] = []  # of the batch that is being filled
         missing = self.blocks
-        for index, places in self._segments(self.epoch, 1):
+        for index, places in self._segments(self.epoch * self.steps, len(self)):
             shard = self.store.read_shard(index)
             while len(places):
                 part, places = places[:missing], places[missing:]

@@ -69,7 +69,7 @@ class Stage:
     the environment; no stage depends on it.
 
     Args:
-        name: the stage's name in dvc.yaml.
+        name: the stage's name in dvc.yaml, `group@key` if it is one of a foreach.
         seed: the run's seed; the stage's own is `stage.seed`.
         threads: CPU threads of torch.
 
@@ -132,7 +132,8 @@ class Stage:
             "continued": self.continued,
             **{f"{package}_version": version(package) for package in RECORDED_PACKAGES},
         }
-        write_json(f"metrics/timing/{self.name}.json", {"seconds": seconds, **rates, **environment, **self.record})
+        file = f"metrics/timing/{self.name.split('@')[-1]}.json"
+        write_json(file, {"seconds": seconds, **rates, **environment, **self.record})
         if os.getppid() == self.parent:  # else dvc was killed and will run this again: from here, in no time
             shutil.rmtree(SCRATCH / self.name, ignore_errors=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,7 @@ class HiddenStateStore:
         self.folder = Path(folder)
         self.manifest = read_checked(self.folder / MANIFEST, _Manifest)
         self.shards: list[dict[str, Any]] = self.manifest["shards"]
+        self.masks: list[Tensor] | None = None
         self.hard_tokens: int = self.manifest["hard_tokens"]
         self.threshold: float = self.manifest["threshold"]
         counted = sum(shard["hard_tokens"] for shard in self.shards)
@@ -191,9 +193,27 @@ class HiddenStateStore:
             if sha256(self.folder / shard["file"]) != shard["sha256"]:
                 raise ArtifactError(f"{self.folder / shard['file']}: was changed; run dvc checkout or dvc repro")
 
+    def selecting(self, masks: list[Tensor]) -> HiddenStateStore:
+        """The same states with other tokens in the place of the hard ones.
+
+        Args:
+            masks: per shard (b, T), true for the tokens.
+
+        Raises:
+            ArtifactError: none is true.
+        """
+        view = copy.copy(self)
+        counts = [int(mask.sum()) for mask in masks]
+        view.masks, view.hard_tokens = masks, sum(counts)
+        view.shards = [shard | {"hard_tokens": n} for shard, n in zip(self.shards, counts, strict=True)]
+        if not view.hard_tokens:
+            raise ArtifactError(f"{self.folder}: no token is selected")
+        return view
+
     def read_shard(self, index: int) -> dict[str, Tensor]:
         """Whole blocks: inputs, targets, confidences, hard (b, T) and exit_states (b, T, D) in the stored dtype."""
-        return read_tensors(self.folder / self.shards[index]["file"])
+        shard = read_tensors(self.folder / self.shards[index]["file"])
+        return shard if self.masks is None else shard | {"hard": self.masks[index]}
 
     def hard_counts(self, index: int) -> Tensor:
         """Hard tokens (b,) of each block of a shard, without reading its states.
@@ -201,6 +221,8 @@ class HiddenStateStore:
         Raises:
             ArtifactError: the shard cannot be read.
         """
+        if self.masks is not None:
+            return self.masks[index].sum(dim=1)
         file = self.folder / self.shards[index]["file"]
         try:
             with safe_open(file, "pt") as shard:

@@ -30,6 +30,16 @@ class BusyError(RuntimeError):
     """Another process runs this stage; the message names it."""
 
 
+def pipeline_entry(stage: str) -> dict[str, Any]:
+    """What a dvc.yaml of this tree says of a stage; `group@key` is one of a group made by foreach."""
+    group, _, key = stage.partition("@")
+    for file in (ROOT / "dvc.yaml", *sorted(ROOT.glob("stages/*/dvc.yaml"))):
+        entry = yaml.safe_load(file.read_text(encoding="utf-8"))["stages"].get(group)
+        if entry is not None:
+            return yaml.safe_load(yaml.safe_dump(entry["do"]).replace("${key}", key)) if key else entry
+    raise KeyError(stage)
+
+
 def fingerprint(stage: str, params_file: str | Path = "params.yaml") -> str:
     """32 hexadecimal digits that change with anything the stage's result depends on.
 
@@ -37,7 +47,7 @@ def fingerprint(stage: str, params_file: str | Path = "params.yaml") -> str:
         stage: its name in dvc.yaml.
         params_file: where the values are read.
     """
-    entry = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"][stage]
+    entry = pipeline_entry(stage)
     values = yaml.safe_load(Path(params_file).read_text(encoding="utf-8"))
     params: dict[str, Any] = {}
     for key in entry.get("params", []):

@@ -13,11 +13,12 @@ from typing import Any
 
 from lego.blocks import CorpusError
 from lego.corpus import Document
-from lego.params import DataParams
 from lego.readers import READABLE, csv_rows, json_rows, kind_of, lines, parquet_rows
+from lego.sections import DataParams
 
-# tests/ and data-like packages: 82 % of the lines of encodings/ stand in a sibling file
-EXCLUDED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data"}
+# data-like packages are left out: 82 % of the lines of encodings/ stand in a sibling file
+EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "encodings", "pydoc_data"}
+TEST_FOLDERS = {"test", "tests", "idle_test"}
 EXCLUDED_FILES = "_sysconfigdata"  # written by the build of this very interpreter, paths included
 
 
@@ -28,7 +29,7 @@ def documents(data: DataParams) -> Iterator[Document]:
         CorpusError: a file, column, dataset or revision that cannot be read; the message names it.
     """
     if data.source == "python-stdlib":
-        return stdlib_documents()
+        return stdlib_documents(tests=data.stdlib_tests)
     texts = file_texts(Path(data.path), data) if data.source == "text" else hub_texts(data)
     return (_named_by_content(text) for text in texts)
 
@@ -40,17 +41,19 @@ def _named_by_content(text: str) -> Document:
     return Document(name, name, text)
 
 
-def stdlib_documents(root: str | Path | None = None) -> Iterator[Document]:
-    """The running interpreter's standard library: its .py files without tests and site-packages.
+def stdlib_documents(root: str | Path | None = None, tests: bool = False) -> Iterator[Document]:
+    """The running interpreter's standard library: its .py files without site-packages.
 
     Args:
         root: folder to read instead. The group of a file is its top-level module or package.
+        tests: whether its tests are read too: twice as much again, where the interpreter ships them.
     """
+    excluded = EXCLUDED_FOLDERS if tests else EXCLUDED_FOLDERS | TEST_FOLDERS
     root = Path(root or sysconfig.get_path("stdlib"))
     found = False
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
-        if EXCLUDED_FOLDERS.intersection(parts[:-1]) or path.name.startswith(EXCLUDED_FILES):
+        if excluded.intersection(parts[:-1]) or path.name.startswith(EXCLUDED_FILES):
             continue
         found = True
         yield Document("/".join(parts), parts[0].removesuffix(".py"), path.read_text("utf-8", "replace"))

@@ -14,8 +14,8 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lego.layers import TransformerLayer
-from lego.params import TrainParams
 from lego.progress import track
+from lego.sections import TrainParams
 
 
 @dataclass(frozen=True)

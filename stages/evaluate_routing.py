@@ -41,6 +41,7 @@ from lego.latency import latency_ratios
 from lego.params import Params, load_params
 from lego.progress import share
 from lego.risk import Certificate, document_units
+from lego.single_exit import document_rows
 from lego.transformer import BaseTransformer, DeepSupervisionTransformer
 
 
@@ -62,18 +63,16 @@ def text(split: str, params: Params, part: tuple[float, float] = (0.0, 1.0)) -> 
     return EvaluationBatches(PackedBlocks("data/tokens", split, part), params.evaluation.batch_size)
 
 
-def end_of_text() -> int:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained("data/tokens/tokenizer").eos_token_id
+def documents(blocks: PackedBlocks) -> np.ndarray:
+    """Number of each predicted token's document."""
+    return document_units(blocks.targets(), corpus_facts("data/tokens")["end_of_text"])
 
 
 def units(params: Params, blocks: PackedBlocks) -> np.ndarray:
     """Number of each predicted token's block or document."""
     if params.routing.risk_unit == "block":
         return np.arange(blocks.tokens) // blocks.seq_len
-    rows = [blocks.rows(part)[:, 1:] for part in torch.arange(len(blocks)).split(1024)]
-    return document_units(torch.cat(rows).flatten().numpy(), end_of_text())
+    return documents(blocks)
 
 
 def decide(params: Params, model: BaseTransformer, seed: int, device: torch.device) -> Routing:
@@ -120,9 +119,18 @@ def report(params: Params, routing: Routing, tables: dict[str, TokenTable], ledg
     print(payment_sentence(routing.chosen.criterion, quality["test"]))
 
 
+def write_documents(table: TokenTable, routing: Routing) -> None:
+    """Losses by test document: of the routed model, and of block 1, which every later gain is counted from."""
+    hard, of_test = ~table.easy(routing.mining), documents(PackedBlocks("data/tokens", "test"))
+    routed = table.routed_nll(routing.chosen.threshold, routing.chosen.criterion)
+    write_csv("metrics/documents/ashem.csv", document_rows(routed, table.nll_deep, hard, of_test))
+    shallow = table.nll_shallow
+    write_csv("metrics/documents/shallow.csv", document_rows(shallow, shallow, hard, of_test))
+
+
 def write_routed(model: DeepSupervisionTransformer, routing: Routing, metrics: dict[str, Any]) -> None:
     """data/routed: the model as transformers and `lego.generate` load it."""
-    tokenizer, chosen, end = "data/tokens/tokenizer", routing.chosen, end_of_text()
+    tokenizer, chosen, end = "data/tokens/tokenizer", routing.chosen, corpus_facts("data/tokens")["end_of_text"]
     scorer = routing.criteria[chosen.criterion]
     converted = to_hf(
         model,
@@ -142,8 +150,9 @@ def main() -> None:
     with Stage("evaluate_routing", params.seed, params.train.threads) as stage:
         mined = read_json("metrics/collect_hard.json", "n_hard", "hard_share", "leaky")
         converged = read_json("metrics/train_phase1.json", "phase1_converged")["phase1_converged"]
-        train_macs = read_number("metrics/train_phase1.json", "train_macs")
-        train_macs += read_number("metrics/added_macs.json", "added_macs")
+        trained = read_json("metrics/train_phase2.json", "lr")
+        phase1_macs = read_number("metrics/train_phase1.json", "train_macs")
+        added_macs = read_number("metrics/added_macs.json", "added_macs")
         yardstick = read_json("metrics/baseline/shallow_continued.json")
         model, device = cast(DeepSupervisionTransformer, load_model("data/phase2")), resolve_device(params.train.device)
         routing = decide(params, model, stage.seed, device)
@@ -155,7 +164,10 @@ def main() -> None:
         }
         facts = corpus_facts("data/tokens")["splits"]["test"]
         metrics = routed_metrics(tables["test"], tables["validation"], routing.mining, ledger, facts, chosen)
-        metrics |= {key: mined[key] for key in ("n_hard", "hard_share", "leaky")} | {"train_macs": train_macs}
+        metrics |= {key: mined[key] for key in ("n_hard", "hard_share", "leaky")} | {"lr": trained["lr"]}
+        metrics |= {"train_macs": phase1_macs + added_macs, "added_macs": added_macs, "budget_macs": added_macs}
+        metrics |= {"distance_from_budget": 0.0}  # the others' budget is what it spent
+        write_documents(tables["test"], routing)
         with atomic_folder("data/evaluation") as folder:
             save_tables(folder, **tables)
         write_routed(model, routing, metrics)

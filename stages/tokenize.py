@@ -10,8 +10,9 @@ from lego.blocks import BlockWriter
 from lego.corpus import SPLITS, Corpus, NearDuplicates
 from lego.harness import Stage, exit_cleanly
 from lego.ngram import references
-from lego.params import DataParams, load_params, pretrained_tokenizer
+from lego.params import load_params
 from lego.progress import track
+from lego.sections import DataParams, pretrained_tokenizer
 from lego.sources import documents
 from lego.tokenizer import TextEncoder, fit_bpe, fit_words, write_tokens
 
@@ -50,7 +51,8 @@ def main() -> None:
             encoded = track(encoder.encode(texts), limit, f"tokenizing {split}", "token", size=lambda one: len(one[0]))
             facts[split], ids[split] = write_tokens(encoded, encoder, writer, limit, data.max_ngram_tokens)
         spool.unlink()
-        write_json(folder / "corpus.json", {"vocab_size": encoder.vocab_size, "seq_len": seq_len, "splits": facts})
+        sizes = {"vocab_size": encoder.vocab_size, "seq_len": seq_len, "end_of_text": encoder.end}
+        write_json(folder / "corpus.json", sizes | {"splits": facts})
         counted = ("documents", "tokens", "bytes", "sha256")
         metrics = {f"{split}_{key}": fact[key] for split, fact in facts.items() for key in counted}
         dropped = {"duplicates": corpus.duplicates, "near_duplicates": near.dropped if near else 0}

@@ -70,8 +70,11 @@ def main() -> None:
         result, best = history.as_result(), history.best
         epoch_tokens = batches.count * blocks.seq_len
         tokens = result["total_epochs"] * epoch_tokens
-        untrained = [{"epoch": 0, "tokens": 0, "train_loss": None, "val_ppl": best["ppl"], "val_acc": best["acc"]}]
-        write_csv("metrics/curves/train_phase1.csv", epoch_rows(result, epoch_tokens, tokens) or untrained)
+        untrained = [
+            {"epoch": 0, "tokens": 0, "macs": 0, "train_loss": None, "val_ppl": best["ppl"], "val_acc": best["acc"]}
+        ]
+        macs = Ledger.of(model, blocks.seq_len).train_block1(tokens)
+        write_csv("metrics/curves/train_phase1.csv", epoch_rows(result, epoch_tokens, tokens, macs) or untrained)
         facts = corpus_facts("data/tokens")["splits"]
         write_json(
             "metrics/train_phase1.json",
@@ -86,7 +89,7 @@ def main() -> None:
                 "train_tokens": tokens,
                 "train_text_tokens": blocks.tokens,
                 "parameters": sum(p.numel() for p in model.parameters()),
-                "train_macs": Ledger.of(model, blocks.seq_len).train_block1(tokens),
+                "train_macs": macs,
             },
         )
         stage.record |= data_digests("data/tokens") | {"counts": {"trained_tokens": tokens}}

@@ -16,10 +16,10 @@ from lego.evaluation import (
     comparison_lines,
     perplexity,
     routed_metrics,
-    shallow_metrics,
     threshold_sweep,
     token_table,
 )
+from lego.single_exit import single_exit_metrics
 
 TEST, VALIDATION = random_batches(6, seed=1), random_batches(5, seed=2)
 FACTS = {"tokens": 6 * 4 * 12, "bytes": 1000}
@@ -85,14 +85,15 @@ def test_the_sweep_runs_from_always_deep_to_always_shallow(model):
 
 def test_both_kinds_of_model_report_the_same_keys(model):
     """The stages add train_macs, n_hard, hard_share and leaky to both."""
-    added = {"train_macs", "n_hard", "hard_share", "leaky"}
+    added = {"train_macs", "n_hard", "hard_share", "leaky", "lr", "added_macs", "budget_macs", "distance_from_budget"}
     table, validation = token_table(model, TEST, "cpu"), token_table(model, VALIDATION, "cpu")
     ledger = Ledger.of(model, 12)
     routed = routed_metrics(table, validation, 0.5, ledger, FACTS)
     shallow_model = StandardTransformer(VOCAB, 32, 2, 4)
     continued, continued_validation = (token_table(shallow_model, data, "cpu") for data in (TEST, VALIDATION))
     threshold = float(np.median(table.confidence))
-    shallow = shallow_metrics(continued, continued_validation, table, validation, threshold, ledger, FACTS)
+    own = Ledger.of(shallow_model, 12)
+    shallow = single_exit_metrics(continued, continued_validation, table, validation, threshold, ledger, own, FACTS)
     assert routed.keys() | added == shallow.keys() | added == set(MODEL_KEYS)
     assert not (routed.keys() | shallow.keys()) & added
     hard = table.confidence < threshold  # the same tokens as the routed model's

@@ -114,7 +114,9 @@ def test_every_key_is_commented_and_the_file_is_in_dvcs_plain_style():
     for line in (ROOT / "params.yaml").read_text().splitlines():
         assert not re.search(r":\s*[\"'\[{]", line.split("#")[0])
     values = [line for line in (ROOT / "params.yaml").read_text().splitlines() if re.match(r"\s*\w+: \S", line)]
-    uncommented = [line.strip() for line in values if "#" not in line]
+    commented = {line.split(":")[0] for line in values if "#" in line}  # a baseline's keys once, not in each of them
+    repeats = [line for line in values if line.startswith("      ") and line.split(":")[0] in commented]
+    uncommented = [line.strip() for line in values if "#" not in line and line not in repeats]
     assert uncommented == [
         "calibration_share: 0.1",
         "test_share: 0.1",

@@ -47,7 +47,9 @@ def imported_files(path: Path) -> set[Path]:
 
 
 def transitive_imports(stage: str) -> set[str]:
-    todo, seen = [ROOT / "stages" / f"{stage}.py", ROOT / "stages" / "__init__.py"], set()
+    """Of a stage's script: `tokenize`, or `evidence/train_joint`."""
+    script = ROOT / "stages" / f"{stage}.py"
+    todo, seen = [script, script.parent / "__init__.py", ROOT / "stages" / "__init__.py"], set()
     while todo:
         path = todo.pop()
         if path not in seen:

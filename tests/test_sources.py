@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from lego.artifacts import sha256
 from lego.blocks import CorpusError
-from lego.params import DataParams, load_params
+from lego.params import load_params
+from lego.sections import DataParams
 from lego.sources import documents
 
 TEXTS = ["First one.\nSecond line, naïve ☕\n", 'with "quotes", commas\r\nand a carriage return', "日本語 = text ="]

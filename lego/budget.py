@@ -1,0 +1,87 @@
+"""Training a model on all tokens for a budget of multiply-accumulates instead of a number of epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lego.batches import EvaluationBatches, TrainingBatches
+from lego.epochs import History, TrainingState, fit
+from lego.sections import TrainParams
+from lego.steps import build_training
+from lego.trainer import Trainer, TrainingConfig
+from lego.transformer import BaseTransformer
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Multiply-accumulates to spend, on top of those that a given block 1 cost `before`; 0 = from scratch."""
+
+    macs: float
+    before: float = 0.0
+
+    def spent(self, macs: float, lr: float) -> dict[str, float | None]:
+        """Keys of a model's metrics file: its rate, what its training cost, and how far that lies from the budget."""
+        return {
+            "lr": lr,
+            "train_macs": self.before + macs,
+            "added_macs": macs if self.before else None,
+            "budget_macs": self.macs,
+            "distance_from_budget": macs / self.macs - 1,
+        }
+
+
+def train_blocks(
+    model: BaseTransformer,
+    config: TrainingConfig,
+    batches: TrainingBatches,
+    lr: float,
+    train: TrainParams,
+    validation: EvaluationBatches,
+    device: torch.device,
+    state_file: Path,
+    *,
+    keep_start: bool,
+    on_best: Callable[[int], None] = lambda epoch: None,
+) -> tuple[History, bool]:
+    """Trains on all blocks that `batches` has in total, with one schedule, and keeps the best state on validation text.
+
+    Args:
+        model: what is trained.
+        config: where loss is computed; validation reads the last layer.
+        batches: with total_blocks, which the budget pays for.
+        lr: peak learning rate.
+        train: section `train` of the parameters.
+        validation: what the best state is chosen on.
+        device: where the model runs.
+        state_file: where a killed run continues from.
+        keep_start: whether the model may also stay as it was.
+        on_best: called with the epoch number (from 1) after each improvement.
+
+    Returns:
+        What the run saw, and whether it continued a killed one.
+    """
+    assert batches.total_blocks
+    epochs = -(-batches.total_blocks // batches.blocks_per_epoch)
+    steps = 0
+    for epoch in range(epochs):  # an epoch ends with a step of its own, so count them one by one
+        batches.set_epoch(epoch)
+        steps += -(-len(batches) // train.grad_accumulation)
+    optimizer, options = build_training(model.to(device), lr, steps, train)
+    trainer = Trainer(config, model.sizes["vocab_size"], device, options=options)
+    state = TrainingState(state_file, model, optimizer, options.scheduler)
+    history = fit(
+        model,
+        batches,
+        lambda: trainer.train_epoch(model, batches, optimizer),
+        lambda: trainer.evaluate(model, validation),
+        max_epochs=epochs,
+        patience=epochs + 1,  # the whole budget is spent
+        keep_start=keep_start,
+        on_best=on_best,
+        state=state,
+    )
+    return history, state.continued

@@ -1,0 +1,94 @@
+"""Training block 2 on stored exit states until routed validation perplexity stops falling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from lego.ashem import train_gathered, train_upper_layers
+from lego.batches import EvaluationBatches
+from lego.cost import Ledger
+from lego.epochs import History, TrainingState, fit
+from lego.hard_batches import HardBlockBatches, HardTokenBatches
+from lego.hidden_states import HiddenStateStore
+from lego.routing import evaluate
+from lego.sections import TrainParams
+from lego.steps import build_training
+from lego.transformer import DeepSupervisionTransformer
+
+Batches = HardTokenBatches | HardBlockBatches
+
+
+def hard_batches(store: HiddenStateStore, phase2_context: str, train: TrainParams, seq_len: int, seed: int) -> Batches:
+    """Endless batches of the store's hard tokens, in their blocks or alone, as `ashem.phase2_context` says."""
+    kind = HardBlockBatches if phase2_context == "sequence" else HardTokenBatches
+    return kind(store, train.batch_size * seq_len, train.tokens_per_epoch, seed)
+
+
+def steps_for(budget: float, batches: Batches, ledger: Ledger, head_trains: bool) -> int:
+    """How many batches a budget of MACs pays for; they differ in size, so their number is corrected by their cost."""
+
+    def cost(steps: int) -> int:
+        batches.total_steps = steps
+        streamed, hard = batches.seen(-(-steps // batches.steps))
+        batches.total_steps = None
+        return ledger.train_block2(hard, head_trains, streamed)
+
+    steps = batches.steps
+    for _ in range(3):
+        steps = max(0, round(steps * budget / cost(steps))) if steps else 0
+    return steps
+
+
+def train_block2(
+    model: DeepSupervisionTransformer,
+    batches: Batches,
+    lr: float,
+    epochs: int,
+    patience: int,
+    train: TrainParams,
+    validation: EvaluationBatches,
+    device: torch.device,
+    state_file: Path,
+    on_best: Callable[[int], None] = lambda epoch: None,
+) -> tuple[History, bool]:
+    """Trains what the grown model has on top of block 1, and keeps its best state on validation text.
+
+    Args:
+        model: grown; its threshold routes validation text.
+        batches: of hard tokens.
+        lr: peak learning rate.
+        epochs, patience: at most so many, and so many without a better perplexity.
+        train: section `train` of the parameters.
+        validation: what the best state is chosen on.
+        device: where the model runs.
+        state_file: where a killed run continues from.
+        on_best: called with the epoch number (from 1) after each improvement.
+
+    Returns:
+        What the run saw, and whether it continued a killed one.
+    """
+    steps = sum(-(-count // train.grad_accumulation) for count in batches.steps_by_epoch(epochs))
+    optimizer, options = build_training(model.to(device), lr, steps, train)
+    vocab_size, k = model.sizes["vocab_size"], model.exit_layer
+
+    def train_once() -> float:
+        if isinstance(batches, HardBlockBatches):
+            return train_gathered(model, batches, optimizer, device, options=options)
+        return train_upper_layers(model, batches, optimizer, vocab_size, device, k, options=options)
+
+    state = TrainingState(state_file, model, optimizer, options.scheduler)
+    history = fit(
+        model,
+        batches,
+        train_once,
+        lambda: evaluate(model, validation, model.routing_threshold, device),
+        max_epochs=epochs,
+        patience=patience,
+        keep_start=True,
+        on_best=on_best,
+        state=state,
+    )
+    return history, state.continued

@@ -1,0 +1,191 @@
+"""What a suite consists of: which stage makes which model, what it reads, and a fingerprint of all it follows from.
+
+The graph is that of the dvc.yaml files. A fingerprint holds the values of the parameters a stage declares, its code
+(as a syntax tree, so comments and docstrings do not count), the fingerprints of what it reads, the text, and the
+versions of the packages that compute. So it is known without running anything.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lego.artifacts import sha256
+from lego.harness import StageError
+from lego.params import Params
+from lego.scratch import ROOT, pipeline_entry
+from lego.sections import DataParams
+from lego.sources import documents
+
+PIPELINE_MODELS = {"ashem": "evaluate_routing", "shallow_continued": "train_shallow_continued"}
+SEARCHING = {"train_phase2", "train_shallow_continued", "joint", "block2"}
+PACKAGES = ("torch", "numpy", "tokenizers")
+
+
+class Suite(BaseModel):
+    """Settings (changes to params.yaml by name) and the models that are compared in each, over so many seeds."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    seeds: Annotated[int, Field(ge=1)]
+    settings: dict[str, dict[str, Any]]
+    models: list[str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One stage under one setting and seed; `inputs` maps each file it reads to the task that makes it."""
+
+    stage: str
+    params: str  # YAML
+    inputs: tuple[tuple[str, Task], ...]
+    fingerprint: str
+
+    @property
+    def label(self) -> str:
+        return f"{self.stage}-{self.fingerprint[:16]}"
+
+    def ancestors(self) -> Iterator[Task]:
+        """All tasks that must be done before, and itself, in order."""
+        for _, task in self.inputs:
+            yield from task.ancestors()
+        yield self
+
+
+def load_suites() -> dict[str, Suite]:
+    """The suites of suites.yaml.
+
+    Raises:
+        StageError: it is not what it should be.
+    """
+    file = Path(__file__).with_name("suites.yaml")
+    try:
+        return {name: Suite.model_validate(suite) for name, suite in yaml.safe_load(file.read_text("utf-8")).items()}
+    except (ValidationError, AttributeError) as error:
+        raise StageError(f"{file.name}: {' '.join(str(error).split())}") from None
+
+
+def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Parameters with some of their keys, written as section.key, set to other values.
+
+    Raises:
+        StageError: there is no such key.
+    """
+    values = copy.deepcopy(values)
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        place = values
+        for part in path:
+            place = place.get(part, {})
+        if last not in place:
+            raise StageError(f"suites.yaml: {key} is no key of params.yaml")
+        place[last] = value
+    return values
+
+
+def stage_of(model: str, params: Params) -> str:
+    """The stage that makes a model.
+
+    Raises:
+        StageError: none does.
+    """
+    if model in PIPELINE_MODELS:
+        return PIPELINE_MODELS[model]
+    for group in ("joint", "block2"):
+        if model in getattr(params.baselines, group):
+            return f"{group}@{model}"
+    raise StageError(f"suites.yaml: no model {model}; params.yaml: baselines names those there are")
+
+
+def task_of(stage: str, values: dict[str, Any], factors: dict[str, list[float]]) -> Task:
+    """The task of a stage with all that it needs.
+
+    Args:
+        stage: its name in a dvc.yaml.
+        values: parameters.
+        factors: search.lr_factors by stage, where they were found by the first seed.
+    """
+    return _Builder(values, factors).task(stage)
+
+
+class _Builder:
+    """Tasks of one set of parameters, each made once."""
+
+    def __init__(self, values: dict[str, Any], factors: dict[str, list[float]]) -> None:
+        self.values, self.factors, self.made = values, factors, dict[str, Task]()
+
+    def task(self, stage: str) -> Task:
+        if stage not in self.made:
+            self.made[stage] = self._make(stage)
+        return self.made[stage]
+
+    def _make(self, stage: str) -> Task:
+        entry, values = pipeline_entry(stage), self.values
+        if stage in self.factors:
+            values = changed(values, {"search.lr_factors": self.factors[stage]})
+        files = [dep for dep in entry["deps"] if dep.startswith(("data/", "metrics/"))]
+        inputs = tuple((file, self.task(producers()[file])) for file in files)
+        facts = {
+            "stage": stage,
+            "params": {key: _value(values, key) for key in entry["params"]},
+            "code": {dep: code_digest(dep) for dep in entry["deps"] if dep.endswith(".py")},
+            "inputs": {file: task.fingerprint for file, task in inputs},
+            "versions": {package: version(package) for package in PACKAGES},
+            "text": text_digest(json.dumps(values["data"])) if stage == "tokenize" else None,
+        }
+        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
+        return Task(stage, yaml.safe_dump(values, sort_keys=False), inputs, digest)
+
+
+def _value(values: dict[str, Any], key: str) -> Any:
+    for part in key.split("."):
+        values = values[part]
+    return values
+
+
+def written(entry: dict[str, Any]) -> list[str]:
+    """Files and folders that a stage writes."""
+    listed = [out for kind in ("outs", "metrics", "plots") for out in entry.get(kind, [])]
+    return [next(iter(out)) if isinstance(out, dict) else out for out in listed]
+
+
+@cache
+def producers() -> dict[str, str]:
+    """The stage of the root pipeline that writes each file."""
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    return {out: stage for stage, entry in stages.items() for out in written(entry)}
+
+
+@cache
+def code_digest(file: str) -> str:
+    """SHA-256 of a source file's syntax tree without docstrings."""
+    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+@cache
+def text_digest(data: str) -> str:
+    """SHA-256 of the text that a section `data`, given as JSON, names; of its name, if it is on the hub."""
+    section = DataParams.model_validate(json.loads(data))
+    if section.source == "hub":
+        return hashlib.sha256(f"{section.hub_name} {section.hub_revision}".encode()).hexdigest()
+    if section.source == "text":
+        return sha256(section.path)
+    digest = hashlib.sha256()
+    for document in documents(section):
+        digest.update(f"{document.name} {document.text}\0".encode(errors="replace"))
+    return digest.hexdigest()

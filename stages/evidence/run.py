@@ -1,0 +1,266 @@
+"""Suites of models over settings and seeds: runs what is missing, reuses what is current, and writes it down.
+
+python -m stages.evidence.run --seeds 5              the core suite; --full: all suites; --quick: one seed, no search
+
+Each stage of each setting and seed runs in a folder of its own under .scratch/evidence, with links to what it reads.
+metrics/evidence/<suite>.json holds a model's numbers with a fingerprint of everything they follow from: parameters,
+code, text, versions. A run with the same fingerprint is not repeated; a killed one continues. The first seed of a
+setting searches the learning rate of each model, the others take what it found.
+"""
+
+import argparse
+import csv
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lego.artifacts import read_json, write_json, write_text
+from lego.harness import StageError, exit_cleanly
+from lego.params import Params, load_params
+from lego.scratch import ROOT, SCRATCH, only_run, pipeline_entry
+from stages.evidence.graph import Suite, Task, changed, load_suites, stage_of, task_of
+
+RESULTS, STORE, RUNS = Path("metrics/evidence"), SCRATCH / "evidence/store", SCRATCH / "evidence/runs"
+FULL = ("core", "selection", "ratios", "regime")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A model of a suite under a setting and seed, and the task that makes it."""
+
+    suite: str
+    setting: str
+    model: str
+    seed: int
+    task: Task
+
+    @property
+    def title(self) -> str:
+        return f"{self.suite} {self.setting} {self.model} seed {self.seed}"
+
+
+def results(suite: str) -> dict[str, Any]:
+    file = RESULTS / f"{suite}.json"
+    return read_json(file) if file.exists() else {}
+
+
+def record_of(found: dict[str, Any], setting: str, model: str, seed: int) -> dict[str, Any]:
+    return found.get(setting, {}).get(model, {}).get(str(seed), {})
+
+
+def parameters(setting: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Those of params.yaml with the setting's changes, on one thread and without timing."""
+    values = load_params().model_dump()
+    alone = {"seed": seed, "train.threads": 1, "evaluation.latency_repeats": 0}
+    values = changed(changed(values, alone), setting)
+    Params.model_validate(values)
+    return values
+
+
+def factors_found(suite: str, setting: str, models: list[str], values: dict[str, Any]) -> dict[str, list[float]]:
+    """search.lr_factors of the later seeds by stage: the one that the first seed took."""
+    found, params = results(suite), Params.model_validate(values)
+    factors = {}
+    for model in models:
+        stage = stage_of(model, params)
+        group = "train_phase2" if model == "ashem" else stage.split("@")[0]
+        if group == "train_phase2":
+            base, stage = params.ashem.phase2_lr, group
+        elif group == "train_shallow_continued":
+            base = params.yardstick.lr
+        else:
+            base = getattr(params.baselines, group)[model].lr
+        lr = record_of(found, setting, model, 0).get("metrics", {}).get("lr")
+        if lr is not None:
+            tried = params.search.lr_factors
+            factors[stage] = [min(tried, key=lambda factor: abs(base * factor - lr))]
+    return factors
+
+
+def wanted(name: str, suite: Suite, seeds: range) -> Iterator[Wanted]:
+    """What the suite consists of for these seeds."""
+    for setting, changes in suite.settings.items():
+        for seed in seeds:
+            values = parameters(changes, seed)
+            factors = factors_found(name, setting, suite.models, values) if seed else {}
+            params = Params.model_validate(values)
+            for model in suite.models:
+                yield Wanted(name, setting, model, seed, task_of(stage_of(model, params), values, factors))
+
+
+def execute(task: Task) -> float:
+    """Runs a stage in a folder of its own and puts the folder into the store; returns the seconds it took."""
+    folder, entry = (RUNS / task.label).absolute(), pipeline_entry(task.stage)
+    folder.mkdir(parents=True, exist_ok=True)
+    values = yaml.safe_load(task.params)
+    for section, key in (("data", "path"), ("data", "pretrained"), ("model", "init_from")):
+        if values[section][key] and Path(values[section][key]).exists():  # it is read from another folder
+            values[section][key] = str(Path(values[section][key]).absolute())
+    write_text(folder / "params.yaml", yaml.safe_dump(values, sort_keys=False))
+    for file, source in task.inputs:
+        link = folder / file
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        link.symlink_to((STORE / source.label / file).absolute())
+    start = time.perf_counter()
+    with (folder / "log.txt").open("w") as log:
+        command = [sys.executable, *entry["cmd"].split()[1:]]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    if done.returncode:
+        last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
+        raise StageError(f"{task.stage}: {' '.join(last) or 'was killed'}; its log is {folder}/log.txt")
+    STORE.mkdir(parents=True, exist_ok=True)
+    folder.replace(STORE / task.label)
+    return time.perf_counter() - start
+
+
+def table(file: Path) -> dict[str, list[float]]:
+    """The columns of a CSV file of numbers, empty cells as NaN."""
+    with file.open(newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    return {key: [round(float(row[key] or "nan"), 4) for row in rows] for key in rows[0]}
+
+
+def record(one: Wanted) -> dict[str, Any]:
+    """What is kept of a finished model."""
+    by_stage = {task.stage: STORE / task.label for task in one.task.ancestors()}
+    folder = by_stage[one.task.stage] / "metrics"
+    if one.model == "ashem":
+        curve = table(by_stage["train_phase2"] / "metrics/curves/train_phase2.csv")
+        extra = {
+            "shallow_documents": table(folder / "documents/shallow.csv"),
+            "phase1": read_json(by_stage["train_phase1"] / "metrics/train_phase1.json"),
+            "phase1_curve": _drawn(table(by_stage["train_phase1"] / "metrics/curves/train_phase1.csv")),
+            "criteria": read_json(folder / "criteria.json"),
+            "sweep": table(folder / "curves/evaluate_routing.csv"),
+        }
+        metrics = read_json(folder / "evaluate_routing.json")
+    else:
+        curve, extra = table(folder / f"curves/{one.model}.csv"), {}
+        metrics = read_json(folder / f"baseline/{one.model}.json")
+    documents = table(folder / f"documents/{one.model}.csv")
+    return {"metrics": metrics, "documents": documents, "curve": _drawn(curve), **extra}
+
+
+def _drawn(curve: dict[str, list[float]]) -> dict[str, list[float]]:
+    return {key: curve[key] for key in ("macs", "val_ppl")}
+
+
+def write_record(one: Wanted, revision: str) -> None:
+    """Adds a finished model to its suite's file."""
+    found = results(one.suite)
+    kept = {"fingerprint": one.task.fingerprint, "revision": revision} | record(one)
+    found.setdefault(one.setting, {}).setdefault(one.model, {})[str(one.seed)] = kept
+    write_json(RESULTS / f"{one.suite}.json", found)
+
+
+def revision_now() -> str:
+    """The commit, with a + if the work tree differs from it in more than results."""
+    try:
+        head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        diff = subprocess.run(
+            ["git", "status", "--porcelain", "--", "lego", "stages", "params.yaml"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return head.stdout.strip() + ("+" if diff.stdout.strip() else "")
+
+
+def prune(pending: list[Task]) -> None:
+    """Removes from the store what nothing that is still to run reads."""
+    needed = {task.label for one in pending for task in one.ancestors()}
+    for folder in STORE.glob("*"):
+        if folder.name not in needed:
+            shutil.rmtree(folder)
+
+
+def run_all(todo: list[Wanted], workers: int) -> None:
+    """Runs the tasks, each when what it reads is there, and writes each model down as soon as it is finished."""
+    goals = {one.task.label: [other for other in todo if other.task.label == one.task.label] for one in todo}
+    order = {task.label: task for one in todo for task in one.task.ancestors()}
+    pending = {label: task for label, task in order.items() if not (STORE / label).exists()}
+    count, start, revision = len(pending), time.perf_counter(), revision_now()
+    running: dict[Future[float], Task] = {}
+    print(f"{len(todo)} models to make, {count} stages to run on {workers} workers", flush=True)
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            while pending or running:
+                busy = {task.label for task in running.values()}
+                for label, task in list(pending.items()):
+                    if len(running) == workers:
+                        break
+                    blocked = {source.label for _, source in task.inputs} & (pending.keys() | busy)
+                    if not blocked:
+                        running[pool.submit(execute, pending.pop(label))] = task
+                        busy.add(label)
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    task = running.pop(future)
+                    seconds = future.result()
+                    done, spent = count - len(pending) - len(running), time.perf_counter() - start
+                    for one in goals.get(task.label, []):
+                        write_record(one, revision)
+                    what = ", ".join(one.title for one in goals.get(task.label, [])) or task.stage
+                    left = spent / done * (count - done) / 60
+                    print(f"{done}/{count} {what}: {seconds:.0f} s; about {left:.0f} min left", flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    for one in todo:  # made before, by a run that was killed between the two
+        if record_of(results(one.suite), one.setting, one.model, one.seed).get("fingerprint") != one.task.fingerprint:
+            write_record(one, revision)
+
+
+def missing(name: str, suite: Suite, seeds: range) -> list[Wanted]:
+    """The models of a suite whose numbers are not there or not current."""
+    found, todo = results(name), []
+    for one in wanted(name, suite, seeds):
+        kept = record_of(found, one.setting, one.model, one.seed)
+        if kept.get("fingerprint") != one.task.fingerprint:
+            todo.append(one)
+    return todo
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, help="seeds of the core suite; default as suites.yaml says")
+    parser.add_argument("--full", action="store_true", help="all suites but quick")
+    parser.add_argument("--quick", action="store_true", help="the core models, one seed, no search")
+    parser.add_argument("--suite", action="append", help="this suite alone; may be given more than once")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="stages at a time, one thread each")
+    parser.add_argument("--dry-run", action="store_true", help="say what would run")
+    asked = parser.parse_args(arguments)
+    suites = load_suites()
+    names = asked.suite or (["quick"] if asked.quick else list(FULL) if asked.full else ["core"])
+    if unknown := [name for name in names if name not in suites]:
+        raise StageError(f"--suite {unknown[0]}: suites.yaml has {', '.join(suites)}")
+    if (asked.seeds is not None and asked.seeds < 1) or asked.workers < 1:
+        raise StageError("--seeds and --workers must be at least 1")
+    with only_run("evidence"):
+        for name in names:
+            suite = suites[name]
+            count = asked.seeds if asked.seeds and name in ("core", "quick") else suite.seeds
+            for seeds in (range(1), range(1, count)):  # the first one finds the learning rates
+                todo = missing(name, suite, seeds)
+                total = len(seeds) * len(suite.settings) * len(suite.models)
+                print(f"{name}: {total - len(todo)} of {total} models are current for seeds {list(seeds)}", flush=True)
+                if todo and not asked.dry_run:
+                    prune([one.task for one in todo])
+                    run_all(todo, asked.workers)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,251 @@
+"""A baseline that is phase 2 on other tokens than the hard ones, or by the historical protocol, for ASHEM's added MACs.
+
+dvc repro stages/evidence/dvc.yaml:block2@random      (python -m stages.evidence.train_block2 random)
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+
+from lego import selection
+from lego.artifacts import atomic_folder, read_number, sha256, write_csv, write_json
+from lego.ashem import exit_states
+from lego.baselines import small_reference
+from lego.batches import EvaluationBatches, TrainingBatches
+from lego.blocks import PackedBlocks, corpus_facts, data_digests, train_part
+from lego.budget import Budget, train_blocks
+from lego.calibration import GainFit
+from lego.checkpoint import grow_model, load_model, save_model
+from lego.cost import Ledger
+from lego.epochs import epoch_rows
+from lego.evaluation import routed_metrics, token_table
+from lego.exits import collect_confidences, quantile_threshold
+from lego.harness import Stage, StageError, exit_cleanly, resolve_device
+from lego.hidden_states import HiddenStateStore, StoreWriter
+from lego.params import Params, load_params
+from lego.phase2 import hard_batches, steps_for, train_block2
+from lego.risk import document_units
+from lego.search import Search, Trial, search_rates
+from lego.single_exit import document_rows, hard_after
+from lego.trainer import create_standard_config
+from lego.transformer import CONTEXT_AT_INFERENCE, BaseTransformer, DeepSupervisionTransformer
+
+Choose = Callable[[DeepSupervisionTransformer], tuple[HiddenStateStore, float]]
+"""Block 2 as it is -> what it learns from next, and the MACs that finding this out cost."""
+
+
+@dataclass
+class Baseline:
+    """What all parts of this stage need: parameters, block 1, what was mined, and what a run spent by learning rate."""
+
+    name: str
+    params: Params
+    stage: Stage
+    block1: BaseTransformer
+    store: HiddenStateStore
+    budget: Budget
+    macs: dict[float, float] = field(default_factory=dict)
+    rows: dict[float, list[dict[str, float]]] = field(default_factory=dict)
+    n_hard: int = 0
+
+    @property
+    def historic(self) -> bool:
+        return self.params.baselines.block2[self.name].protocol == "historic"
+
+    @property
+    def context(self) -> str:
+        return "historic" if self.historic else self.params.ashem.phase2_context
+
+    @property
+    def head(self) -> str:
+        return "shared_trainable" if self.historic else self.params.ashem.head
+
+    def grown(self) -> DeepSupervisionTransformer:
+        ashem = self.params.ashem
+        torch.manual_seed(self.stage.seed)
+        return grow_model(
+            self.block1,
+            self.block1.num_layers + ashem.phase2_layers - ashem.phase1_layers,
+            init=ashem.init_new_layers,
+            routing_threshold=self.store.threshold,
+            block2_context=CONTEXT_AT_INFERENCE[self.context],
+            head=self.head,
+        )
+
+
+def text(split: str, params: Params, part: tuple[float, float] = (0.0, 1.0)) -> EvaluationBatches:
+    return EvaluationBatches(PackedBlocks("data/tokens", split, part), params.evaluation.batch_size)
+
+
+def mine_validation(params: Params, stage: Stage, block1: BaseTransformer) -> HiddenStateStore:
+    """The historical fault: hard tokens, and the threshold, from the text on which the model is then scored."""
+    folder, device, batches = stage.scratch / "store", resolve_device(params.train.device), text("validation", params)
+    folder.mkdir(parents=True, exist_ok=True)
+    threshold = quantile_threshold(collect_confidences(block1, batches, device), params.ashem.hard_example_ratio)
+    writer = StoreWriter(folder, threshold, params.ashem.store_dtype, params.ashem.shard_tokens)
+    for batch in exit_states(block1, EvaluationBatches(batches.blocks, batches.batch_size, writer.blocks), device):
+        writer.add(*batch)
+    macs = Ledger.of(block1, batches.blocks.seq_len).mine(2 * batches.blocks.tokens)  # once more for the threshold
+    writer.close(split="validation", text="all", macs=macs, block1_sha256="", tokenizer_sha256="")
+    return HiddenStateStore(folder)
+
+
+def reference_of(one: Baseline) -> tuple[BaseTransformer, float]:
+    """The small model that reducible_loss subtracts, trained on phase 1's text, and what it costs to make and use."""
+    params, own = one.params, one.params.baselines.selection
+    torch.manual_seed(one.stage.seed)
+    model = small_reference(one.block1, own.reference_dim, own.reference_layers)
+    blocks = PackedBlocks("data/tokens", "train", train_part(params.ashem.phase2_share, 1))
+    ledger = Ledger.of(model, blocks.seq_len)
+    affordable = max(1, round(own.reference_share * one.budget.macs / ledger.train_joint(blocks.seq_len)))
+    per_epoch = -(-params.train.tokens_per_epoch // blocks.seq_len)
+    batches = TrainingBatches(blocks, params.train.batch_size, per_epoch, one.stage.seed, total_blocks=affordable)
+    train_blocks(
+        model,
+        create_standard_config(model.num_layers),
+        batches,
+        params.ashem.phase1_lr,
+        params.train,
+        text("validation", params),
+        resolve_device(params.train.device),
+        one.stage.scratch / "reference.safetensors",
+        keep_start=False,
+    )
+    return model, ledger.train_joint(affordable * blocks.seq_len) + ledger.full * one.store.manifest["tokens"]
+
+
+def by_expected_gain(one: Baseline, model: DeepSupervisionTransformer) -> tuple[HiddenStateStore, float]:
+    """As many tokens as are hard, those that block 2 as it is helps most by a linear fit on calibration text."""
+    params, device = one.params, resolve_device(one.params.train.device)
+    calibration = text("calibration", params, (0.0, params.exits.fit_share))
+    fit = GainFit(model.sizes["dim"], 0)
+    token_table(model, calibration, device, on_states=fit.add)
+    gain = fit.solve(params.routing.gain_l2, one.stage.seed).to(device)
+    scores = selection.scores_of(one.store, selection.expected_gain(gain, device), params.evaluation.batch_size)
+    ledger = Ledger.of(model, calibration.blocks.seq_len)
+    macs = (ledger.full + ledger.head) * calibration.blocks.tokens + gain.macs * one.store.manifest["tokens"]
+    return one.store.selecting(selection.top(scores, one.store.hard_tokens)), macs
+
+
+def rounds(one: Baseline) -> list[tuple[float, Choose]]:
+    """Passes of phase 2: the share of the budget that each has, and how it finds its tokens."""
+    store, device, blocks = one.store, resolve_device(one.params.train.device), one.params.evaluation.batch_size
+    select, extra = one.params.baselines.block2[one.name].select, 0.0
+    first = one.params.baselines.selection.first_round
+    block1 = one.block1.to(device)
+    match select:
+        case "hard":
+            chosen = store
+        case "all":
+            chosen = store.selecting(selection.everything(store))
+        case "sequence_level":
+            chosen = store.selecting(selection.whole_blocks(store))
+        case "expected_gain":
+            return [(first, lambda model: (store, 0.0)), (1 - first, lambda model: by_expected_gain(one, model))]
+        case _:
+            if select == "random":
+                score = selection.random(one.stage.seed)
+            elif select == "easy":
+                score = selection.easy
+            elif select == "high_loss":
+                score = selection.exit_loss(block1, device)
+            else:
+                reference, extra = reference_of(one)
+                score = selection.reducible_loss(block1, reference, device)
+            chosen = store.selecting(selection.top(selection.scores_of(store, score, blocks), store.hard_tokens))
+    print(f"{one.name}: {chosen.hard_tokens / store.manifest['tokens']:.1%} of the mined tokens", flush=True)
+    one.n_hard = chosen.hard_tokens
+    return [(1.0, lambda model: (chosen, extra))]
+
+
+def search(one: Baseline) -> Search:
+    """Trains block 2 at each learning rate for the whole budget."""
+    params, passes, seq_len = one.params, rounds(one), corpus_facts("data/tokens")["seq_len"]
+    validation, device = text("validation", params), resolve_device(params.train.device)
+    mined = one.store.manifest["macs"]
+
+    def train(lr: float) -> Trial:
+        model, spent = one.grown(), float(mined)
+        one.rows[lr] = []
+        ledger, head_trains = Ledger.of(model, seq_len), one.head != "shared"
+        for number, (share, choose) in enumerate(passes):
+            chosen, macs = choose(model)
+            batches = hard_batches(chosen, one.context, params.train, seq_len, one.stage.seed + number)
+            spent += macs
+            steps = steps_for(share * (one.budget.macs - mined) - macs, batches, ledger, head_trains)
+            if steps < 1:
+                raise StageError(f"metrics/added_macs.json: pays for no step of {one.name}; raise ashem.phase2_epochs")
+            batches.total_steps, epochs = steps, -(-steps // batches.steps)
+            state_file = one.stage.scratch / f"state-{lr:g}-{number}.safetensors"
+            history, continued = train_block2(
+                model, batches, lr, epochs, epochs + 1, params.train, validation, device, state_file
+            )
+            streamed, seen = batches.seen(epochs)
+            macs = ledger.train_block2(seen, head_trains, streamed)
+            per_epoch = batches.seen(1)[1]
+            one.rows[lr] += epoch_rows(history.as_result(), per_epoch, seen, macs, one.budget.before + spent)
+            spent += macs
+            one.stage.continued |= continued
+        one.macs[lr] = spent
+        return Trial(lr, model, history)
+
+    return search_rates(params.baselines.block2[one.name].lr, params.search.lr_factors, train)
+
+
+def evaluate(one: Baseline, model: BaseTransformer) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The keys of a model file that follow from what the model says of text, and its losses by document."""
+    params, device, facts = one.params, resolve_device(one.params.train.device), corpus_facts("data/tokens")
+    threshold = read_number("metrics/compute_threshold.json", "threshold", high=1.0)
+    splits = ("test", "validation")
+    test, validation = (token_table(model, text(split, params), device) for split in splits)
+    block1_test, block1_validation = (token_table(one.block1, text(split, params), device) for split in splits)
+    ledger = Ledger.of(model, facts["seq_len"])
+    metrics = routed_metrics(test, validation, one.store.threshold, ledger, facts["splits"]["test"])
+    for prefix, block1, table in (("", block1_test, test), ("val_", block1_validation, validation)):
+        before, after = hard_after(block1, table, threshold)  # a head that trained moved its own confidences
+        metrics |= {f"{prefix}hard_ppl_before": before, f"{prefix}hard_ppl_after": after}
+    documents = document_units(PackedBlocks("data/tokens", "test").targets(), facts["end_of_text"])
+    losses = test.routed_nll(one.store.threshold)
+    return metrics, document_rows(losses, test.nll_deep, ~block1_test.easy(threshold), documents)
+
+
+def prepare(name: str, params: Params, stage: Stage) -> Baseline:
+    block1 = load_model("data/phase1")
+    budget = Budget(
+        read_number("metrics/added_macs.json", "added_macs"), read_number("metrics/train_phase1.json", "train_macs")
+    )
+    if params.baselines.block2[name].protocol == "historic":
+        store = mine_validation(params, stage, block1)
+    else:
+        store = HiddenStateStore("data/hard")
+        store.verify(sha256("data/phase1"), sha256("data/tokens/tokenizer/tokenizer.json"))
+    return Baseline(name, params, stage, block1, store, budget, n_hard=store.hard_tokens)
+
+
+def main(name: str = "") -> None:
+    params = load_params()
+    if name not in params.baselines.block2:
+        known = ", ".join(params.baselines.block2)
+        raise StageError(f"params.yaml: baselines.block2 must have {name!r}, it has {known}")
+    with Stage(f"block2@{name}", params.seed, params.train.threads) as stage:
+        one = prepare(name, params, stage)
+        found = search(one)
+        model, macs = cast(DeepSupervisionTransformer, found.best.model), one.macs[found.best.lr]
+        metrics, documents = evaluate(one, model)
+        with atomic_folder(f"data/baseline/{name}") as folder:
+            save_model(model, folder, tokenizer="data/tokens/tokenizer")
+        write_csv(f"metrics/curves/{name}.csv", one.rows[found.best.lr])
+        write_csv(f"metrics/documents/{name}.csv", documents)
+        mined = {"n_hard": one.n_hard, "hard_share": one.n_hard / one.store.manifest["tokens"], "leaky": one.historic}
+        spent = one.budget.spent(macs, found.best.lr) | {"added_macs": macs}
+        write_json(f"metrics/baseline/{name}.json", metrics | spent | mined)
+        print(f"{name}: test ppl {metrics['ppl']:.3f}, {100 * (macs / one.budget.macs - 1):+.2f} % of its budget")
+        tokens = sum(row["tokens"] for row in one.rows[found.best.lr][-1:])
+        stage.record |= data_digests("data/tokens") | {"counts": {"trained_tokens": tokens * len(found.tried)}}
+
+
+if __name__ == "__main__":
+    exit_cleanly(lambda: main(*sys.argv[1:]))

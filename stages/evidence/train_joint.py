@@ -1,0 +1,154 @@
+"""A baseline whose layers all learn from all tokens, for exactly the MACs that phase 1 and ASHEM, or ASHEM alone, cost.
+
+dvc repro stages/evidence/dvc.yaml:joint@dense      (python -m stages.evidence.train_joint dense)
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lego.artifacts import atomic_folder, read_number, write_csv, write_json
+from lego.baselines import joint_macs, losses_of, start_joint
+from lego.batches import EvaluationBatches, TrainingBatches
+from lego.blocks import PackedBlocks, corpus_facts, data_digests, train_part
+from lego.budget import Budget, train_blocks
+from lego.checkpoint import load_model, save_model
+from lego.cost import Ledger
+from lego.epochs import epoch_rows
+from lego.evaluation import routed_metrics, token_table
+from lego.exits import quantile_threshold
+from lego.harness import Stage, StageError, exit_cleanly, resolve_device
+from lego.params import Params, load_params
+from lego.risk import document_units
+from lego.search import Search, Trial, search_rates
+from lego.sections import JointParams
+from lego.single_exit import document_rows, hard_after, single_exit_metrics
+from lego.transformer import BaseTransformer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained and for how much: `ledger` holds the costs of the routed model it is compared with."""
+
+    name: str
+    entry: JointParams
+    block1: BaseTransformer
+    ledger: Ledger
+    budget: Budget
+    batches: TrainingBatches
+    start: Callable[[], BaseTransformer]
+
+    @property
+    def tokens(self) -> int:
+        assert self.batches.total_blocks
+        return self.batches.total_blocks * self.ledger.seq_len
+
+    @property
+    def macs(self) -> int:
+        return joint_macs(self.entry, self.start(), self.ledger.seq_len, self.tokens)
+
+
+def budget_of(name: str, entry: JointParams) -> Budget:
+    phase1 = read_number("metrics/train_phase1.json", "train_macs")
+    added = read_number("metrics/added_macs.json", "added_macs")
+    if entry.budget == "added":
+        return Budget(added, phase1)
+    if not phase1:
+        raise StageError(
+            f"params.yaml: baselines.joint.{name} starts from scratch, but block 1 was given (ashem.phase1_epochs is "
+            "0) and the MACs it cost are not known; leave this baseline out"
+        )
+    return Budget(phase1 + added)
+
+
+def plan(name: str, params: Params, seed: int) -> Plan:
+    """What the budget pays for."""
+    entry, ashem, block1 = params.baselines.joint[name], params.ashem, load_model("data/phase1")
+    part = train_part(ashem.phase2_share, 2, ashem.phase2_text) if entry.budget == "added" else (0.0, 1.0)
+    blocks, budget = PackedBlocks("data/tokens", "train", part), budget_of(name, entry)
+    depth = block1.num_layers + ashem.phase2_layers - ashem.phase1_layers
+    ledger = Ledger.of(block1, blocks.seq_len).grown(depth, ashem.phase2_context)
+
+    def start() -> BaseTransformer:
+        torch.manual_seed(seed)
+        return start_joint(entry, block1, ledger, ashem.hard_example_ratio)
+
+    affordable = round(budget.macs / joint_macs(entry, start(), blocks.seq_len, blocks.seq_len))
+    if not affordable:
+        raise StageError(f"metrics/added_macs.json: the budget of {name} pays for no block; raise ashem.phase2_epochs")
+    per_epoch = -(-params.train.tokens_per_epoch // blocks.seq_len)
+    batches = TrainingBatches(blocks, params.train.batch_size, per_epoch, seed, total_blocks=affordable)
+    return Plan(name, entry, block1, ledger, budget, batches, start)
+
+
+def text(split: str, params: Params) -> EvaluationBatches:
+    return EvaluationBatches(PackedBlocks("data/tokens", split), params.evaluation.batch_size)
+
+
+def search(params: Params, stage: Stage, planned: Plan) -> Search:
+    """Trains the model at each learning rate for the whole budget."""
+    device, validation = resolve_device(params.train.device), text("validation", params)
+
+    def train(lr: float) -> Trial:
+        model = planned.start()
+        losses, state_file = losses_of(planned.entry, model), stage.scratch / f"state-{lr:g}.safetensors"
+        given = planned.entry.start != "scratch"
+        history, continued = train_blocks(
+            model, losses, planned.batches, lr, params.train, validation, device, state_file, keep_start=given
+        )
+        stage.continued |= continued
+        return Trial(lr, model, history)
+
+    return search_rates(planned.entry.lr, params.search.lr_factors, train)
+
+
+def evaluate(params: Params, model: BaseTransformer, planned: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The keys of a model file that follow from what the model says of text, and its losses by document."""
+    device, threshold = resolve_device(params.train.device), read_number("metrics/compute_threshold.json", "threshold")
+    test, validation = (token_table(model, text(split, params), device) for split in ("test", "validation"))
+    splits = ("test", "validation")
+    block1_test, block1_validation = (token_table(planned.block1, text(split, params), device) for split in splits)
+    facts, own = corpus_facts("data/tokens"), Ledger.of(model, planned.ledger.seq_len)
+    of_test, losses = facts["splits"]["test"], test.nll_deep
+    if model.exit_layer == model.num_layers:
+        metrics = single_exit_metrics(
+            test, validation, block1_test, block1_validation, threshold, planned.ledger, own, of_test
+        )
+    else:  # its own exit routes, at the same share
+        confidences = torch.from_numpy(token_table(model, text("calibration", params), device).confidence)
+        leaves = quantile_threshold(confidences, params.ashem.hard_example_ratio)
+        metrics, losses = routed_metrics(test, validation, leaves, own, of_test), test.routed_nll(leaves)
+        for prefix, block1, table in (("", block1_test, test), ("val_", block1_validation, validation)):
+            before, after = hard_after(block1, table, threshold)
+            metrics |= {f"{prefix}hard_ppl_before": before, f"{prefix}hard_ppl_after": after}
+    documents = document_units(PackedBlocks("data/tokens", "test").targets(), facts["end_of_text"])
+    return metrics, document_rows(losses, test.nll_deep, ~block1_test.easy(threshold), documents)
+
+
+def main(name: str = "") -> None:
+    params = load_params()
+    if name not in params.baselines.joint:
+        raise StageError(f"params.yaml: baselines.joint must have {name!r}, it has {', '.join(params.baselines.joint)}")
+    with Stage(f"joint@{name}", params.seed, params.train.threads) as stage:
+        planned = plan(name, params, stage.seed)
+        tokens, macs, seq_len = planned.tokens, planned.macs, planned.ledger.seq_len
+        print(f"{name}: {tokens:,} tokens for {planned.budget.macs:.3e} MACs", flush=True)
+        found = search(params, stage, planned)
+        metrics, documents = evaluate(params, found.best.model, planned)
+        with atomic_folder(f"data/baseline/{name}") as folder:
+            save_model(found.best.model, folder, tokenizer="data/tokens/tokenizer")
+        per_epoch, result = planned.batches.blocks_per_epoch * seq_len, found.best.history.as_result()
+        write_csv(f"metrics/curves/{name}.csv", epoch_rows(result, per_epoch, tokens, macs, planned.budget.before))
+        write_csv(f"metrics/documents/{name}.csv", documents)
+        spent = planned.budget.spent(macs, found.best.lr)
+        unmined = {"n_hard": None, "hard_share": None, "leaky": False}  # it learns from every token
+        write_json(f"metrics/baseline/{name}.json", metrics | spent | unmined)
+        print(f"{name}: test ppl {metrics['ppl']:.3f}, {100 * (macs / planned.budget.macs - 1):+.2f} % of its budget")
+        stage.record |= data_digests("data/tokens") | {"counts": {"trained_tokens": tokens * len(found.tried)}}
+
+
+if __name__ == "__main__":
+    exit_cleanly(lambda: main(*sys.argv[1:]))
