@@ -87,10 +87,15 @@ class TrainingBatches:
 
 
 class EvaluationBatches:
-    """All blocks once, in order, as (x, y) batches of at most `batch_size` blocks; `start` blocks are left out."""
+    """All blocks once, as (x, y) batches of at most `batch_size` blocks; the first `start` blocks are left out.
 
-    def __init__(self, blocks: Blocks, batch_size: int, start: int = 0) -> None:
+    They come in the order of the text, or shuffled, if a seed is given.
+    """
+
+    def __init__(self, blocks: Blocks, batch_size: int, start: int = 0, shuffle_seed: int | None = None) -> None:
         self.blocks, self.batch_size, self.start = blocks, batch_size, start
+        n = len(blocks)
+        self.order = torch.arange(n) if shuffle_seed is None else stream_indices(n, 0, n, shuffle_seed)
 
     def __len__(self) -> int:
         return -(-(len(self.blocks) - self.start) // self.batch_size)
@@ -98,6 +103,6 @@ class EvaluationBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         if self.start == len(self.blocks):
             return
-        for batch in torch.arange(self.start, len(self.blocks)).split(self.batch_size):
+        for batch in self.order[self.start :].split(self.batch_size):
             rows = self.blocks.rows(batch)  # (B, T + 1)
             yield rows[:, :-1], rows[:, 1:]

@@ -56,7 +56,9 @@ def stdlib_documents(root: str | Path | None = None, tests: bool = False) -> Ite
         if excluded.intersection(parts[:-1]) or path.name.startswith(EXCLUDED_FILES):
             continue
         found = True
-        yield Document("/".join(parts), parts[0].removesuffix(".py"), path.read_text("utf-8", "replace"))
+        # test/test_json.py goes where json goes; all of test/ in one split would make another domain of it
+        group = parts[1].removeprefix("test_") if parts[0] == "test" and len(parts) > 1 else parts[0]
+        yield Document("/".join(parts), group.removesuffix(".py"), path.read_text("utf-8", "replace"))
     if not found:
         raise CorpusError(f"{root}: holds no .py file of a standard library; use a Python that ships its sources")
 

@@ -18,7 +18,7 @@ from lego.progress import share, track
 def main() -> None:
     params = load_params()
     ashem = params.ashem
-    with Stage("collect_hard", threads=params.train.threads) as stage:
+    with Stage("collect_hard", params.seed, params.train.threads) as stage:
         folder = stage.scratch / "store"  # what is finished of it outlives a killed run
         folder.mkdir(parents=True, exist_ok=True)
         part = (0.0, 1.0)
@@ -28,7 +28,8 @@ def main() -> None:
         model = load_model("data/phase1")
         threshold = read_number("metrics/compute_threshold.json", "threshold", high=1.0)
         writer = StoreWriter(folder, threshold, ashem.store_dtype, ashem.shard_tokens)
-        batches = EvaluationBatches(blocks, params.evaluation.batch_size, start=writer.blocks)
+        # shuffled, so that each shard, which phase 2 reads one after another, is a sample of all the text
+        batches = EvaluationBatches(blocks, params.evaluation.batch_size, writer.blocks, shuffle_seed=stage.seed)
         continued = writer.blocks > 0
         if continued:
             print(f"mining continues after {share(writer.blocks, len(blocks), 'blocks')}", flush=True)

@@ -34,10 +34,14 @@ PACKAGES = ("torch", "numpy", "tokenizers")
 
 
 class Suite(BaseModel):
-    """Settings (changes to params.yaml by name) and the models that are compared in each, over so many seeds."""
+    """Settings (changes to params.yaml by name) and the models that are compared in each, over so many seeds.
+
+    `search` holds the factors of each model's learning rate that the first seed tries.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True)
     seeds: Annotated[int, Field(ge=1)]
+    search: Annotated[list[float], Field(min_length=1)]
     settings: dict[str, dict[str, Any]]
     models: list[str]
 
@@ -171,8 +175,9 @@ def code_digest(file: str) -> str:
     """SHA-256 of a source file's syntax tree without docstrings."""
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-        if documented and ast.get_docstring(node, clean=False) is not None:
+        if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            continue
+        if ast.get_docstring(node, clean=False) is not None:
             node.body = node.body[1:]
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 

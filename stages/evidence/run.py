@@ -57,11 +57,11 @@ def record_of(found: dict[str, Any], setting: str, model: str, seed: int) -> dic
     return found.get(setting, {}).get(model, {}).get(str(seed), {})
 
 
-def parameters(setting: dict[str, Any], seed: int) -> dict[str, Any]:
+def parameters(suite: Suite, setting: str, seed: int) -> dict[str, Any]:
     """Those of params.yaml with the setting's changes, on one thread and without timing."""
     values = load_params().model_dump()
-    alone = {"seed": seed, "train.threads": 1, "evaluation.latency_repeats": 0}
-    values = changed(changed(values, alone), setting)
+    alone = {"seed": seed, "train.threads": 1, "evaluation.latency_repeats": 0, "search.lr_factors": suite.search}
+    values = changed(changed(values, alone), suite.settings[setting])
     Params.model_validate(values)
     return values
 
@@ -88,9 +88,9 @@ def factors_found(suite: str, setting: str, models: list[str], values: dict[str,
 
 def wanted(name: str, suite: Suite, seeds: range) -> Iterator[Wanted]:
     """What the suite consists of for these seeds."""
-    for setting, changes in suite.settings.items():
+    for setting in suite.settings:
         for seed in seeds:
-            values = parameters(changes, seed)
+            values = parameters(suite, setting, seed)
             factors = factors_found(name, setting, suite.models, values) if seed else {}
             params = Params.model_validate(values)
             for model in suite.models:

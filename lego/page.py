@@ -1,0 +1,149 @@
+"""A report as one HTML file that opens offline, in light and dark and on a phone, and the same as Markdown."""
+
+from __future__ import annotations
+
+import base64
+import html
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1a1a1a; --back: #fdfdfc; --line: #d5d3cc; --soft: #6a6a64; --link: #0b5cad;
+  --mark: #eef3f8; }
+@media (prefers-color-scheme: dark) { :root { --text: #e6e4de; --back: #17181a; --line: #3a3c40; --soft: #a3a29b;
+  --link: #7db7f0; --mark: #22272d; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--text); font: 17px/1.55 system-ui, sans-serif; }
+main { max-width: 58rem; margin: 0 auto; padding: 1.5rem 1rem 4rem; overflow-wrap: anywhere; }
+h1 { line-height: 1.2; } h2 { margin-top: 2.4rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
+a { color: var(--link); }
+a:focus-visible, .scroll:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
+nav ul { columns: 2; padding-left: 1.2rem; } @media (max-width: 40rem) { nav ul { columns: 1; } }
+.lead { background: var(--mark); padding: .9rem 1.1rem; border-left: 4px solid var(--link); }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid var(--line); }
+caption, figcaption { color: var(--soft); font-size: .9rem; text-align: left; padding: .3rem 0; }
+figure { margin: 1.5rem 0; } figure img { width: 100%; height: auto; background: #fff; border-radius: 4px; }
+code, pre { font-family: ui-monospace, monospace; font-size: .9em; } pre { overflow-x: auto; white-space: pre-wrap; }
+.deep { background: #b3541e; color: #fff; } .shallow { background: #cfe3f5; color: #10263a; }
+.sample { white-space: pre-wrap; } .sample span { border-radius: 2px; }
+"""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture with its text for those who do not see it; `file` is an SVG or PNG."""
+
+    file: Path
+    alt: str
+    caption: str
+
+
+@dataclass
+class Page:
+    """Builds a report part by part; text may hold **bold**, `code` and [links](url).
+
+    Args:
+        title: of the page.
+    """
+
+    title: str
+    parts: list[tuple[str, str]] = field(default_factory=list)  # HTML and Markdown of each
+    headings: list[str] = field(default_factory=list)
+
+    def heading(self, text: str) -> None:
+        self.headings.append(text)
+        self.parts.append((f'<h2 id="{_anchor(text)}">{html.escape(text)}</h2>', f"## {text}"))
+
+    def text(self, text: str, lead: bool = False) -> None:
+        """A paragraph; `lead` sets it off, for the answer."""
+        kind = ' class="lead"' if lead else ""
+        self.parts.append((f"<p{kind}>{_inline(text)}</p>", f"**{text}**" if lead and "**" not in text else text))
+
+    def points(self, items: Sequence[str]) -> None:
+        """A list."""
+        listed = "".join(f"<li>{_inline(item)}</li>" for item in items)
+        self.parts.append((f"<ul>{listed}</ul>", "\n".join(f"- {item}" for item in items)))
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
+        """A table whose first column names the row; on a narrow screen it scrolls by itself.
+
+        Raises:
+            ValueError: a row is not as long as the header.
+        """
+        if any(len(row) != len(header) for row in rows):
+            raise ValueError(f"each row of {caption!r} must have {len(header)} cells")
+        head = "".join(f'<th scope="col">{_inline(cell)}</th>' for cell in header)
+        body = "".join(
+            f'<tr><th scope="row">{_inline(row[0])}</th>'
+            + "".join(f"<td>{_inline(cell)}</td>" for cell in row[1:])
+            + "</tr>"
+            for row in rows
+        )
+        label = html.escape(re.sub(r"[*`]", "", caption), quote=True)
+        shown = (
+            f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><caption>{_inline(caption)}'
+            f"</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        )
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)]
+        rule = "|---" + "|---:" * (len(header) - 1) + "|"
+        self.parts.append((shown, "\n".join([lines[0], rule, *lines[1:], "", caption])))
+
+    def figure(self, figure: Figure, relative_to: Path) -> None:
+        """A picture, inside the HTML file; Markdown links to it as seen from the folder `relative_to`."""
+        kind = "svg+xml" if figure.file.suffix == ".svg" else "png"
+        data = base64.b64encode(figure.file.read_bytes()).decode()
+        alt = html.escape(figure.alt, quote=True)
+        shown = (
+            f'<figure><img alt="{alt}" src="data:image/{kind};base64,{data}">'
+            f"<figcaption>{_inline(figure.caption)}</figcaption></figure>"
+        )
+        link = figure.file.relative_to(relative_to).as_posix()
+        self.parts.append((shown, f"![{figure.alt}]({link})\n\n{figure.caption}"))
+
+    def sample(self, pieces: Sequence[tuple[str, bool]]) -> None:
+        """Text whose tokens are coloured by depth: (text, went deep)."""
+        spans = "".join(
+            f'<span class="{"deep" if deep else "shallow"}">{html.escape(text)}</span>' for text, deep in pieces
+        )
+        marked = "".join(f"[{text}]" if deep and text.strip() else text for text, deep in pieces)
+        self.parts.append((f'<pre class="sample">{spans}</pre>', f"```\n{marked}\n```"))
+
+    def code(self, text: str) -> None:
+        self.parts.append((f"<pre><code>{html.escape(text)}</code></pre>", f"```\n{text}\n```"))
+
+    def html(self) -> str:
+        """The whole page; it loads nothing."""
+        links = "".join(f'<li><a href="#{_anchor(text)}">{html.escape(text)}</a></li>' for text in self.headings)
+        title = html.escape(self.title)
+        return (
+            f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+            '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+            f"<style>{STYLE}</style></head>\n<body><main><h1>{title}</h1>\n"
+            f'<nav aria-label="contents"><ul>{links}</ul></nav>\n'
+            + "\n".join(shown for shown, _ in self.parts)
+            + "\n</main></body></html>\n"
+        )
+
+    def markdown(self) -> str:
+        return "\n\n".join([f"# {self.title}", *(text for _, text in self.parts)]) + "\n"
+
+
+def _row(cells: Sequence[str]) -> str:
+    name, *others = (_inline(cell) for cell in cells)
+    return f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{cell}</td>" for cell in others) + "</tr>"
+
+
+def _anchor(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _inline(text: str) -> str:
+    """HTML of a line of text with **bold**, `code` and [links](url)."""
+    shown = html.escape(text)
+    shown = re.sub(r"`([^`]+)`", r"<code>\1</code>", shown)
+    shown = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", shown)
+    return re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", r'<a href="\2">\1</a>', shown)

@@ -1,0 +1,114 @@
+"""The pictures of the report, drawn from records and from one run's token tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import ScalarFormatter
+
+from lego.page import Figure
+from lego.pictures import COLOURS, look, picture
+from lego.stats import Interval
+from stages.evidence.summary import Suite, difference, tokens_per_parameter
+
+
+def points(axes: Axes, x: Sequence[float], y: Sequence[Interval], number: int, label: str, line: str = "-") -> None:
+    """Points with their intervals; one value has none."""
+    spread = [float(np.nan_to_num(one.high - one.mean)) for one in y]
+    colour, marker = look(number)
+    axes.errorbar(
+        x, [one.mean for one in y], spread, color=colour, marker=marker, label=label, linestyle=line, capsize=3
+    )
+
+
+def routed_against_cost(folder: Path, suite: Suite, setting: str) -> Figure:
+    """Every model's test perplexity against what a token costs at inference, ASHEM's thresholds as a line."""
+    records = suite.records[setting]["ashem"]
+    sweeps = [records[seed]["sweep"] for seed in sorted(records, key=int)]
+    with picture(folder, "cost", height=5.4) as axes:
+        x, y = (np.mean([sweep[key] for sweep in sweeps], axis=0) for key in ("flops_ratio", "ppl"))
+        axes.plot(x, y, color=COLOURS[0], linewidth=1.5, label="ASHEM, all thresholds")
+        oracle = suite.interval(setting, "ashem", "oracle_ppl")
+        assert oracle
+        axes.axhline(oracle.mean, color="#555555", linestyle="--", linewidth=1, label="oracle of both exits")
+        for number, model in enumerate(suite.models(setting)):
+            ppl, cost = suite.interval(setting, model), suite.interval(setting, model, "flops_ratio")
+            assert ppl
+            assert cost
+            points(axes, [cost.mean], [ppl], number, model, line="")
+        axes.set_xlabel("inference cost of a token, as a share of the full model's MACs")
+        axes.set_ylabel("test perplexity")
+        axes.legend(fontsize=9, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+    caption = (
+        f"Routed test perplexity against inference cost, mean of {len(sweeps)} seeds with 95 % intervals over seeds. "
+        "The line is ASHEM at every threshold; the dashed one is the oracle that knows both losses of every token."
+    )
+    return Figure(folder / "cost.svg", "Scatter of test perplexity against inference cost of all models", caption)
+
+
+def training_curves(folder: Path, suite: Suite, setting: str) -> Figure:
+    """Validation perplexity of the first seed against training MACs."""
+    with picture(folder, "curves", height=5.4) as axes:
+        first = suite.records[setting]["ashem"]["0"]["phase1_curve"]
+        axes.plot(first["macs"], first["val_ppl"], color="#555555", linewidth=1.5, linestyle=":", label="phase 1")
+        for number, model in enumerate(suite.models(setting)):
+            curve = suite.records[setting][model].get("0", {}).get("curve")
+            if curve and model != "leaky_validation":  # its curve is of text that it trained on
+                colour, marker = look(number)
+                axes.plot(curve["macs"], curve["val_ppl"], color=colour, marker=marker, markersize=4, label=model)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(ScalarFormatter())
+        axes.set_xlabel("training MACs, those of a given block 1 included")
+        axes.set_ylabel("validation perplexity")
+        axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    caption = "Validation perplexity against training MACs, seed 0, of the learning rate that was taken."
+    return Figure(folder / "curves.svg", "Training curves of all models against training cost", caption)
+
+
+def regime_map(folder: Path, suite: Suite) -> Figure:
+    """ASHEM less each other model, against how much text phase 1 had seen."""
+    settings = list(suite.records)
+    seen = [tokens_per_parameter(next(iter(suite.records[setting]["ashem"].values()))) for setting in settings]
+    order = np.argsort(seen)
+    with picture(folder, "regime", height=5.0) as axes:
+        others = [model for model in suite.models(settings[0]) if model != "ashem"]
+        for number, other in enumerate(others):
+            found = [(seen[i], difference(suite, settings[i], "ashem", other)) for i in order]
+            known = [(x * 1.04 ** (number - 1.5), d) for x, d in found if d]
+            points(axes, [x for x, _ in known], [d.over_seeds for _, d in known], number, f"against {other}")
+        axes.axhline(0, color="#000000", linewidth=1)
+        axes.set_xscale("log")
+        axes.set_yscale("symlog", linthresh=1)
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.set_xlabel("tokens of phase 1 per parameter of block 1")
+        axes.set_ylabel("ASHEM less the other, test perplexity\n(below 0: ASHEM is better)")
+        axes.legend(fontsize=9)
+    caption = (
+        "Difference in routed test perplexity with 95 % intervals over seeds. Below 0 ASHEM is better. frozen_all, "
+        "random and shallow_continued have the same added MACs, dense the same total MACs."
+    )
+    return Figure(folder / "regime.svg", "Differences of ASHEM to four models as phase 1 sees more text", caption)
+
+
+def hard_against_random(folder: Path, suite: Suite) -> Figure:
+    """ASHEM less random selection at each ratio."""
+    ratios = []
+    for setting in suite.records:
+        found = difference(suite, setting, "ashem", "random")
+        if found:
+            ratios.append(int(setting.removeprefix("ratio_")))
+    with picture(folder, "ratios", height=4.0) as axes:
+        for column, label, number in (("nll", "routed", 0), ("nll_hard", "hard tokens", 1)):
+            found_all = [(ratio, difference(suite, f"ratio_{ratio}", "ashem", "random", column)) for ratio in ratios]
+            known = [(ratio + number, d.over_seeds) for ratio, d in found_all if d]
+            points(axes, [r for r, _ in known], [one for _, one in known], number, label)
+        axes.axhline(0, color="#000000", linewidth=1)
+        axes.set_xlabel("hard_example_ratio, %")
+        axes.set_ylabel("ASHEM less random selection,\ntest perplexity")
+        axes.legend()
+    caption = "Mining hard tokens against as many random ones, with 95 % intervals over seeds. Below 0 hard is better."
+    return Figure(folder / "ratios.svg", "Difference between hard and random selection by ratio", caption)

@@ -1,0 +1,136 @@
+"""The page: what was asked, what came out with its interval, against what, at which cost, and what may be wrong "
+"with it.
+
+dvc repro stages/evidence/dvc.yaml:report      (python -m stages.evidence.report)
+"""
+
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from lego.artifacts import atomic_folder, read_json, write_text
+from lego.blocks import PackedBlocks
+from lego.checkpoint import load_model
+from lego.cost import Ledger
+from lego.harness import RECORDED_PACKAGES, Stage, StageError, exit_cleanly
+from lego.page import Figure, Page
+from lego.params import Params, load_params
+from stages.evidence import tables, wording
+from stages.evidence.pictures import hard_against_random, regime_map, routed_against_cost, training_curves
+from stages.evidence.quality import criterion_rows, load_table
+from stages.evidence.summary import Suite
+from stages.evidence.token_pictures import confidences, hard_by_class, sample
+
+SETTING, SAMPLED = "default", 900
+PICTURES = Path("metrics/pictures")
+
+
+def draw(folder: Path, core: Suite, regime: Suite, ratios: Suite, threshold: float) -> dict[str, Figure]:
+    """All pictures that there are numbers for, by name."""
+    table = load_table(Path("data/evaluation/test.safetensors"))
+    tokenizer = Tokenizer.from_file("data/tokens/tokenizer/tokenizer.json")
+    targets = PackedBlocks("data/tokens", "test").targets()
+    texts = [tokenizer.decode([token], skip_special_tokens=False) for token in targets]
+    hard = ~table.easy(threshold)
+    figures = [
+        routed_against_cost(folder, core, SETTING),
+        training_curves(folder, core, SETTING),
+        confidences(folder, table.confidence, table.right_shallow.astype(bool), threshold),
+        hard_by_class(folder, texts, hard),
+        sample(folder, list(zip(texts[:SAMPLED], hard[:SAMPLED].tolist(), strict=True))),
+    ]
+    if regime.records:
+        figures.append(regime_map(folder, regime))
+    if ratios.records:
+        figures.append(hard_against_random(folder, ratios))
+    return {figure.file.stem: figure for figure in figures}
+
+
+def router_rows(params: Params, ledger: Ledger) -> list[dict[str, Any]]:
+    """How the exit criteria of the root pipeline's model route."""
+    validation, test = (load_table(Path(f"data/evaluation/{split}.safetensors")) for split in ("validation", "test"))
+    ratio = params.routing.hard_ratio
+    promised = 1 - (params.ashem.hard_example_ratio if ratio is None else ratio)
+    width = params.routing.gain_width
+    gain_macs = ledger.dim * width + width if width else ledger.dim
+    return criterion_rows(read_json("metrics/criteria.json"), validation, test, ledger, promised, gain_macs)
+
+
+def parameters() -> list[str]:
+    """Those of params.yaml but for the section of baselines, which the tables name."""
+    values = load_params().model_dump(exclude={"baselines"})
+    return [f"{key}: {value}" for key, value in values.items()]
+
+
+def build(params: Params, figures: dict[str, Figure], suites: dict[str, Suite]) -> Page:
+    """The page, part by part."""
+    core, regime = suites["core"], suites["regime"]
+    ledger = Ledger.of(load_model("data/phase2"), params.model.seq_len)
+    page = Page("When is ASHEM worth using?")
+    page.heading("Question")
+    page.text(wording.QUESTION)
+    page.heading("Answer")
+    page.text(wording.answer(core, regime, SETTING), lead=True)
+    page.heading("Every model at equal cost")
+    page.text(wording.REGIME_OF_CORE.format(**wording.core_facts(core, SETTING)))
+    page.table(*tables.main_table(core, SETTING))
+    page.text(wording.READING)
+    for name in ("cost", "curves"):
+        page.figure(figures[name], Path("metrics"))
+    page.heading("When: the regime map")
+    if "regime" in figures:
+        page.text(wording.crossover(regime))
+        page.figure(figures["regime"], Path("metrics"))
+        page.table(*tables.regime_table(regime))
+    else:
+        page.text("Not run: `python -m stages.evidence.run --full`.")
+    page.heading("Which tokens: selection at the same share")
+    if suites["selection"].records:
+        page.table(*tables.difference_table(suites["selection"], SETTING))
+    else:
+        page.text("Not run: `python -m stages.evidence.run --full`.")
+    if "ratios" in figures:
+        page.text(wording.ratios(suites["ratios"]))
+        page.figure(figures["ratios"], Path("metrics"))
+    page.heading("The historical protocol")
+    page.text(wording.leak(core, SETTING))
+    page.heading("Routing")
+    page.table(*tables.router_table(router_rows(params, ledger)))
+    page.text(wording.ROUTER)
+    for name in ("confidence", "classes", "sample"):
+        page.figure(figures[name], Path("metrics"))
+    page.heading("Cost ledger")
+    page.table(*tables.ledger_table(ledger))
+    page.text(wording.break_even(ledger, params.ashem.hard_example_ratio))
+    page.heading("Threats to validity")
+    page.points(wording.THREATS)
+    page.heading("Made with")
+    page.points(wording.provenance(suites))
+    versions = {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}}
+    page.code("\n".join([*parameters(), "", *(f"{name} {number}" for name, number in versions.items())]))
+    return page
+
+
+def main() -> None:
+    params = load_params()
+    with Stage("report", threads=params.train.threads):
+        suites = {name: Suite.load(name) for name in ("core", "selection", "ratios", "regime")}
+        if not suites["core"].records.get(SETTING, {}).get("ashem"):
+            raise StageError("metrics/evidence/core.json: has no model; run python -m stages.evidence.run first")
+        threshold = float(read_json("metrics/compute_threshold.json", "threshold")["threshold"])
+        with atomic_folder(PICTURES) as folder:
+            figures = draw(folder, suites["core"], suites["regime"], suites["ratios"], threshold)
+        figures = {
+            name: Figure(PICTURES / figure.file.name, figure.alt, figure.caption) for name, figure in figures.items()
+        }
+        page = build(params, figures, suites)
+        write_text("metrics/report.html", page.html())
+        write_text("metrics/report.md", page.markdown())
+        print(f"metrics/report.html: {len(page.html()) / 1e6:.2f} MB, {len(figures)} pictures")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)
