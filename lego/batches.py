@@ -73,6 +73,11 @@ class TrainingBatches:
             return self.blocks_per_epoch
         return max(0, min(self.blocks_per_epoch, self.total_blocks - self.epoch * self.blocks_per_epoch))
 
+    def seen(self, epochs: int) -> list[int]:
+        """Tokens seen by the end of each of the first epochs."""
+        blocks = [self.blocks_per_epoch * n for n in range(1, epochs + 1)]
+        return [self.blocks.seq_len * min(n, self.total_blocks or n) for n in blocks]
+
     def __len__(self) -> int:
         return -(-self.count // self.batch_size)
 

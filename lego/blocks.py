@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from torch import Tensor
 
-from lego.artifacts import ArtifactError, named, read_checked, read_json, sha256
+from lego.artifacts import ArtifactError, derived_seed, named, read_checked, read_json, sha256
 
 ROWS_AT_A_TIME = 8192  # blocks per record batch
 
@@ -131,12 +131,15 @@ class PackedBlocks:
         folder: the tokenize stage's output, data/tokens.
         split: one of SPLITS.
         part: (from, to) as shares of the split's blocks; default all.
+        shuffle_seed: of a permutation of the split's blocks, of which the part is cut; default the order of the text.
 
     Raises:
         ArtifactError: the folder is missing or damaged.
     """
 
-    def __init__(self, folder: str | Path, split: str, part: tuple[float, float] = (0.0, 1.0)) -> None:
+    def __init__(
+        self, folder: str | Path, split: str, part: tuple[float, float] = (0.0, 1.0), shuffle_seed: int | None = None
+    ) -> None:
         source = Path(folder) / split
         if (Path(folder) / "corpus.json").exists():  # first of all: Arrow ends the process at some damages
             facts = corpus_facts(folder)["splits"]
@@ -153,6 +156,7 @@ class PackedBlocks:
         total = int(self.starts[-1])
         self.first, last = (round(share * total) for share in part)
         self.count = last - self.first
+        self.order = None if shuffle_seed is None else np.random.default_rng(shuffle_seed).permutation(total)
         if self.count < 1:
             raise CorpusError(
                 f"{source}: the part {part[0]:g} to {part[1]:g} of its {total} blocks is empty; "
@@ -170,6 +174,8 @@ class PackedBlocks:
     def rows(self, indices: Tensor) -> Tensor:
         """Token ids (b, seq_len + 1) of the blocks at `indices` (b,)."""
         wanted = indices.numpy() + self.first
+        if self.order is not None:
+            wanted = self.order[wanted]
         piece = np.searchsorted(self.starts, wanted, side="right") - 1
         rows = [self.pieces[p][row] for p, row in zip(piece, wanted - self.starts[piece], strict=True)]
         return torch.from_numpy(np.stack(rows)).long()
@@ -180,10 +186,22 @@ class PackedBlocks:
         return torch.cat([self.rows(part)[:, 1:] for part in parts]).flatten().numpy()
 
 
-def train_part(phase2_share: float, phase: int, phase2_text: str = "fresh") -> tuple[float, float]:
-    """Part of train that a phase reads: phase 1 the first 1 - phase2_share, phase 2 the rest, or the `same`."""
-    seen = (0.0, 1.0 - phase2_share)
-    return seen if phase == 1 or phase2_text == "same" else (1.0 - phase2_share, 1.0)
+def train_text(
+    folder: str | Path, phase: int, phase2_share: float, phase2_split: str, seed: int, phase2_text: str = "fresh"
+) -> PackedBlocks:
+    """The train text of a phase: phase 1 has 1 - phase2_share of it, phase 2 the rest, or the `same`.
+
+    Args:
+        folder: the tokenize stage's output.
+        phase: 1 or 2.
+        phase2_share, phase2_split, phase2_text: keys of the section `ashem`.
+        seed: of the run, from which a division by blocks follows.
+
+    Raises:
+        CorpusError: the part is empty.
+    """
+    part = (0.0, 1.0 - phase2_share) if phase == 1 or phase2_text == "same" else (1.0 - phase2_share, 1.0)
+    return PackedBlocks(folder, "train", part, derived_seed(seed, "phases") if phase2_split == "blocks" else None)
 
 
 class _Split(BaseModel):

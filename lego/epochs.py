@@ -194,25 +194,21 @@ def _one_epoch(
     return loss, stats
 
 
-def epoch_rows(
-    result: dict[str, Any], tokens_per_epoch: int, total_tokens: int, macs: float, macs_before: float = 0
-) -> list[dict[str, float]]:
+def epoch_rows(result: dict[str, Any], seen: list[int], macs: float, macs_before: float = 0) -> list[dict[str, float]]:
     """The curve of a run as rows for a CSV: epoch, tokens seen, macs spent, train_loss, val_ppl, val_acc.
 
     Args:
         result: what `train_with_early_stopping` returns.
-        tokens_per_epoch: tokens in a full epoch; the last one may be cut.
-        total_tokens: tokens seen in all.
-        macs: multiply-accumulates that these cost.
+        seen: tokens seen by the end of each epoch.
+        macs: multiply-accumulates that they cost in all.
         macs_before: what had been spent before.
     """
-    seen = [min(n * tokens_per_epoch, total_tokens) for n in range(1, len(result["train_losses"]) + 1)]
     columns = zip(result["train_losses"], result["val_losses"], result["val_accs"], strict=True)
     return [
         {
             "epoch": n,
             "tokens": seen[n - 1],
-            "macs": round(macs_before + macs * seen[n - 1] / total_tokens),
+            "macs": round(macs_before + macs * seen[n - 1] / seen[-1]),
             "train_loss": loss,
             "val_ppl": ppl,
             "val_acc": acc,

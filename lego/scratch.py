@@ -13,6 +13,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,16 @@ class BusyError(RuntimeError):
     """Another process runs this stage; the message names it."""
 
 
+@cache
+def _stages(file: Path) -> dict[str, Any]:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))["stages"]
+
+
 def pipeline_entry(stage: str) -> dict[str, Any]:
     """What a dvc.yaml of this tree says of a stage; `group@key` is one of a group made by foreach."""
     group, _, key = stage.partition("@")
     for file in (ROOT / "dvc.yaml", *sorted(ROOT.glob("stages/*/dvc.yaml"))):
-        entry = yaml.safe_load(file.read_text(encoding="utf-8"))["stages"].get(group)
+        entry = _stages(file).get(group)
         if entry is not None:
             return yaml.safe_load(yaml.safe_dump(entry["do"]).replace("${key}", key)) if key else entry
     raise KeyError(stage)

@@ -166,6 +166,7 @@ class AshemParams(Section):
     hard_split: Literal["train", "validation"]
     phase2_text: Literal["fresh", "same"]
     phase2_share: Annotated[Number, _within("[0, 1)")]
+    phase2_split: Literal["blocks", "documents"]
     phase2_layers: Count
     phase2_lr: Positive
     phase2_epochs: Count

@@ -6,7 +6,7 @@ dvc repro collect_hard      (python -m stages.collect_hard)
 from lego.artifacts import publish, read_number, sha256, write_json
 from lego.ashem import exit_states
 from lego.batches import EvaluationBatches
-from lego.blocks import PackedBlocks, data_digests, train_part
+from lego.blocks import PackedBlocks, data_digests, train_text
 from lego.checkpoint import load_model
 from lego.cost import Ledger
 from lego.harness import Stage, exit_cleanly, resolve_device
@@ -21,10 +21,9 @@ def main() -> None:
     with Stage("collect_hard", params.seed, params.train.threads) as stage:
         folder = stage.scratch / "store"  # what is finished of it outlives a killed run
         folder.mkdir(parents=True, exist_ok=True)
-        part = (0.0, 1.0)
-        if ashem.hard_split == "train":
-            part = train_part(ashem.phase2_share, phase=2, phase2_text=ashem.phase2_text)
-        blocks = PackedBlocks("data/tokens", ashem.hard_split, part)
+        blocks = train_text("data/tokens", 2, ashem.phase2_share, ashem.phase2_split, params.seed, ashem.phase2_text)
+        if ashem.hard_split == "validation":
+            blocks = PackedBlocks("data/tokens", "validation")
         model = load_model("data/phase1")
         threshold = read_number("metrics/compute_threshold.json", "threshold", high=1.0)
         writer = StoreWriter(folder, threshold, ashem.store_dtype, ashem.shard_tokens)

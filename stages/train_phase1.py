@@ -7,7 +7,7 @@ import torch
 
 from lego.artifacts import atomic_folder, write_csv, write_json
 from lego.batches import EvaluationBatches, TrainingBatches
-from lego.blocks import PackedBlocks, bits_per_byte, corpus_facts, data_digests, train_part
+from lego.blocks import PackedBlocks, bits_per_byte, corpus_facts, data_digests, train_text
 from lego.checkpoint import save_model
 from lego.cost import Ledger
 from lego.epochs import History, TrainingState, epoch_rows, fit
@@ -61,7 +61,8 @@ def train(params: Params, stage: Stage, batches: TrainingBatches) -> tuple[BaseT
 def main() -> None:
     params = load_params()
     with Stage("train_phase1", params.seed, params.train.threads) as stage:
-        blocks = PackedBlocks("data/tokens", "train", train_part(params.ashem.phase2_share, phase=1))
+        ashem = params.ashem
+        blocks = train_text("data/tokens", 1, ashem.phase2_share, ashem.phase2_split, params.seed)
         per_epoch = -(-params.train.tokens_per_epoch // blocks.seq_len)
         batches = TrainingBatches(blocks, params.train.batch_size, per_epoch, stage.seed)
         model, history = train(params, stage, batches)
@@ -74,7 +75,8 @@ def main() -> None:
             {"epoch": 0, "tokens": 0, "macs": 0, "train_loss": None, "val_ppl": best["ppl"], "val_acc": best["acc"]}
         ]
         macs = Ledger.of(model, blocks.seq_len).train_block1(tokens)
-        write_csv("metrics/curves/train_phase1.csv", epoch_rows(result, epoch_tokens, tokens, macs) or untrained)
+        seen = batches.seen(result["total_epochs"])
+        write_csv("metrics/curves/train_phase1.csv", epoch_rows(result, seen, macs) or untrained)
         facts = corpus_facts("data/tokens")["splits"]
         write_json(
             "metrics/train_phase1.json",

@@ -65,10 +65,11 @@ def report(params: Params, found: Search, batches: Batches, store: HiddenStateSt
     facts, history, model = corpus_facts("data/tokens"), found.best.history, found.best.model
     result, leaky = history.as_result(), store.manifest["split"] == "validation"
     streamed, seen = batches.seen(result["total_epochs"])
+    by_epoch = [batches.seen(n)[1] for n in range(1, result["total_epochs"] + 1)]
     macs = Ledger.of(model, facts["seq_len"]).train_block2(seen, params.ashem.head != "shared", streamed)
     budget = {"collect_hard_macs": store.manifest["macs"], "train_phase2_macs": macs}
     before = read_number("metrics/train_phase1.json", "train_macs") + store.manifest["macs"]
-    write_csv("metrics/curves/train_phase2.csv", epoch_rows(result, batches.seen(1)[1], seen, macs, before))
+    write_csv("metrics/curves/train_phase2.csv", epoch_rows(result, by_epoch, macs, before))
     write_json("metrics/added_macs.json", budget | {"added_macs": sum(budget.values()), "leaky": leaky})
     return {
         "val_ppl": history.best["ppl"],

@@ -9,7 +9,7 @@ from typing import Any
 
 from lego.artifacts import atomic_folder, read_json, read_number, write_csv, write_json
 from lego.batches import EvaluationBatches, TrainingBatches
-from lego.blocks import PackedBlocks, bits_per_byte, corpus_facts, data_digests, train_part
+from lego.blocks import PackedBlocks, bits_per_byte, corpus_facts, data_digests, train_text
 from lego.budget import Budget, train_blocks
 from lego.checkpoint import load_model, save_model
 from lego.cost import Ledger
@@ -72,7 +72,7 @@ def main() -> None:
     params = load_params()
     train, ashem = params.train, params.ashem
     with Stage("train_shallow_continued", params.seed, train.threads) as stage:
-        blocks = PackedBlocks("data/tokens", "train", train_part(ashem.phase2_share, 2, ashem.phase2_text))
+        blocks = train_text("data/tokens", 2, ashem.phase2_share, ashem.phase2_split, params.seed, ashem.phase2_text)
         ledger = Ledger.of(load_model("data/phase1"), blocks.seq_len)
         budget = read_number("metrics/added_macs.json", "added_macs")
         affordable = round(budget / ledger.train_block1(blocks.seq_len))
@@ -87,8 +87,8 @@ def main() -> None:
         history, model, macs = found.best.history, found.best.model, ledger.train_block1(tokens)
         with atomic_folder("data/baseline/shallow_continued") as folder:
             save_model(model, folder, tokenizer="data/tokens/tokenizer")
-        seen = batches.blocks_per_epoch * blocks.seq_len
-        write_csv("metrics/curves/shallow_continued.csv", epoch_rows(history.as_result(), seen, tokens, macs, before))
+        seen = batches.seen(len(history.evaluations))
+        write_csv("metrics/curves/shallow_continued.csv", epoch_rows(history.as_result(), seen, macs, before))
         spent = Budget(budget, before).spent(macs, found.best.lr) | {"added_macs": macs}
         unmined = {"n_hard": None, "hard_share": None, "leaky": leaky}  # it learns from every token
         metrics = model_metrics(params, model, ledger) | spent | unmined

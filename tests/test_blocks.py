@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lego.artifacts import ArtifactError, sha256
-from lego.blocks import BlockWriter, CorpusError, PackedBlocks, pack, train_part
+from lego.blocks import BlockWriter, CorpusError, PackedBlocks, pack, train_text
 
 
 def save_blocks(ids: np.ndarray, seq_len: int, folder: Path, at_a_time: int = 400) -> BlockWriter:
@@ -78,17 +78,26 @@ def test_a_stream_shorter_than_a_block_names_the_keys(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_two_phases_read_disjoint_parts_that_cover_train(tmp_path):
+def all_rows(blocks: PackedBlocks) -> list[tuple[int, ...]]:
+    return [tuple(row.tolist()) for row in blocks.rows(torch.arange(len(blocks)))]
+
+
+@pytest.mark.parametrize("split", ["blocks", "documents"])
+def test_the_two_phases_read_disjoint_parts_that_cover_train(tmp_path, split):
     save_blocks(np.arange(1001), 10, tmp_path / "train")
+    whole = all_rows(PackedBlocks(tmp_path, "train"))
     for share in (0.4, 0.25, 0.013):
-        seen = PackedBlocks(tmp_path, "train", train_part(share, phase=1))
-        fresh = PackedBlocks(tmp_path, "train", train_part(share, phase=2, phase2_text="fresh"))
-        same = PackedBlocks(tmp_path, "train", train_part(share, phase=2, phase2_text="same"))
-        assert len(seen) + len(fresh) == 100
-        assert seen.rows(torch.tensor([len(seen) - 1]))[0, -1] == fresh.rows(torch.tensor([0]))[0, 0]
-        assert torch.equal(same.rows(torch.tensor([0])), seen.rows(torch.tensor([0])))
+        seen, fresh = (train_text(tmp_path, phase, share, split, seed=3) for phase in (1, 2))
+        same = train_text(tmp_path, 2, share, split, seed=3, phase2_text="same")
+        assert len(fresh) == round(100 * share)
+        assert sorted(all_rows(seen) + all_rows(fresh)) == whole
+        assert all_rows(same) == all_rows(seen)
+        assert (all_rows(seen) == whole[: len(seen)]) == (split == "documents")
+        assert all_rows(train_text(tmp_path, 1, share, split, seed=3)) == all_rows(seen)
+    other = all_rows(train_text(tmp_path, 1, 0.013, split, seed=4))
+    assert (other == all_rows(seen)) == (split == "documents")
     with pytest.raises(CorpusError, match=r"is empty; change params\.yaml: ashem\.phase2_share"):
-        PackedBlocks(tmp_path, "train", train_part(0.001, phase=2))
+        train_text(tmp_path, 2, 0.001, split, seed=3)
 
 
 def test_missing_blocks_are_named(tmp_path):

@@ -277,7 +277,7 @@ def test_a_start_that_no_epoch_beats_is_kept():
 
 def test_the_rows_of_a_curve_end_at_the_tokens_really_seen():
     result = {"train_losses": [3.0, 2.0], "val_losses": [9.0, 8.0], "val_accs": [0.1, 0.2]}
-    rows = epoch_rows(result, tokens_per_epoch=100, total_tokens=130, macs=1300, macs_before=50)
+    rows = epoch_rows(result, seen=[100, 130], macs=1300, macs_before=50)
     assert [row["tokens"] for row in rows] == [100, 130]
     assert [row["macs"] for row in rows] == [1050, 1350]
     last = {"epoch": 2, "tokens": 130, "macs": 1350, "train_loss": 2.0, "val_ppl": 8.0, "val_acc": 0.2}

@@ -15,7 +15,7 @@ from lego.artifacts import atomic_folder, read_number, sha256, write_csv, write_
 from lego.ashem import exit_states
 from lego.baselines import small_reference
 from lego.batches import EvaluationBatches, TrainingBatches
-from lego.blocks import PackedBlocks, corpus_facts, data_digests, train_part
+from lego.blocks import PackedBlocks, corpus_facts, data_digests, train_text
 from lego.budget import Budget, train_blocks
 from lego.calibration import GainFit
 from lego.checkpoint import grow_model, load_model, save_model
@@ -98,7 +98,8 @@ def reference_of(one: Baseline) -> tuple[BaseTransformer, float]:
     params, own = one.params, one.params.baselines.selection
     torch.manual_seed(one.stage.seed)
     model = small_reference(one.block1, own.reference_dim, own.reference_layers)
-    blocks = PackedBlocks("data/tokens", "train", train_part(params.ashem.phase2_share, 1))
+    share, split = params.ashem.phase2_share, params.ashem.phase2_split
+    blocks = train_text("data/tokens", 1, share, split, params.seed)
     ledger = Ledger.of(model, blocks.seq_len)
     affordable = max(1, round(own.reference_share * one.budget.macs / ledger.train_joint(blocks.seq_len)))
     per_epoch = -(-params.train.tokens_per_epoch // blocks.seq_len)
@@ -185,8 +186,8 @@ def search(one: Baseline) -> Search:
             )
             streamed, seen = batches.seen(epochs)
             macs = ledger.train_block2(seen, head_trains, streamed)
-            per_epoch = batches.seen(1)[1]
-            one.rows[lr] += epoch_rows(history.as_result(), per_epoch, seen, macs, one.budget.before + spent)
+            by_epoch = [batches.seen(n)[1] for n in range(1, epochs + 1)]
+            one.rows[lr] += epoch_rows(history.as_result(), by_epoch, macs, one.budget.before + spent)
             spent += macs
             one.stage.continued |= continued
         one.macs[lr] = spent

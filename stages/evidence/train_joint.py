@@ -13,7 +13,7 @@ import torch
 from lego.artifacts import atomic_folder, read_number, write_csv, write_json
 from lego.baselines import joint_macs, losses_of, start_joint
 from lego.batches import EvaluationBatches, TrainingBatches
-from lego.blocks import PackedBlocks, corpus_facts, data_digests, train_part
+from lego.blocks import PackedBlocks, corpus_facts, data_digests, train_text
 from lego.budget import Budget, train_blocks
 from lego.checkpoint import load_model, save_model
 from lego.cost import Ledger
@@ -67,8 +67,10 @@ def budget_of(name: str, entry: JointParams) -> Budget:
 def plan(name: str, params: Params, seed: int) -> Plan:
     """What the budget pays for."""
     entry, ashem, block1 = params.baselines.joint[name], params.ashem, load_model("data/phase1")
-    part = train_part(ashem.phase2_share, 2, ashem.phase2_text) if entry.budget == "added" else (0.0, 1.0)
-    blocks, budget = PackedBlocks("data/tokens", "train", part), budget_of(name, entry)
+    budget, blocks = budget_of(name, entry), PackedBlocks("data/tokens", "train")
+    if entry.budget == "added":
+        share, split = ashem.phase2_share, ashem.phase2_split
+        blocks = train_text("data/tokens", 2, share, split, params.seed, ashem.phase2_text)
     depth = block1.num_layers + ashem.phase2_layers - ashem.phase1_layers
     ledger = Ledger.of(block1, blocks.seq_len).grown(depth, ashem.phase2_context)
 
@@ -134,14 +136,15 @@ def main(name: str = "") -> None:
         raise StageError(f"params.yaml: baselines.joint must have {name!r}, it has {', '.join(params.baselines.joint)}")
     with Stage(f"joint@{name}", params.seed, params.train.threads) as stage:
         planned = plan(name, params, stage.seed)
-        tokens, macs, seq_len = planned.tokens, planned.macs, planned.ledger.seq_len
+        tokens, macs = planned.tokens, planned.macs
         print(f"{name}: {tokens:,} tokens for {planned.budget.macs:.3e} MACs", flush=True)
         found = search(params, stage, planned)
         metrics, documents = evaluate(params, found.best.model, planned)
         with atomic_folder(f"data/baseline/{name}") as folder:
             save_model(found.best.model, folder, tokenizer="data/tokens/tokenizer")
-        per_epoch, result = planned.batches.blocks_per_epoch * seq_len, found.best.history.as_result()
-        write_csv(f"metrics/curves/{name}.csv", epoch_rows(result, per_epoch, tokens, macs, planned.budget.before))
+        result = found.best.history.as_result()
+        seen = planned.batches.seen(result["total_epochs"])
+        write_csv(f"metrics/curves/{name}.csv", epoch_rows(result, seen, macs, planned.budget.before))
         write_csv(f"metrics/documents/{name}.csv", documents)
         spent = planned.budget.spent(macs, found.best.lr)
         unmined = {"n_hard": None, "hard_share": None, "leaky": False}  # it learns from every token
