@@ -18,17 +18,22 @@ from lego.transformer import BaseTransformer
 
 @dataclass(frozen=True)
 class Budget:
-    """Multiply-accumulates to spend, on top of those that a given block 1 cost `before`; 0 = from scratch."""
+    """Multiply-accumulates to spend.
+
+    Args:
+        macs: how many.
+        before: what the given block 1 had cost; None = the model begins at random. 0 if it was trained elsewhere.
+    """
 
     macs: float
-    before: float = 0.0
+    before: float | None = None
 
     def spent(self, macs: float, lr: float) -> dict[str, float | None]:
         """Keys of a model's metrics file: its rate, what its training cost, and how far that lies from the budget."""
         return {
             "lr": lr,
-            "train_macs": self.before + macs,
-            "added_macs": macs if self.before else None,
+            "train_macs": (self.before or 0.0) + macs,
+            "added_macs": None if self.before is None else macs,
             "budget_macs": self.macs,
             "distance_from_budget": macs / self.macs - 1,
         }

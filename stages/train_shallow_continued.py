@@ -89,7 +89,7 @@ def main() -> None:
             save_model(model, folder, tokenizer="data/tokens/tokenizer")
         seen = batches.seen(len(history.evaluations))
         write_csv("metrics/curves/shallow_continued.csv", epoch_rows(history.as_result(), seen, macs, before))
-        spent = Budget(budget, before).spent(macs, found.best.lr) | {"added_macs": macs}
+        spent = Budget(budget, before).spent(macs, found.best.lr)
         unmined = {"n_hard": None, "hard_share": None, "leaky": leaky}  # it learns from every token
         metrics = model_metrics(params, model, ledger) | spent | unmined
         write_json("metrics/baseline/shallow_continued.json", metrics)

@@ -187,7 +187,7 @@ def search(one: Baseline) -> Search:
             streamed, seen = batches.seen(epochs)
             macs = ledger.train_block2(seen, head_trains, streamed)
             by_epoch = [batches.seen(n)[1] for n in range(1, epochs + 1)]
-            one.rows[lr] += epoch_rows(history.as_result(), by_epoch, macs, one.budget.before + spent)
+            one.rows[lr] += epoch_rows(history.as_result(), by_epoch, macs, spent + (one.budget.before or 0))
             spent += macs
             one.stage.continued |= continued
         one.macs[lr] = spent
@@ -241,7 +241,7 @@ def main(name: str = "") -> None:
         write_csv(f"metrics/curves/{name}.csv", one.rows[found.best.lr])
         write_csv(f"metrics/documents/{name}.csv", documents)
         mined = {"n_hard": one.n_hard, "hard_share": one.n_hard / one.store.manifest["tokens"], "leaky": one.historic}
-        spent = one.budget.spent(macs, found.best.lr) | {"added_macs": macs}
+        spent = one.budget.spent(macs, found.best.lr)
         write_json(f"metrics/baseline/{name}.json", metrics | spent | mined)
         print(f"{name}: test ppl {metrics['ppl']:.3f}, {100 * (macs / one.budget.macs - 1):+.2f} % of its budget")
         tokens = sum(row["tokens"] for row in one.rows[found.best.lr][-1:])

@@ -144,7 +144,7 @@ def main(name: str = "") -> None:
             save_model(found.best.model, folder, tokenizer="data/tokens/tokenizer")
         result = found.best.history.as_result()
         seen = planned.batches.seen(result["total_epochs"])
-        write_csv(f"metrics/curves/{name}.csv", epoch_rows(result, seen, macs, planned.budget.before))
+        write_csv(f"metrics/curves/{name}.csv", epoch_rows(result, seen, macs, planned.budget.before or 0))
         write_csv(f"metrics/documents/{name}.csv", documents)
         spent = planned.budget.spent(macs, found.best.lr)
         unmined = {"n_hard": None, "hard_share": None, "leaky": False}  # it learns from every token
