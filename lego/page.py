@@ -44,7 +44,7 @@ class Figure:
 
 @dataclass
 class Page:
-    """Builds a report part by part; text may hold **bold**, `code` and [links](url).
+    """Builds a report part by part; text may hold **bold**, *emphasis*, `code` and [links](url).
 
     Args:
         title: of the page.
@@ -142,8 +142,9 @@ def _anchor(text: str) -> str:
 
 
 def _inline(text: str) -> str:
-    """HTML of a line of text with **bold**, `code` and [links](url)."""
+    """HTML of a line of text with **bold**, *emphasis*, `code` and [links](url)."""
     shown = html.escape(text)
     shown = re.sub(r"`([^`]+)`", r"<code>\1</code>", shown)
     shown = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", shown)
+    shown = re.sub(r"\*([^*\s][^*]*)\*", r"<em>\1</em>", shown)
     return re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", r'<a href="\2">\1</a>', shown)

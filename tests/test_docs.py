@@ -9,10 +9,13 @@ import pytest
 import yaml
 from conftest import ROOT
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from workflow import LINES
 
 from lego.artifacts import read_json
 from lego.evaluation import comparison_lines
 from lego.params import Params
+from stages.evidence.summary import Suite
+from stages.evidence.tables import short_table
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = sorted(
@@ -27,11 +30,16 @@ def test_every_experiment_in_the_pages_is_valid(command):
     overrides = [words[i + 1] for i, word in enumerate(words) if word == "-S"]
     assert overrides
     for override in OverridesParser.create().parse_overrides(overrides):
-        section, key = override.key_or_group.split(".")
-        assert key in values[section], override.key_or_group
-        values[section][key] = override.value()
-        if hasattr(values[section][key], "text"):  # a quoted string
-            values[section][key] = values[section][key].text
+        *path, key = override.key_or_group.split(".")
+        section = values
+        for part in path:
+            section = section[part]
+        assert key in section, override.key_or_group
+        choices = [*override.value().list] if override.is_sweep_override() else [override.value()]
+        for choice in choices:
+            section[key] = getattr(choice, "text", choice)  # a quoted string
+            if len(choices) > 1:
+                Params.model_validate(values)
     params = Params.model_validate(values)
     if "split_on" in command:
         assert re.match(params.data.split_on or "", " = Title = ")
@@ -46,6 +54,21 @@ def test_the_readme_shows_the_numbers_of_the_committed_metrics():
         assert line in readme, line
 
 
+def test_the_readme_shows_every_model_of_the_core_suite():
+    suite = Suite("core", read_json(ROOT / "metrics/evidence/core.json"))
+    header, rows, _ = short_table(suite, "default")
+    readme = (ROOT / "README.md").read_text()
+    for row in (header, *rows):
+        assert "| " + " | ".join(row) + " |" in readme, row
+
+
+def test_the_workflow_script_runs_every_line_of_the_page():
+    page = (ROOT / "docs/evidence.md").read_text().split("## Daily work with experiments")[1]
+    shown = [line for block in re.findall(r"```bash\n(.*?)```", page, re.S) for line in block.splitlines()]
+    assert len(shown) > 15
+    assert [line for line in shown if line not in LINES] == []
+
+
 def test_the_pages_link_to_files_that_exist():
     for page in PAGES:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
@@ -54,6 +77,6 @@ def test_the_pages_link_to_files_that_exist():
 
 def test_every_file_of_the_tree_stands_in_the_readme():
     readme = (ROOT / "README.md").read_text()
-    for path in [*(ROOT / "lego").glob("*.py"), *(ROOT / "stages").glob("*.py")]:
+    for path in [*(ROOT / "lego").glob("*.py"), *(ROOT / "stages").rglob("*.py")]:
         if path.stem != "__init__":
             assert re.search(rf"\b{path.name}\b", readme), path.name

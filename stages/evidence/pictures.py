@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure as PlotFigure
 from matplotlib.ticker import ScalarFormatter
 
 from lego.page import Figure
@@ -22,6 +23,12 @@ def points(axes: Axes, x: Sequence[float], y: Sequence[Interval], number: int, l
     axes.errorbar(
         x, [one.mean for one in y], spread, color=colour, marker=marker, label=label, linestyle=line, capsize=3
     )
+
+
+def legend_below(axes: Axes) -> None:
+    figure = axes.figure
+    assert isinstance(figure, PlotFigure)
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=9, ncols=4, loc="outside lower center")
 
 
 def routed_against_cost(folder: Path, suite: Suite, setting: str) -> Figure:
@@ -41,7 +48,7 @@ def routed_against_cost(folder: Path, suite: Suite, setting: str) -> Figure:
             points(axes, [cost.mean], [ppl], number, model, line="")
         axes.set_xlabel("inference cost of a token, as a share of the full model's MACs")
         axes.set_ylabel("test perplexity")
-        axes.legend(fontsize=9, ncols=2, loc="center left", bbox_to_anchor=(1, 0.5))
+        legend_below(axes)
     caption = (
         f"Routed test perplexity against inference cost, mean of {len(sweeps)} seeds with 95 % intervals over seeds. "
         "The line is ASHEM at every threshold; the dashed one is the oracle that knows both losses of every token."
@@ -64,7 +71,7 @@ def training_curves(folder: Path, suite: Suite, setting: str) -> Figure:
         axes.yaxis.set_minor_formatter(ScalarFormatter())
         axes.set_xlabel("training MACs, those of a given block 1 included")
         axes.set_ylabel("validation perplexity")
-        axes.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+        legend_below(axes)
     caption = "Validation perplexity against training MACs, seed 0, of the learning rate that was taken."
     return Figure(folder / "curves.svg", "Training curves of all models against training cost", caption)
 

@@ -62,7 +62,9 @@ def router_rows(params: Params, ledger: Ledger) -> list[dict[str, Any]]:
 def parameters() -> list[str]:
     """Those of params.yaml but for the section of baselines, which the tables name."""
     values = load_params().model_dump(exclude={"baselines"})
-    return [f"{key}: {value}" for key, value in values.items()]
+    sections = {key: value for key, value in values.items() if isinstance(value, dict)}
+    named = [f"{key}.{name}: {value}" for key, section in sections.items() for name, value in section.items()]
+    return [f"seed: {values['seed']}", *named]
 
 
 def build(params: Params, figures: dict[str, Figure], suites: dict[str, Suite]) -> Page:
@@ -73,7 +75,8 @@ def build(params: Params, figures: dict[str, Figure], suites: dict[str, Suite]) 
     page.heading("Question")
     page.text(wording.QUESTION)
     page.heading("Answer")
-    page.text(wording.answer(core, regime, SETTING), lead=True)
+    page.text(wording.answer(core, SETTING), lead=True)
+    page.points(wording.answer_points(core, SETTING) + ([wording.crossover(regime)] if regime.records else []))
     page.heading("Every model at equal cost")
     page.text(wording.REGIME_OF_CORE.format(**wording.core_facts(core, SETTING)))
     page.table(*tables.main_table(core, SETTING))

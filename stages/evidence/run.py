@@ -240,6 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--full", action="store_true", help="all suites but quick")
     parser.add_argument("--quick", action="store_true", help="the core models, one seed, no search")
     parser.add_argument("--suite", action="append", help="this suite alone; may be given more than once")
+    parser.add_argument("--setting", action="append", help="these settings of the suites alone")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="stages at a time, one thread each")
     parser.add_argument("--dry-run", action="store_true", help="say what would run")
     asked = parser.parse_args(arguments)
@@ -252,6 +253,9 @@ def main(arguments: list[str] | None = None) -> None:
     with only_run("evidence"):
         for name in names:
             suite = suites[name]
+            if asked.setting:
+                kept = {key: changes for key, changes in suite.settings.items() if key in asked.setting}
+                suite = suite.model_copy(update={"settings": kept})
             count = asked.seeds if asked.seeds and name in ("core", "quick") else suite.seeds
             for seeds in (range(1), range(1, count)):  # the first one finds the learning rates
                 todo = missing(name, suite, seeds)

@@ -53,6 +53,21 @@ def main_table(suite: Suite, setting: str) -> Table:
     return header, rows, f"Test perplexity over {seeds} seeds; inference MACs as a share of the full model's."
 
 
+def short_table(suite: Suite, setting: str) -> Table:
+    """ASHEM beside every model that does not leak, the best first, as the README shows it."""
+    header = ("model", "budget", "test perplexity", "ASHEM less it", "ASHEM is", "inference MACs")
+    rows = []
+    for model in sorted(suite.models(setting), key=lambda name: fmean(suite.values(setting, name, "ppl"))):
+        if leaky(suite, setting, model):
+            continue
+        found = difference(suite, setting, "ashem", model) if model != "ashem" else None
+        cost = fmean(suite.values(setting, model, "flops_ratio"))
+        name, budget = (f"`{model}`", budget_kind(suite, setting, model)) if found else ("**ASHEM**", "its own")
+        differs, said = (f"{found.over_seeds:+.2f}", found.verdict) if found else ("", "")
+        rows.append([name, budget, f"{suite.interval(setting, model):.2f}", differs, said, f"{cost:.2f}"])
+    return header, rows, "Means of seeds with 95 % intervals; inference as a share of the full model's."
+
+
 def difference_table(suite: Suite, setting: str) -> Table:
     """ASHEM against the other selections."""
     header = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from statistics import fmean
 from typing import Any
 
 from lego.cost import Ledger
@@ -75,28 +76,38 @@ def phrase(found: Difference | None, other: str) -> str:
     if found is None:
         return f"not compared with {other}"
     relation = {"better": "better than", "worse": "worse than"}.get(found.verdict, "not distinguishable from")
-    return f"{relation} {other} ({found.over_seeds:+.2f} over seeds)"
+    return f"{relation} {other} by {found.over_seeds:+.2f} (documents {found.over_documents:+.2f})"
 
 
-def answer(core: Suite, regime: Suite, setting: str) -> str:
-    """The answer in one paragraph, by rule."""
+def rivals(core: Suite, setting: str, kind: str) -> list[str]:
+    """The models of one budget, the lowest test perplexity first."""
+    others = [model for model in core.models(setting) if model != "ashem" and not leaky(core, setting, model)]
+    mine = [model for model in others if budget_kind(core, setting, model) == kind]
+    return sorted(mine, key=lambda model: fmean(core.values(setting, model, "ppl")))
+
+
+def answer(core: Suite, setting: str) -> str:
+    """The answer in one sentence, by rule: against its own block 1, and the strongest model of each budget."""
     own = core.interval(setting, "ashem")
-    assert own
-    others = [model for model in core.models(setting) if model != "ashem"]
-    kinds = {model: budget_kind(core, setting, model) for model in others}
     parts = [
         f"At {core_facts(core, setting)['ratio']:.1f} tokens of phase 1 a parameter ASHEM reaches a test perplexity of "
-        f"{own:.2f}: {phrase(shallow_gain(core, setting), 'its own block 1')}"
+        f"{own:.2f}, {phrase(shallow_gain(core, setting), 'its own block 1')}"
     ]
     for kind in ("added", "total"):
-        said = [
-            phrase(difference(core, setting, "ashem", m), m)
-            for m in others
-            if kinds[m] == kind and not leaky(core, setting, m)
-        ]
-        parts.append(f"at equal {kind} MACs " + ", ".join(said))
-    text = "; ".join(parts) + "."
-    return f"{text} {crossover(regime)}" if regime.records else text
+        if names := rivals(core, setting, kind):
+            best = phrase(difference(core, setting, "ashem", names[0]), names[0])
+            parts.append(f"and at equal {kind} MACs {best}")
+    return ", ".join(parts) + "."
+
+
+def answer_points(core: Suite, setting: str) -> list[str]:
+    """ASHEM against every model, by budget."""
+    said = []
+    for kind in ("added", "total"):
+        compared = [phrase(difference(core, setting, "ashem", name), name) for name in rivals(core, setting, kind)]
+        if compared:
+            said.append(f"at equal {kind} MACs: " + "; ".join(compared))
+    return said
 
 
 def crossover(suite: Suite) -> str:
