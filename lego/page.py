@@ -26,10 +26,9 @@ nav ul { columns: 2; padding-left: 1.2rem; } @media (max-width: 40rem) { nav ul 
 th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid var(--line); }
 caption, figcaption { color: var(--soft); font-size: .9rem; text-align: left; padding: .3rem 0; }
-figure { margin: 1.5rem 0; } figure img { width: 100%; height: auto; background: #fff; border-radius: 4px; }
+figure { margin: 1.5rem 0; }
+figure img { width: 100%; min-width: 34rem; height: auto; background: #fff; border-radius: 4px; }
 code, pre { font-family: ui-monospace, monospace; font-size: .9em; } pre { overflow-x: auto; white-space: pre-wrap; }
-.deep { background: #b3541e; color: #fff; } .shallow { background: #cfe3f5; color: #10263a; }
-.sample { white-space: pre-wrap; } .sample span { border-radius: 2px; }
 """
 
 
@@ -77,12 +76,7 @@ class Page:
         if any(len(row) != len(header) for row in rows):
             raise ValueError(f"each row of {caption!r} must have {len(header)} cells")
         head = "".join(f'<th scope="col">{_inline(cell)}</th>' for cell in header)
-        body = "".join(
-            f'<tr><th scope="row">{_inline(row[0])}</th>'
-            + "".join(f"<td>{_inline(cell)}</td>" for cell in row[1:])
-            + "</tr>"
-            for row in rows
-        )
+        body = "".join(_row(row) for row in rows)
         label = html.escape(re.sub(r"[*`]", "", caption), quote=True)
         shown = (
             f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><caption>{_inline(caption)}'
@@ -98,19 +92,12 @@ class Page:
         data = base64.b64encode(figure.file.read_bytes()).decode()
         alt = html.escape(figure.alt, quote=True)
         shown = (
-            f'<figure><img alt="{alt}" src="data:image/{kind};base64,{data}">'
+            f'<figure><div class="scroll" tabindex="0" role="region" aria-label="{alt}">'
+            f'<img alt="{alt}" src="data:image/{kind};base64,{data}"></div>'
             f"<figcaption>{_inline(figure.caption)}</figcaption></figure>"
         )
         link = figure.file.relative_to(relative_to).as_posix()
         self.parts.append((shown, f"![{figure.alt}]({link})\n\n{figure.caption}"))
-
-    def sample(self, pieces: Sequence[tuple[str, bool]]) -> None:
-        """Text whose tokens are coloured by depth: (text, went deep)."""
-        spans = "".join(
-            f'<span class="{"deep" if deep else "shallow"}">{html.escape(text)}</span>' for text, deep in pieces
-        )
-        marked = "".join(f"[{text}]" if deep and text.strip() else text for text, deep in pieces)
-        self.parts.append((f'<pre class="sample">{spans}</pre>', f"```\n{marked}\n```"))
 
     def code(self, text: str) -> None:
         self.parts.append((f"<pre><code>{html.escape(text)}</code></pre>", f"```\n{text}\n```"))
@@ -144,7 +131,9 @@ def _anchor(text: str) -> str:
 def _inline(text: str) -> str:
     """HTML of a line of text with **bold**, *emphasis*, `code` and [links](url)."""
     shown = html.escape(text)
-    shown = re.sub(r"`([^`]+)`", r"<code>\1</code>", shown)
-    shown = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", shown)
-    shown = re.sub(r"\*([^*\s][^*]*)\*", r"<em>\1</em>", shown)
-    return re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", r'<a href="\2">\1</a>', shown)
+    pieces = re.split(r"`([^`]+)`", shown)  # every other one is code, in which nothing is marked
+    for number in range(0, len(pieces), 2):
+        marked = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", pieces[number])
+        marked = re.sub(r"\*([^*\s][^*]*)\*", r"<em>\1</em>", marked)
+        pieces[number] = re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", r'<a href="\2">\1</a>', marked)
+    return "".join(f"<code>{piece}</code>" if n % 2 else piece for n, piece in enumerate(pieces))

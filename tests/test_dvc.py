@@ -199,6 +199,37 @@ def test_an_experiment_reruns_what_it_affects_and_dvc_shows_the_difference(clone
     assert ran(clone.run("dvc", "repro")) == []
 
 
+def test_a_baseline_runs_alone_and_again_only_for_its_own_keys(clone):
+    target = "stages/evidence/dvc.yaml:joint@grow_copy"
+    assert f"Running stage '{target}'" in clone.run("dvc", "repro", "-s", target)
+    path = clone.folder / "params.yaml"
+    text = path.read_text()
+    for name, reran in (("dense", False), ("grow_copy", True)):
+        changed = re.sub(rf"(?s)(\n    {name}:.*?      lr: )\S+", r"\g<1>1.0e-05", text, count=1)
+        assert changed != text
+        path.write_text(changed)
+        output = clone.run("dvc", "repro", "-s", target)
+        assert (f"Running stage '{target}'" in output) == reran, name
+    path.write_text(text)
+    assert ran(clone.run("dvc", "repro")) == []
+    clone.run("dvc", "checkout")  # what other baselines never made is not missed
+    assert "ppl" in clone.run(
+        sys.executable, "-m", "lego.compare", "metrics/evaluate_routing.json", "metrics/baseline/grow_copy.json"
+    )
+
+
+def test_data_travels_through_a_remote(clone, tmp_path):
+    clone.run("git", "clone", "-q", str(clone.folder), str(tmp_path / "other"))
+    other = Clone(tmp_path / "other")
+    for one in (clone, other):
+        one.run("dvc", "remote", "add", "--local", "-d", "storage", str(tmp_path / "storage"))
+    clone.run("dvc", "push", "-q", "dvc.yaml")
+    other.run("dvc", "pull", "-q", "dvc.yaml")
+    for folder in ("data/tokens", "data/phase2", "data/routed"):
+        assert sha256(other.folder / folder) == sha256(clone.folder / folder)
+    assert ran(other.run("dvc", "repro")) == []
+
+
 def test_a_bad_parameter_touches_no_result_and_what_dvc_removed_comes_back(clone):
     results = ("data/phase2/model.safetensors", "metrics/compute_threshold.json", "dvc.lock")
     before = {path: (clone.folder / path).read_bytes() for path in results}

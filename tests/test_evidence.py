@@ -233,20 +233,72 @@ def test_the_runner_makes_what_is_missing_reuses_what_is_current_and_goes_on_aft
     monkeypatch.chdir(clone.folder)
     suite = graph.Suite(seeds=1, search=[1.0], settings={"tiny": {}}, models=["shallow_continued"])
     monkeypatch.setattr(run, "load_suites", lambda: {"small": suite})
-    asked = ["--suite", "small", "--workers", "2"]
-    monkeypatch.setattr(run, "SCRATCH", Path("nowhere"))
-    text = (clone.folder / "params.yaml").read_text()
-    (clone.folder / "params.yaml").write_text(text.replace("phase2_layers: 4 ", "phase2_layers: 1 "))
-    with pytest.raises(ValueError, match="phase2_layers"):
+    asked, execute = ["--suite", "small", "--workers", "2"], run.execute
+
+    def failing(task: graph.Task) -> float:
+        if task.stage == "collect_hard":
+            raise StageError("collect_hard: no room")
+        return execute(task)
+
+    monkeypatch.setattr(run, "execute", failing)
+    with pytest.raises(StageError, match="1 stages failed, the first: collect_hard: no room"):
         run.main(asked)
-    (clone.folder / "params.yaml").write_text(text)
-    run.main(asked)
     assert "1 models to make, 6 stages to run on 2 workers" in capsys.readouterr().out
+    monkeypatch.setattr(run, "execute", execute)
+    run.main(asked)
+    assert "1 models to make, 3 stages to run on 2 workers" in capsys.readouterr().out
     found = read_json("metrics/evidence/small.json")["tiny"]["shallow_continued"]["0"]
     assert found["metrics"]["ppl"] > 1
     assert len(found["documents"]["nll"]) == len(found["documents"]["tokens"])
     run.main(asked)
     assert "1 of 1 models are current" in capsys.readouterr().out
-    (clone.folder / "params.yaml").write_text(text.replace("grad_clip: 1.0", "grad_clip: 0.5"))
+    path = clone.folder / "params.yaml"
+    path.write_text(path.read_text().replace("grad_clip: 1.0", "grad_clip: 0.5"))
     run.main([*asked, "--dry-run"])
     assert "0 of 1 models are current" in capsys.readouterr().out
+    run.drop_stale("small", suite)
+    assert "small: 1 models of other parameters, code or text are dropped" in capsys.readouterr().out
+    assert read_json("metrics/evidence/small.json") == {"tiny": {"shallow_continued": {}}}
+
+
+def test_wrong_requests_and_parameters_that_are_not_comparable_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "params.yaml").read_text()
+    for change, sentence in (
+        (("hard_split: train", "hard_split: validation"), r"ashem\.hard_split must be train"),
+        (("criterion: max_prob", "criterion: gain"), "routing must be max_prob"),
+        (("hard_ratio: null", "hard_ratio: 0.2"), "routing must be max_prob"),
+    ):
+        assert text.count(change[0]) == 1
+        Path("params.yaml").write_text(text.replace(*change))
+        with pytest.raises(StageError, match=sentence):
+            run.main(["--dry-run"])
+    Path("params.yaml").write_text(text)
+    for asked, sentence in (
+        (["--suite", "none"], "suites.yaml has core"),
+        (["--setting", "none"], "these suites have default"),
+        (["--seeds", "0"], "must be at least 1"),
+    ):
+        with pytest.raises(StageError, match=sentence):
+            run.main(asked)
+
+
+def test_later_seeds_take_the_factor_that_the_first_one_took(monkeypatch):
+    params = Params.model_validate(changed(VALUES, {"search.lr_factors": [0.5, 1.0, 2.0]}))
+    rates = {"ashem": 0.5 * params.ashem.phase2_lr, "dense": 2 * params.baselines.joint["dense"].lr, "random": 1e-9}
+    records = {model: {"0": {"metrics": {"lr": lr}}} for model, lr in rates.items()}
+    monkeypatch.setattr(run, "results", lambda suite: {"x": records})
+    models = ["ashem", "dense", "random", "shallow_continued"]
+    found = run.factors_found("core", "x", models, params.model_dump())
+    assert found == {"train_phase2": [0.5], "joint@dense": [2.0]}  # random's belongs to no factor, and one is missing
+
+
+def test_folders_that_are_named_count_by_their_content(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(graph, "text_digest", lambda data: "text")
+    Path("llama").mkdir()
+    (tmp_path / "llama/config.json").write_text("{}")
+    values = changed(VALUES, {"model.init_from": "llama"})
+    before = task_of("train_phase1", values, {}).fingerprint
+    (tmp_path / "llama/config.json").write_text("{ }")
+    assert task_of("train_phase1", values, {}).fingerprint != before

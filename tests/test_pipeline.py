@@ -213,6 +213,7 @@ def test_every_dvc_yaml_of_the_tree_parses():
     with Repo(str(ROOT)) as repo:
         stages = {stage.name for stage in repo.index.stages}
     assert set(ORDER) <= stages
+    assert {"joint@dense", "block2@random", "report"} <= stages
 
 
 def test_the_readme_shows_the_graph_as_dvc_draws_it():

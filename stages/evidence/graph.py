@@ -29,7 +29,6 @@ from lego.sections import DataParams
 from lego.sources import documents
 
 PIPELINE_MODELS = {"ashem": "evaluate_routing", "shallow_continued": "train_shallow_continued"}
-SEARCHING = {"train_phase2", "train_shallow_continued", "joint", "block2"}
 PACKAGES = ("torch", "numpy", "tokenizers")
 
 
@@ -111,6 +110,13 @@ def stage_of(model: str, params: Params) -> str:
     raise StageError(f"suites.yaml: no model {model}; params.yaml: baselines names those there are")
 
 
+def base_rate(model: str, params: Params) -> float:
+    """The peak learning rate that a model's search multiplies."""
+    if model in PIPELINE_MODELS:
+        return params.ashem.phase2_lr if model == "ashem" else params.yardstick.lr
+    return getattr(params.baselines, stage_of(model, params).split("@")[0])[model].lr
+
+
 def task_of(stage: str, values: dict[str, Any], factors: dict[str, list[float]]) -> Task:
     """The task of a stage with all that it needs.
 
@@ -146,9 +152,15 @@ class _Builder:
             "inputs": {file: task.fingerprint for file, task in inputs},
             "versions": {package: version(package) for package in PACKAGES},
             "text": text_digest(json.dumps(values["data"])) if stage == "tokenize" else None,
-        }
+        } | {name: sha256(name) for name in _folders(values) if stage in ("tokenize", "train_phase1")}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
         return Task(stage, yaml.safe_dump(values, sort_keys=False), inputs, digest)
+
+
+def _folders(values: dict[str, Any]) -> list[str]:
+    """Models, tokenizers and data sets that are named and lie here: their content counts."""
+    named = (values["model"]["init_from"], values["data"]["pretrained"], values["data"]["hub_name"])
+    return [name for name in named if name and Path(name).exists()]
 
 
 def _value(values: dict[str, Any], key: str) -> Any:
@@ -184,7 +196,7 @@ def code_digest(file: str) -> str:
 
 @cache
 def text_digest(data: str) -> str:
-    """SHA-256 of the text that a section `data`, given as JSON, names; of its name, if it is on the hub."""
+    """SHA-256 of the text that a section `data`, given as JSON, names; of its name and revision, if on the hub."""
     section = DataParams.model_validate(json.loads(data))
     if section.source == "hub":
         return hashlib.sha256(f"{section.hub_name} {section.hub_revision}".encode()).hexdigest()

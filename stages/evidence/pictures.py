@@ -13,7 +13,7 @@ from matplotlib.ticker import ScalarFormatter
 from lego.page import Figure
 from lego.pictures import COLOURS, look, picture
 from lego.stats import Interval
-from stages.evidence.summary import Suite, difference, tokens_per_parameter
+from stages.evidence.summary import DEEP, Suite, by_regime, compared_in, difference
 
 
 def points(axes: Axes, x: Sequence[float], y: Sequence[Interval], number: int, label: str, line: str = "-") -> None:
@@ -41,7 +41,7 @@ def routed_against_cost(folder: Path, suite: Suite, setting: str) -> Figure:
         oracle = suite.interval(setting, "ashem", "oracle_ppl")
         assert oracle
         axes.axhline(oracle.mean, color="#555555", linestyle="--", linewidth=1, label="oracle of both exits")
-        for number, model in enumerate(suite.models(setting)):
+        for number, model in enumerate(sorted(suite.models(setting))):
             ppl, cost = suite.interval(setting, model), suite.interval(setting, model, "flops_ratio")
             assert ppl
             assert cost
@@ -59,9 +59,9 @@ def routed_against_cost(folder: Path, suite: Suite, setting: str) -> Figure:
 def training_curves(folder: Path, suite: Suite, setting: str) -> Figure:
     """Validation perplexity of the first seed against training MACs."""
     with picture(folder, "curves", height=5.4) as axes:
-        first = suite.records[setting]["ashem"]["0"]["phase1_curve"]
+        first = next(iter(suite.records[setting]["ashem"].values()))["phase1_curve"]
         axes.plot(first["macs"], first["val_ppl"], color="#555555", linewidth=1.5, linestyle=":", label="phase 1")
-        for number, model in enumerate(suite.models(setting)):
+        for number, model in enumerate(name for name in suite.models(setting) if DEEP not in name):
             curve = suite.records[setting][model].get("0", {}).get("curve")
             if curve and model != "leaky_validation":  # its curve is of text that it trained on
                 colour, marker = look(number)
@@ -77,28 +77,28 @@ def training_curves(folder: Path, suite: Suite, setting: str) -> Figure:
 
 
 def regime_map(folder: Path, suite: Suite) -> Figure:
-    """ASHEM less each other model, against how much text phase 1 had seen."""
-    settings = list(suite.records)
-    seen = [tokens_per_parameter(next(iter(suite.records[setting]["ashem"].values()))) for setting in settings]
-    order = np.argsort(seen)
-    with picture(folder, "regime", height=5.0) as axes:
-        others = [model for model in suite.models(settings[0]) if model != "ashem"]
-        for number, other in enumerate(others):
-            found = [(seen[i], difference(suite, settings[i], "ashem", other)) for i in order]
-            known = [(x * 1.04 ** (number - 1.5), d) for x, d in found if d]
-            points(axes, [x for x, _ in known], [d.over_seeds for _, d in known], number, f"against {other}")
+    """ASHEM less each other model, against how much text phase 1 had seen; settings of another width stand alone."""
+    with picture(folder, "regime", height=5.4) as axes:
+        for number, other in enumerate(name for name in compared_in(suite) if DEEP not in name):
+            found = [(seen, name, difference(suite, name, "ashem", other)) for seen, name in by_regime(suite)]
+            for same in (True, False):
+                known = [(seen, one.over_seeds) for seen, name, one in found if one and ("dim" in name) != same]
+                if known:
+                    apart = [seen * 1.04 ** (number - 1.5) for seen, _ in known]
+                    label, line = (f"against {other}", "-") if same else (f"_{other}", "")
+                    points(axes, apart, [one for _, one in known], number, label, line)
         axes.axhline(0, color="#000000", linewidth=1)
         axes.set_xscale("log")
         axes.set_yscale("symlog", linthresh=1)
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.set_xlabel("tokens of phase 1 per parameter of block 1")
         axes.set_ylabel("ASHEM less the other, test perplexity\n(below 0: ASHEM is better)")
-        axes.legend(fontsize=9)
+        legend_below(axes)
     caption = (
-        "Difference in routed test perplexity with 95 % intervals over seeds. Below 0 ASHEM is better. frozen_all, "
-        "random and shallow_continued have the same added MACs, dense the same total MACs."
+        "Difference in test perplexity with 95 % intervals over seeds. Below 0 ASHEM is better. frozen_all, random and "
+        "shallow_continued have the same added MACs, dense the same total MACs. Points off the lines: another width."
     )
-    return Figure(folder / "regime.svg", "Differences of ASHEM to four models as phase 1 sees more text", caption)
+    return Figure(folder / "regime.svg", "Differences of ASHEM to other models as phase 1 sees more text", caption)
 
 
 def hard_against_random(folder: Path, suite: Suite) -> Figure:

@@ -57,7 +57,7 @@ def criterion_rows(
     validation: TokenTable,
     test: TokenTable,
     ledger: Ledger,
-    promised: float,
+    promised: float | None,
     gain_macs: int,
 ) -> list[dict[str, Any]]:
     """One row a criterion, on test text.
@@ -66,7 +66,7 @@ def criterion_rows(
         criteria: metrics/criteria.json.
         validation, test: token tables; temperatures are fitted on the first.
         ledger: costs of the routed model.
-        promised: share that was to leave early.
+        promised: share that was to leave early; None if no share was promised.
         gain_macs: what a score of the gain criterion costs.
     """
     rows = []

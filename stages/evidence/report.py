@@ -5,6 +5,7 @@ dvc repro stages/evidence/dvc.yaml:report      (python -m stages.evidence.report
 """
 
 import platform
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,41 +20,45 @@ from lego.harness import RECORDED_PACKAGES, Stage, StageError, exit_cleanly
 from lego.page import Figure, Page
 from lego.params import Params, load_params
 from stages.evidence import tables, wording
+from stages.evidence.graph import load_suites
 from stages.evidence.pictures import hard_against_random, regime_map, routed_against_cost, training_curves
 from stages.evidence.quality import criterion_rows, load_table
-from stages.evidence.summary import Suite
+from stages.evidence.summary import Suite, by_regime
 from stages.evidence.token_pictures import confidences, hard_by_class, sample
 
 SETTING, SAMPLED = "default", 900
+NOT_RUN = "Not run yet: `python -m stages.evidence.run --full`."
 PICTURES = Path("metrics/pictures")
 
 
-def draw(folder: Path, core: Suite, regime: Suite, ratios: Suite, threshold: float) -> dict[str, Figure]:
-    """All pictures that there are numbers for, by name."""
-    table = load_table(Path("data/evaluation/test.safetensors"))
+def draw(folder: Path, suites: dict[str, Suite], criterion: str) -> dict[str, Figure]:
+    """All pictures that there are numbers for, by name; `criterion` routes the sample."""
+    mining = float(read_json("metrics/compute_threshold.json", "threshold")["threshold"])
+    routed = float(read_json("metrics/evaluate_routing.json", "threshold")["threshold"])
+    table, core = load_table(Path("data/evaluation/test.safetensors")), suites["core"]
     tokenizer = Tokenizer.from_file("data/tokens/tokenizer/tokenizer.json")
     targets = PackedBlocks("data/tokens", "test").targets()
     texts = [tokenizer.decode([token], skip_special_tokens=False) for token in targets]
-    hard = ~table.easy(threshold)
+    deep = ~table.easy(routed, criterion)
     figures = [
         routed_against_cost(folder, core, SETTING),
         training_curves(folder, core, SETTING),
-        confidences(folder, table.confidence, table.right_shallow.astype(bool), threshold),
-        hard_by_class(folder, texts, hard),
-        sample(folder, list(zip(texts[:SAMPLED], hard[:SAMPLED].tolist(), strict=True))),
+        confidences(folder, table.confidence, table.right_shallow.astype(bool), mining),
+        hard_by_class(folder, texts, ~table.easy(mining)),
+        sample(folder, list(zip(texts[:SAMPLED], deep[:SAMPLED].tolist(), strict=True))),
     ]
-    if regime.records:
-        figures.append(regime_map(folder, regime))
-    if ratios.records:
-        figures.append(hard_against_random(folder, ratios))
+    if by_regime(suites["regime"]):
+        figures.append(regime_map(folder, suites["regime"]))
+    if suites["ratios"].records:
+        figures.append(hard_against_random(folder, suites["ratios"]))
     return {figure.file.stem: figure for figure in figures}
 
 
 def router_rows(params: Params, ledger: Ledger) -> list[dict[str, Any]]:
     """How the exit criteria of the root pipeline's model route."""
     validation, test = (load_table(Path(f"data/evaluation/{split}.safetensors")) for split in ("validation", "test"))
-    ratio = params.routing.hard_ratio
-    promised = 1 - (params.ashem.hard_example_ratio if ratio is None else ratio)
+    ratio = params.ashem.hard_example_ratio if params.routing.hard_ratio is None else params.routing.hard_ratio
+    promised = 1 - ratio if params.routing.calibration == "quantile" else None
     width = params.routing.gain_width
     gain_macs = ledger.dim * width + width if width else ledger.dim
     return criterion_rows(read_json("metrics/criteria.json"), validation, test, ledger, promised, gain_macs)
@@ -67,39 +72,44 @@ def parameters() -> list[str]:
     return [f"seed: {values['seed']}", *named]
 
 
-def build(params: Params, figures: dict[str, Figure], suites: dict[str, Suite]) -> Page:
-    """The page, part by part."""
+def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict[str, Figure]) -> None:
+    """Question, answer, and every model at equal cost."""
     core, regime = suites["core"], suites["regime"]
-    ledger = Ledger.of(load_model("data/phase2"), params.model.seq_len)
-    page = Page("When is ASHEM worth using?")
     page.heading("Question")
     page.text(wording.QUESTION)
     page.heading("Answer")
     page.text(wording.answer(core, SETTING), lead=True)
-    page.points(wording.answer_points(core, SETTING) + ([wording.crossover(regime)] if regime.records else []))
+    if "regime" in figures:
+        page.points(wording.crossover(regime))
     page.heading("Every model at equal cost")
-    page.text(wording.REGIME_OF_CORE.format(**wording.core_facts(core, SETTING)))
-    page.table(*tables.main_table(core, SETTING))
+    page.text(wording.facts(core, SETTING))
+    page.table(*tables.main_table(core, SETTING, params, load_suites()[core.name].search))
     page.text(wording.READING)
     for name in ("cost", "curves"):
         page.figure(figures[name], Path("metrics"))
     page.heading("When: the regime map")
     if "regime" in figures:
-        page.text(wording.crossover(regime))
         page.figure(figures["regime"], Path("metrics"))
         page.table(*tables.regime_table(regime))
     else:
-        page.text("Not run: `python -m stages.evidence.run --full`.")
+        page.text(NOT_RUN)
     page.heading("Which tokens: selection at the same share")
-    if suites["selection"].records:
+    if "ashem" in suites["selection"].models(SETTING):
         page.table(*tables.difference_table(suites["selection"], SETTING))
     else:
-        page.text("Not run: `python -m stages.evidence.run --full`.")
+        page.text(NOT_RUN)
     if "ratios" in figures:
         page.text(wording.ratios(suites["ratios"]))
         page.figure(figures["ratios"], Path("metrics"))
     page.heading("The historical protocol")
     page.text(wording.leak(core, SETTING))
+
+
+def build(params: Params, suites: dict[str, Suite], figures: dict[str, Figure]) -> Page:
+    """The page, part by part."""
+    ledger = Ledger.of(load_model("data/phase2"), params.model.seq_len)
+    page = Page("When is ASHEM worth using?")
+    findings(page, params, suites, figures)
     page.heading("Routing")
     page.table(*tables.router_table(router_rows(params, ledger)))
     page.text(wording.ROUTER)
@@ -109,7 +119,7 @@ def build(params: Params, figures: dict[str, Figure], suites: dict[str, Suite]) 
     page.table(*tables.ledger_table(ledger))
     page.text(wording.break_even(ledger, params.ashem.hard_example_ratio))
     page.heading("Threats to validity")
-    page.points(wording.THREATS)
+    page.points([wording.documents_fact(suites["core"], SETTING), *wording.THREATS])
     page.heading("Made with")
     page.points(wording.provenance(suites))
     versions = {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}}
@@ -121,15 +131,14 @@ def main() -> None:
     params = load_params()
     with Stage("report", threads=params.train.threads):
         suites = {name: Suite.load(name) for name in ("core", "selection", "ratios", "regime")}
-        if not suites["core"].records.get(SETTING, {}).get("ashem"):
-            raise StageError("metrics/evidence/core.json: has no model; run python -m stages.evidence.run first")
-        threshold = float(read_json("metrics/compute_threshold.json", "threshold")["threshold"])
+        if "ashem" not in suites["core"].models(SETTING):
+            suites["core"] = Suite.load("quick")
+            if "ashem" not in suites["core"].models(SETTING):
+                raise StageError("metrics/evidence/core.json: has no ASHEM; run python -m stages.evidence.run first")
         with atomic_folder(PICTURES) as folder:
-            figures = draw(folder, suites["core"], suites["regime"], suites["ratios"], threshold)
-        figures = {
-            name: Figure(PICTURES / figure.file.name, figure.alt, figure.caption) for name, figure in figures.items()
-        }
-        page = build(params, figures, suites)
+            drawn = draw(folder, suites, params.routing.criterion)
+        figures = {name: replace(figure, file=PICTURES / figure.file.name) for name, figure in drawn.items()}
+        page = build(params, suites, figures)
         write_text("metrics/report.html", page.html())
         write_text("metrics/report.md", page.markdown())
         print(f"metrics/report.html: {len(page.html()) / 1e6:.2f} MB, {len(figures)} pictures")

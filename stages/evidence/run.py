@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
 from lego.artifacts import read_json, write_json, write_text
 from lego.harness import StageError, exit_cleanly
 from lego.params import Params, load_params
 from lego.scratch import ROOT, SCRATCH, only_run, pipeline_entry
-from stages.evidence.graph import Suite, Task, changed, load_suites, stage_of, task_of
+from stages.evidence.graph import Suite, Task, base_rate, changed, load_suites, stage_of, task_of
 
 RESULTS, STORE, RUNS = Path("metrics/evidence"), SCRATCH / "evidence/store", SCRATCH / "evidence/runs"
 FULL = ("core", "selection", "ratios", "regime")
@@ -58,11 +59,27 @@ def record_of(found: dict[str, Any], setting: str, model: str, seed: int) -> dic
 
 
 def parameters(suite: Suite, setting: str, seed: int) -> dict[str, Any]:
-    """Those of params.yaml with the setting's changes, on one thread and without timing."""
+    """Those of params.yaml with the setting's changes, on one thread and without timing.
+
+    Raises:
+        StageError: they are not valid, or the suites would compare what is not comparable.
+    """
     values = load_params().model_dump()
     alone = {"seed": seed, "train.threads": 1, "evaluation.latency_repeats": 0, "search.lr_factors": suite.search}
     values = changed(changed(values, alone), suite.settings[setting])
-    Params.model_validate(values)
+    try:
+        params = Params.model_validate(values)
+    except ValidationError as error:
+        raise StageError(f"suites.yaml: setting {setting}: {error.errors()[0]['msg']}") from None
+    routing = params.routing
+    if params.ashem.hard_split != "train":
+        raise StageError(
+            "params.yaml: ashem.hard_split must be train for the suites; leaky_validation is the other one"
+        )
+    if (routing.criterion, routing.calibration, routing.hard_ratio) != ("max_prob", "quantile", None):
+        raise StageError(
+            "params.yaml: routing must be max_prob, quantile and hard_ratio null for the suites: baselines route so"
+        )
     return values
 
 
@@ -71,18 +88,11 @@ def factors_found(suite: str, setting: str, models: list[str], values: dict[str,
     found, params = results(suite), Params.model_validate(values)
     factors = {}
     for model in models:
-        stage = stage_of(model, params)
-        group = "train_phase2" if model == "ashem" else stage.split("@")[0]
-        if group == "train_phase2":
-            base, stage = params.ashem.phase2_lr, group
-        elif group == "train_shallow_continued":
-            base = params.yardstick.lr
-        else:
-            base = getattr(params.baselines, group)[model].lr
         lr = record_of(found, setting, model, 0).get("metrics", {}).get("lr")
-        if lr is not None:
-            tried = params.search.lr_factors
-            factors[stage] = [min(tried, key=lambda factor: abs(base * factor - lr))]
+        base = base_rate(model, params)
+        matching = [factor for factor in params.search.lr_factors if lr and abs(base * factor - lr) < 1e-9 * lr]
+        if matching:
+            factors["train_phase2" if model == "ashem" else stage_of(model, params)] = matching
     return factors
 
 
@@ -92,6 +102,8 @@ def wanted(name: str, suite: Suite, seeds: range) -> Iterator[Wanted]:
         for seed in seeds:
             values = parameters(suite, setting, seed)
             factors = factors_found(name, setting, suite.models, values) if seed else {}
+            if "shallow_continued" not in suite.models:  # it is made on the way to ASHEM and not compared
+                factors["train_shallow_continued"] = [1.0]
             params = Params.model_validate(values)
             for model in suite.models:
                 yield Wanted(name, setting, model, seed, task_of(stage_of(model, params), values, factors))
@@ -102,7 +114,7 @@ def execute(task: Task) -> float:
     folder, entry = (RUNS / task.label).absolute(), pipeline_entry(task.stage)
     folder.mkdir(parents=True, exist_ok=True)
     values = yaml.safe_load(task.params)
-    for section, key in (("data", "path"), ("data", "pretrained"), ("model", "init_from")):
+    for section, key in (("data", "path"), ("data", "pretrained"), ("data", "hub_name"), ("model", "init_from")):
         if values[section][key] and Path(values[section][key]).exists():  # it is read from another folder
             values[section][key] = str(Path(values[section][key]).absolute())
     write_text(folder / "params.yaml", yaml.safe_dump(values, sort_keys=False))
@@ -187,41 +199,76 @@ def prune(pending: list[Task]) -> None:
             shutil.rmtree(folder)
 
 
-def run_all(todo: list[Wanted], workers: int) -> None:
-    """Runs the tasks, each when what it reads is there, and writes each model down as soon as it is finished."""
+def run_all(todo: list[Wanted], workers: int) -> list[str]:
+    """Runs the tasks, each when what it reads is there, and writes each model down as soon as it is finished.
+
+    Returns:
+        What went wrong; what does not read the output of a failed task is run all the same.
+    """
     goals = {one.task.label: [other for other in todo if other.task.label == one.task.label] for one in todo}
     order = {task.label: task for one in todo for task in one.task.ancestors()}
     pending = {label: task for label, task in order.items() if not (STORE / label).exists()}
     count, start, revision = len(pending), time.perf_counter(), revision_now()
     running: dict[Future[float], Task] = {}
+    failed: dict[str, str] = {}
     print(f"{len(todo)} models to make, {count} stages to run on {workers} workers", flush=True)
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            while pending or running:
-                busy = {task.label for task in running.values()}
-                for label, task in list(pending.items()):
-                    if len(running) == workers:
-                        break
-                    blocked = {source.label for _, source in task.inputs} & (pending.keys() | busy)
-                    if not blocked:
-                        running[pool.submit(execute, pending.pop(label))] = task
-                        busy.add(label)
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    task = running.pop(future)
-                    seconds = future.result()
-                    done, spent = count - len(pending) - len(running), time.perf_counter() - start
-                    for one in goals.get(task.label, []):
-                        write_record(one, revision)
-                    what = ", ".join(one.title for one in goals.get(task.label, [])) or task.stage
-                    left = spent / done * (count - done) / 60
-                    print(f"{done}/{count} {what}: {seconds:.0f} s; about {left:.0f} min left", flush=True)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
     for one in todo:  # made before, by a run that was killed between the two
-        if record_of(results(one.suite), one.setting, one.model, one.seed).get("fingerprint") != one.task.fingerprint:
+        if one.task.label not in pending:
             write_record(one, revision)
+    with ThreadPoolExecutor(workers) as pool:
+        while pending or running:
+            for label in [key for key, task in pending.items() if any(one.label in failed for one in task.ancestors())]:
+                failed[label] = ""
+                del pending[label]
+            for label in ready(pending, running)[: workers - len(running)]:
+                task = pending.pop(label)
+                running[pool.submit(execute, task)] = task
+            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                task = running.pop(future)
+                what = ", ".join(one.title for one in goals.get(task.label, [])) or task.stage
+                try:
+                    seconds = future.result()
+                except StageError as error:
+                    failed[task.label] = str(error)
+                    print(f"{what}: {error}", flush=True)
+                    continue
+                for one in goals.get(task.label, []):
+                    write_record(one, revision)
+                done, spent = count - len(pending) - len(running), time.perf_counter() - start
+                left = spent / done * (count - done) / 60
+                print(f"{done}/{count} {what}: {seconds:.0f} s; about {left:.0f} min left", flush=True)
+    return [error for error in failed.values() if error]
+
+
+def ready(pending: dict[str, Task], running: dict[Future[float], Task]) -> list[str]:
+    """The waiting tasks of which everything they read is there."""
+    unmade = pending.keys() | {task.label for task in running.values()}
+    return [label for label, task in pending.items() if not unmade & {source.label for _, source in task.inputs}]
+
+
+def drop_stale(name: str, suite: Suite) -> None:
+    """Removes numbers that follow from other parameters, code or text, so that they are not averaged with current ones.
+
+    Settings and models that the suite does not have (any more) go too.
+    """
+    found = results(name)
+    seeds = {int(seed) for models in found.values() for kept in models.values() for seed in kept}
+    if not seeds:
+        return
+    current = {
+        (one.setting, one.model, str(one.seed)): one.task.fingerprint
+        for one in wanted(name, suite, range(max(seeds) + 1))
+    }
+    dropped = 0
+    for setting, models in found.items():
+        for model, kept in models.items():
+            for seed in [key for key, one in kept.items() if current.get((setting, model, key)) != one["fingerprint"]]:
+                del kept[seed]
+                dropped += 1
+    if dropped:
+        print(f"{name}: {dropped} models of other parameters, code or text are dropped", flush=True)
+        write_json(RESULTS / f"{name}.json", found)
 
 
 def missing(name: str, suite: Suite, seeds: range) -> list[Wanted]:
@@ -250,20 +297,28 @@ def main(arguments: list[str] | None = None) -> None:
         raise StageError(f"--suite {unknown[0]}: suites.yaml has {', '.join(suites)}")
     if (asked.seeds is not None and asked.seeds < 1) or asked.workers < 1:
         raise StageError("--seeds and --workers must be at least 1")
+    settings = {setting for name in names for setting in suites[name].settings}
+    if unknown := [setting for setting in asked.setting or [] if setting not in settings]:
+        raise StageError(f"--setting {unknown[0]}: these suites have {', '.join(sorted(settings))}")
+    failures = []
     with only_run("evidence"):
         for name in names:
             suite = suites[name]
+            count = asked.seeds if asked.seeds and name in ("core", "quick") else suite.seeds
+            if not asked.dry_run:
+                drop_stale(name, suite)
             if asked.setting:
                 kept = {key: changes for key, changes in suite.settings.items() if key in asked.setting}
                 suite = suite.model_copy(update={"settings": kept})
-            count = asked.seeds if asked.seeds and name in ("core", "quick") else suite.seeds
             for seeds in (range(1), range(1, count)):  # the first one finds the learning rates
                 todo = missing(name, suite, seeds)
                 total = len(seeds) * len(suite.settings) * len(suite.models)
                 print(f"{name}: {total - len(todo)} of {total} models are current for seeds {list(seeds)}", flush=True)
                 if todo and not asked.dry_run:
                     prune([one.task for one in todo])
-                    run_all(todo, asked.workers)
+                    failures += run_all(todo, asked.workers)
+    if failures:
+        raise StageError(f"{len(failures)} stages failed, the first: {failures[0]}")
 
 
 if __name__ == "__main__":

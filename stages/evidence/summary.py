@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -12,23 +14,40 @@ from lego.artifacts import read_json
 from lego.stats import Interval, bootstrap_ppl_difference, mean_interval, verdict
 
 RESULTS = Path("metrics/evidence")
+DEEP = ", always deep"
 
 
 @dataclass(frozen=True)
 class Suite:
-    """The records of one suite: setting -> model -> seed -> record."""
+    """The records of one suite: setting -> model -> seed -> record.
+
+    A model with two exits has a second entry for its full depth on every token, which costs what the full model costs.
+    """
 
     name: str
     records: dict[str, dict[str, dict[str, dict[str, Any]]]]
 
     @classmethod
     def load(cls, name: str) -> Suite:
+        """A suite's file; empty if there is none."""
         file = RESULTS / f"{name}.json"
-        return cls(name, read_json(file) if file.exists() else {})
+        return cls.of(name, read_json(file) if file.exists() else {})
+
+    @classmethod
+    def of(cls, name: str, found: dict[str, Any]) -> Suite:
+        """The records with the always-deep entries added."""
+        records = {}
+        for setting, models in found.items():
+            records[setting] = {model: seeds for model, seeds in models.items() if seeds}
+            for model, seeds in list(records[setting].items()):
+                deep = {seed: _deep(record) for seed, record in seeds.items()}
+                if any(record["metrics"]["threshold"] is not None for record in seeds.values()):
+                    records[setting][model + DEEP] = deep
+        return cls(name, records)
 
     def models(self, setting: str) -> list[str]:
         """Those with at least one seed."""
-        return [model for model, seeds in self.records.get(setting, {}).items() if seeds]
+        return list(self.records.get(setting, {}))
 
     def values(self, setting: str, model: str, key: str) -> list[float]:
         """A metric of each seed, in their order."""
@@ -39,6 +58,18 @@ class Suite:
         """Mean over seeds with its 95 % interval; None where the metric has no meaning."""
         values = [value for value in self.values(setting, model, key) if value is not None]
         return mean_interval(values) if values else None
+
+    def by_perplexity(self, setting: str) -> list[str]:
+        """Models, the lowest mean test perplexity first."""
+        return sorted(self.models(setting), key=lambda name: fmean(self.values(setting, name, "ppl")))
+
+
+def _deep(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of a model with two exits as if every token had gone deep."""
+    deep = copy.deepcopy(record)
+    deep["metrics"] |= {"ppl": record["metrics"]["deep_ppl"], "flops_ratio": 1.0, "shallow_ratio": 0.0}
+    deep["documents"]["nll"] = record["documents"]["nll_deep"]
+    return deep
 
 
 @dataclass(frozen=True)
@@ -51,7 +82,7 @@ class Difference:
 
     @property
     def verdict(self) -> str:
-        return verdict(self.over_seeds, self.over_documents)
+        return "one seed" if self.seeds == 1 else verdict(self.over_seeds, self.over_documents)
 
 
 def difference(
@@ -79,8 +110,8 @@ def difference(
 
 
 def tokens_per_parameter(record: dict[str, Any]) -> float:
-    """How much text phase 1 saw, of an `ashem` record."""
-    return record["phase1"]["train_tokens"] / record["phase1"]["parameters"]
+    """How much text phase 1 saw, of an `ashem` record; NaN for a block 1 that was given."""
+    return record["phase1"]["train_tokens"] / record["phase1"]["parameters"] or float("nan")
 
 
 def shallow_gain(suite: Suite, setting: str) -> Difference | None:
@@ -88,14 +119,24 @@ def shallow_gain(suite: Suite, setting: str) -> Difference | None:
     return difference(suite, setting, "ashem", "ashem", shallow=True)
 
 
+def _first(suite: Suite, setting: str, model: str) -> dict[str, Any]:
+    return next(iter(suite.records[setting][model].values()))["metrics"]
+
+
 def budget_kind(suite: Suite, setting: str, model: str) -> str:
     """Which budget a model's training had."""
-    metrics = next(iter(suite.records[setting][model].values()))["metrics"]
-    return "total" if metrics["added_macs"] is None else "added"
+    return "total" if _first(suite, setting, model)["added_macs"] is None else "added"
 
 
 def leaky(suite: Suite, setting: str, model: str) -> bool:
-    return bool(next(iter(suite.records[setting][model].values()))["metrics"]["leaky"])
+    return bool(_first(suite, setting, model)["leaky"])
+
+
+def rivals(suite: Suite, setting: str, kind: str) -> list[str]:
+    """What ASHEM is compared with at one budget, the lowest test perplexity first; nothing that leaks."""
+    others = [model for model in suite.by_perplexity(setting) if not model.startswith("ashem")]
+    fair = [model for model in others if not leaky(suite, setting, model)]
+    return [model for model in fair if budget_kind(suite, setting, model) == kind]
 
 
 def by_regime(suite: Suite) -> list[tuple[float, str]]:
@@ -106,3 +147,9 @@ def by_regime(suite: Suite) -> list[tuple[float, str]]:
         if models.get("ashem")
     ]
     return sorted(seen)
+
+
+def compared_in(suite: Suite) -> list[str]:
+    """Models that any setting compares with ASHEM, in the order in which they first appear."""
+    names = dict.fromkeys(model for setting in suite.records for model in suite.models(setting))
+    return [model for model in names if not model.startswith("ashem")]

@@ -7,64 +7,77 @@ from statistics import fmean
 from typing import Any
 
 from lego.cost import Ledger
-from stages.evidence.summary import Suite, budget_kind, by_regime, difference, leaky
+from lego.params import Params
+from stages.evidence.graph import base_rate
+from stages.evidence.summary import DEEP, Difference, Suite, budget_kind, by_regime, compared_in, difference, leaky
 
 Table = tuple[Sequence[str], list[list[str]], str]
 """Header, rows and caption."""
 
 
-def main_table(suite: Suite, setting: str) -> Table:
+def cells_of(found: Difference | None) -> list[str]:
+    """Difference over seeds, over documents, and the verdict."""
+    return [f"{found.over_seeds:+.2f}", f"{found.over_documents:+.2f}", found.verdict] if found else ["", "", ""]
+
+
+def rate_of(suite: Suite, setting: str, model: str, params: Params, factors: Sequence[float]) -> str:
+    """The learning rate that was taken, and whether it is an end of what was tried."""
+    rate = suite.values(setting, model, "lr")[0]
+    ends = [base_rate(model.removesuffix(DEEP), params) * factor for factor in (min(factors), max(factors))]
+    at_end = len(factors) > 1 and any(abs(rate - end) < 1e-9 * rate for end in ends)
+    return f"{rate:g}" + (" (end)" if at_end else "")
+
+
+def main_table(suite: Suite, setting: str, params: Params, factors: Sequence[float]) -> Table:
     """All models of the core suite, the best first."""
     header = (
         "model",
         "budget",
+        "seeds",
         "test ppl",
         "ASHEM less it: seeds",
         "documents",
-        "verdict on ASHEM",
+        "ASHEM is",
         "hard ppl",
         "inference MACs",
         "training MACs",
         "off budget, %",
+        "rate",
     )
     rows = []
-    for model in sorted(suite.models(setting), key=lambda name: fmean(suite.values(setting, name, "ppl"))):
-        found = difference(suite, setting, "ashem", model) if model != "ashem" else None
+    for model in suite.by_perplexity(setting):
         off = max(abs(value) for value in suite.values(setting, model, "distance_from_budget"))
-        macs = suite.interval(setting, model, "train_macs")
-        flops, hard = suite.interval(setting, model, "flops_ratio"), suite.interval(setting, model, "hard_ppl_after")
-        assert macs
-        assert flops
+        hard = suite.interval(setting, model, "hard_ppl_after")
+        shown = f"**{model}**" if model == "ashem" else f"{model} (leaky)" if leaky(suite, setting, model) else model
         rows.append(
             [
-                f"**{model}**" if model == "ashem" else f"{model} (leaky)" if leaky(suite, setting, model) else model,
-                "its own" if model == "ashem" else budget_kind(suite, setting, model),
+                shown,
+                "its own" if model.startswith("ashem") else budget_kind(suite, setting, model),
+                str(len(suite.records[setting][model])),
                 f"{suite.interval(setting, model):.2f}",
-                f"{found.over_seeds:+.2f}" if found else "",
-                f"{found.over_documents:+.2f}" if found else "",
-                found.verdict if found else "",
+                *cells_of(difference(suite, setting, "ashem", model) if model != "ashem" else None),
                 f"{hard.mean:.1f}" if hard else "",
-                f"{flops.mean:.3f}",
-                f"{macs.mean:.3e}",
+                f"{fmean(suite.values(setting, model, 'flops_ratio')):.3f}",
+                f"{fmean(suite.values(setting, model, 'train_macs')):.3e}",
                 f"{100 * off:.2f}",
+                rate_of(suite, setting, model, params, factors),
             ]
         )
-    seeds = len(suite.records[setting]["ashem"])
-    return header, rows, f"Test perplexity over {seeds} seeds; inference MACs as a share of the full model's."
+    return header, rows, "Test perplexity; inference MACs as a share of the full model's; (end): of the rates tried."
 
 
 def short_table(suite: Suite, setting: str) -> Table:
     """ASHEM beside every model that does not leak, the best first, as the README shows it."""
     header = ("model", "budget", "test perplexity", "ASHEM less it", "ASHEM is", "inference MACs")
     rows = []
-    for model in sorted(suite.models(setting), key=lambda name: fmean(suite.values(setting, name, "ppl"))):
-        if leaky(suite, setting, model):
+    for model in suite.by_perplexity(setting):
+        if leaky(suite, setting, model) or model == "ashem" + DEEP:
             continue
         found = difference(suite, setting, "ashem", model) if model != "ashem" else None
         cost = fmean(suite.values(setting, model, "flops_ratio"))
-        name, budget = (f"`{model}`", budget_kind(suite, setting, model)) if found else ("**ASHEM**", "its own")
-        differs, said = (f"{found.over_seeds:+.2f}", found.verdict) if found else ("", "")
-        rows.append([name, budget, f"{suite.interval(setting, model):.2f}", differs, said, f"{cost:.2f}"])
+        name, budget = (model, budget_kind(suite, setting, model)) if found else ("**ASHEM**", "its own")
+        over_seeds, _, said = cells_of(found)
+        rows.append([name, budget, f"{suite.interval(setting, model):.2f}", over_seeds, said, f"{cost:.2f}"])
     return header, rows, "Means of seeds with 95 % intervals; inference as a share of the full model's."
 
 
@@ -75,49 +88,34 @@ def difference_table(suite: Suite, setting: str) -> Table:
         "test ppl",
         "ASHEM less it: seeds",
         "documents",
-        "verdict on ASHEM",
+        "ASHEM is",
         "on hard tokens",
         "selected, %",
         "shallow ratio",
     )
     rows = []
-    for model in suite.models(setting):
-        found = difference(suite, setting, "ashem", model) if model != "ashem" else None
-        hard = difference(suite, setting, "ashem", model, "nll_hard") if model != "ashem" else None
+    for model in suite.by_perplexity(setting):
+        hard = difference(suite, setting, "ashem", model, "nll_hard") if DEEP not in model else None
         share, ratio = suite.interval(setting, model, "hard_share"), suite.interval(setting, model, "shallow_ratio")
         rows.append(
             [
                 f"**{model}**" if model == "ashem" else model,
                 f"{suite.interval(setting, model):.2f}",
-                f"{found.over_seeds:+.2f}" if found else "",
-                f"{found.over_documents:+.2f}" if found else "",
-                found.verdict if found else "",
-                f"{hard.over_seeds:+.2f}" if hard else "",
+                *cells_of(difference(suite, setting, "ashem", model) if model != "ashem" else None),
+                f"{hard.over_seeds:+.2f}" if hard and model != "ashem" else "",
                 f"{100 * share.mean:.1f}" if share else "",
                 f"{ratio.mean:.3f}" if ratio else "",
             ]
         )
-    return (
-        header,
-        rows,
-        "Block 2 on other tokens, at equal added MACs; shallow_wide has equal inference and total MACs.",
-    )
+    return header, rows, "Block 2 on other tokens, at equal added MACs."
 
 
 def regime_table(suite: Suite) -> Table:
     """One row a setting."""
-    settings = by_regime(suite)
-    others = [model for model in suite.models(settings[0][1]) if model != "ashem"]
-    header = (
-        "tokens per parameter",
-        "setting",
-        "seeds",
-        "always shallow",
-        "ASHEM",
-        *(f"less {other}" for other in others),
-    )
+    others = compared_in(suite)
+    header = ("tokens per parameter", "setting", "seeds", "always shallow", "ASHEM", *(f"less {o}" for o in others))
     rows = []
-    for seen, name in settings:
+    for seen, name in by_regime(suite):
         cells = []
         for other in others:
             found = difference(suite, name, "ashem", other)
@@ -125,14 +123,11 @@ def regime_table(suite: Suite) -> Table:
         shallow, own = suite.interval(name, "ashem", "shallow_ppl"), suite.interval(name, "ashem")
         seeds = len(suite.records[name]["ashem"])
         rows.append([f"{seen:.1f}", name, str(seeds), f"{shallow:.2f}", f"{own:.2f}", *cells])
-    return (
-        header,
-        rows,
-        "Routed test perplexity as phase 1 sees more text; differences over seeds, and the verdict on ASHEM.",
-    )
+    return header, rows, "Test perplexity as phase 1 sees more text; differences over seeds, and what ASHEM is."
 
 
 def router_table(rows: list[dict[str, Any]]) -> Table:
+    """How the exit criteria route."""
     header = (
         "criterion",
         "AUROC",
@@ -151,7 +146,7 @@ def router_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['ppl']:.2f}",
             f"{row['oracle_gap_nats']:.3f}",
             f"{row['mean_ppl_over_cost']:.2f}",
-            f"{row['promised_shallow_ratio']:.3f}",
+            "" if row["promised_shallow_ratio"] is None else f"{row['promised_shallow_ratio']:.3f}",
             f"{row['shallow_ratio']:.3f}",
             f"{row['ece']:.3f}",
             f"{row['ece_after']:.3f} (T = {row['temperature']:.2f})",
@@ -162,6 +157,7 @@ def router_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def ledger_table(ledger: Ledger) -> Table:
+    """What a token costs."""
     parts = {
         "block 1": ledger.block1,
         "block 2": ledger.block2,
