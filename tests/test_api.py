@@ -125,7 +125,7 @@ def test_ashem_config_keeps_the_originals_defaults_and_params_yaml_its_own():
         "phase1_patience": 3,
         "hard_example_ratio": 0.5,
         "phase2_layers": 4,
-        "phase2_lr": 4e-3,
+        "phase2_lr": 8e-3,
         "phase2_patience": 3,
     }
 

@@ -24,10 +24,11 @@ from lego import (
 )
 from lego.artifacts import read_json, read_tensors, sha256
 from lego.batches import EvaluationBatches
-from lego.blocks import PackedBlocks
+from lego.blocks import PackedBlocks, train_text
 from lego.checkpoint import same_block1
 from lego.corpus import SPLITS, Corpus
 from lego.evaluation import MODEL_KEYS
+from lego.params import load_params
 from lego.sources import stdlib_documents
 from lego.tokenizer import fit_bpe
 
@@ -112,12 +113,17 @@ def test_the_threshold_is_the_calibration_texts_and_keeps_its_share_after_phase_
     assert share == pytest.approx(0.5, abs=1 / calibration.blocks.tokens)
 
 
-def test_the_store_holds_the_last_part_of_train_which_phase_1_did_not_read(clone):
-    train = PackedBlocks(clone.folder / "data/tokens", "train")
-    first_shard = HiddenStateStore(clone.folder / "data/hard").read_shard(0)
-    expected = train.rows(torch.tensor([round(0.6 * len(train))]))[:, :-1]
-    assert torch.equal(first_shard["inputs"][:1].long(), expected)
-    assert clone.json("metrics/train_phase1.json")["train_text_tokens"] == round(0.6 * len(train)) * 32
+def test_the_store_holds_the_part_of_train_that_phase_1_did_not_read_in_another_order(clone):
+    store, ashem = HiddenStateStore(clone.folder / "data/hard"), load_params(clone.folder / "params.yaml").ashem
+    stored = torch.cat([store.read_shard(index)["inputs"] for index in range(len(store.shards))]).tolist()
+    parts = []
+    for phase in (1, 2):
+        blocks = train_text(clone.folder / "data/tokens", phase, ashem.phase2_share, ashem.phase2_split, seed=0)
+        parts.append(blocks.rows(torch.arange(len(blocks)))[:, :-1].tolist())
+    assert sorted(stored) == sorted(parts[1])
+    assert stored != parts[1]
+    assert not {tuple(row) for row in stored} & {tuple(row) for row in parts[0]}
+    assert clone.json("metrics/train_phase1.json")["train_text_tokens"] == len(parts[0]) * 32
 
 
 def test_the_tokenizer_is_fitted_on_train_alone(clone, tmp_path):
