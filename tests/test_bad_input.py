@@ -400,7 +400,7 @@ def test_through_dvc_a_fault_in_the_text_leaves_the_way_back(tmp_path):
     """Damaged text, then a missing folder: dvc names what it misses, the stage what it cannot read."""
     clone = Clone.of_this_tree(tmp_path)
     run_in_process(clone.folder, ORDER)
-    clone.run("dvc", "commit", "-f", "-q")
+    clone.run("dvc", "commit", "-f", "-q", "dvc.yaml")
     clone.commit("the results")
     lock = (clone.folder / "dvc.lock").read_bytes()
     before = sha256(clone.folder / "data")

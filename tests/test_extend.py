@@ -30,6 +30,8 @@ def run(tmp_path_factory) -> Path:
         "init_from": "llama",
         "phase1_epochs": "0",
         "phase2_share": "0.9",
+        "init_new_layers": "zero",  # so little text does not make up for copies that begin worse than their model,
+        "head": "shared",  # nor for a head to learn
         "criterion": "probe",
         "calibration": "risk",
         "epsilon": "0.2",

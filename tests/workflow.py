@@ -43,7 +43,7 @@ dvc exp push origin harder
 rm -r data .dvc/cache
 dvc pull
 dvc gc --workspace --all-tags --force
-dvc status
+dvc status dvc.yaml
 """.strip().splitlines()
 
 
