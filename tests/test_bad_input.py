@@ -419,4 +419,4 @@ def test_through_dvc_a_fault_in_the_text_leaves_the_way_back(tmp_path):
     clone.run("dvc", "checkout")
     assert (clone.folder / "dvc.lock").read_bytes() == lock
     assert sha256(clone.folder / "data") == before
-    assert json.loads(clone.run("dvc", "status", "--json")) == {}
+    assert json.loads(clone.run("dvc", "status", "--json", "dvc.yaml")) == {}
