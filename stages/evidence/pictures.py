@@ -13,22 +13,39 @@ from matplotlib.ticker import ScalarFormatter
 from lego.page import Figure
 from lego.pictures import COLOURS, look, picture
 from lego.stats import Interval
-from stages.evidence.summary import DEEP, Suite, by_regime, compared_in, difference
+from stages.evidence.summary import DEEP, Suite, by_regime, compared_in, difference, leaky
 
 
-def points(axes: Axes, x: Sequence[float], y: Sequence[Interval], number: int, label: str, line: str = "-") -> None:
+def points(
+    axes: Axes,
+    x: Sequence[float],
+    y: Sequence[Interval],
+    number: int,
+    label: str,
+    line: str = "-",
+    hollow: bool = False,
+) -> None:
     """Points with their intervals; one value has none."""
     spread = [float(np.nan_to_num(one.high - one.mean)) for one in y]
     colour, marker = look(number)
     axes.errorbar(
-        x, [one.mean for one in y], spread, color=colour, marker=marker, label=label, linestyle=line, capsize=3
+        x,
+        [one.mean for one in y],
+        spread,
+        color=colour,
+        marker=marker,
+        markerfacecolor="#ffffff" if hollow else colour,
+        markersize=7,
+        label=label,
+        linestyle=line,
+        capsize=3,
     )
 
 
 def legend_below(axes: Axes) -> None:
     figure = axes.figure
     assert isinstance(figure, PlotFigure)
-    figure.legend(*axes.get_legend_handles_labels(), fontsize=9, ncols=4, loc="outside lower center")
+    figure.legend(*axes.get_legend_handles_labels(), fontsize=9, ncols=3, loc="outside lower center")
 
 
 def routed_against_cost(folder: Path, suite: Suite, setting: str) -> Figure:
@@ -41,17 +58,22 @@ def routed_against_cost(folder: Path, suite: Suite, setting: str) -> Figure:
         oracle = suite.interval(setting, "ashem", "oracle_ppl")
         assert oracle
         axes.axhline(oracle.mean, color="#555555", linestyle="--", linewidth=1, label="oracle of both exits")
-        for number, model in enumerate(sorted(suite.models(setting))):
-            ppl, cost = suite.interval(setting, model), suite.interval(setting, model, "flops_ratio")
-            assert ppl
-            assert cost
-            points(axes, [cost.mean], [ppl], number, model, line="")
+        shown = [model for model in suite.models(setting) if not leaky(suite, setting, model)]
+        for number, model in enumerate(sorted(name for name in shown if DEEP not in name)):
+            for name in (model, model + DEEP):
+                if name in shown:
+                    ppl, cost = suite.interval(setting, name), suite.interval(setting, name, "flops_ratio")
+                    assert ppl
+                    assert cost
+                    label = model if name == model else "_hollow"
+                    points(axes, [cost.mean], [ppl], number, label, line="", hollow=name != model)
         axes.set_xlabel("inference cost of a token, as a share of the full model's MACs")
         axes.set_ylabel("test perplexity")
         legend_below(axes)
     caption = (
         f"Routed test perplexity against inference cost, mean of {len(sweeps)} seeds with 95 % intervals over seeds. "
-        "The line is ASHEM at every threshold; the dashed one is the oracle that knows both losses of every token."
+        "The line is ASHEM at every threshold; the dashed one is the oracle that knows both losses of every token. "
+        "Hollow: the same model with every token at its full depth. What leaks is left out."
     )
     return Figure(folder / "cost.svg", "Scatter of test perplexity against inference cost of all models", caption)
 
