@@ -1,7 +1,7 @@
 """Looks at a page in headless Chromium: on phone and desktop, light and dark; fails if something is wrong with it.
 
 apt-get install chromium
-python -m stages.evidence.look metrics/report.html --out /tmp/pictures
+python -m stages.evidence.look metrics/report.html --out pictures
 
 Not part of pytest: it needs a browser. It checks that the page is no wider than the screen, that every picture has
 loaded, that nothing was requested from elsewhere, and that Tab reaches every link and every table that scrolls.

@@ -1,5 +1,4 @@
-"""The page: what was asked, what came out with its interval, against what, at which cost, and what may be wrong "
-"with it.
+"""The page: what was asked, what came out with its interval, against what and at which cost, what may be wrong.
 
 dvc repro stages/evidence/dvc.yaml:report      (python -m stages.evidence.report)
 """
@@ -16,6 +15,7 @@ from lego.artifacts import atomic_folder, read_json, write_text
 from lego.blocks import PackedBlocks
 from lego.checkpoint import load_model
 from lego.cost import Ledger
+from lego.evaluation import TokenTable
 from lego.harness import RECORDED_PACKAGES, Stage, StageError, exit_cleanly
 from lego.page import Figure, Page
 from lego.params import Params, load_params
@@ -31,11 +31,11 @@ NOT_RUN = "Not run yet: `python -m stages.evidence.run --full`."
 PICTURES = Path("metrics/pictures")
 
 
-def draw(folder: Path, suites: dict[str, Suite], criterion: str) -> dict[str, Figure]:
-    """All pictures that there are numbers for, by name; `criterion` routes the sample."""
+def draw(folder: Path, suites: dict[str, Suite], table: TokenTable, criterion: str) -> dict[str, Figure]:
+    """All pictures that there are numbers for, by name; `table` is of test text, `criterion` routes the sample."""
     mining = float(read_json("metrics/compute_threshold.json", "threshold")["threshold"])
     routed = float(read_json("metrics/evaluate_routing.json", "threshold")["threshold"])
-    table, core = load_table(Path("data/evaluation/test.safetensors")), suites["core"]
+    core = suites["core"]
     tokenizer = Tokenizer.from_file("data/tokens/tokenizer/tokenizer.json")
     targets = PackedBlocks("data/tokens", "test").targets()
     texts = [tokenizer.decode([token], skip_special_tokens=False) for token in targets]
@@ -54,9 +54,9 @@ def draw(folder: Path, suites: dict[str, Suite], criterion: str) -> dict[str, Fi
     return {figure.file.stem: figure for figure in figures}
 
 
-def router_rows(params: Params, ledger: Ledger) -> list[dict[str, Any]]:
+def router_rows(params: Params, ledger: Ledger, test: TokenTable) -> list[dict[str, Any]]:
     """How the exit criteria of the root pipeline's model route."""
-    validation, test = (load_table(Path(f"data/evaluation/{split}.safetensors")) for split in ("validation", "test"))
+    validation = load_table(Path("data/evaluation/validation.safetensors"))
     ratio = params.ashem.hard_example_ratio if params.routing.hard_ratio is None else params.routing.hard_ratio
     promised = 1 - ratio if params.routing.calibration == "quantile" else None
     width = params.routing.gain_width
@@ -64,9 +64,9 @@ def router_rows(params: Params, ledger: Ledger) -> list[dict[str, Any]]:
     return criterion_rows(read_json("metrics/criteria.json"), validation, test, ledger, promised, gain_macs)
 
 
-def parameters() -> list[str]:
+def parameters(params: Params) -> list[str]:
     """Those of params.yaml but for the section of baselines, which the tables name."""
-    values = load_params().model_dump(exclude={"baselines"})
+    values = params.model_dump(exclude={"baselines"})
     sections = {key: value for key, value in values.items() if isinstance(value, dict)}
     named = [f"{key}.{name}: {value}" for key, section in sections.items() for name, value in section.items()]
     return [f"seed: {values['seed']}", *named]
@@ -105,13 +105,13 @@ def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict
     page.text(wording.leak(core, SETTING))
 
 
-def build(params: Params, suites: dict[str, Suite], figures: dict[str, Figure]) -> Page:
+def build(params: Params, suites: dict[str, Suite], figures: dict[str, Figure], test: TokenTable) -> Page:
     """The page, part by part."""
     ledger = Ledger.of(load_model("data/phase2"), params.model.seq_len)
     page = Page("When is ASHEM worth using?")
     findings(page, params, suites, figures)
     page.heading("Routing")
-    page.table(*tables.router_table(router_rows(params, ledger)))
+    page.table(*tables.router_table(router_rows(params, ledger, test)))
     page.text(wording.ROUTER)
     for name in ("confidence", "classes", "sample"):
         page.figure(figures[name], Path("metrics"))
@@ -123,7 +123,7 @@ def build(params: Params, suites: dict[str, Suite], figures: dict[str, Figure]) 
     page.heading("Made with")
     page.points(wording.provenance(suites))
     versions = {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}}
-    page.code("\n".join([*parameters(), "", *(f"{name} {number}" for name, number in versions.items())]))
+    page.code("\n".join([*parameters(params), "", *(f"{name} {number}" for name, number in versions.items())]))
     return page
 
 
@@ -135,13 +135,15 @@ def main() -> None:
             suites["core"] = Suite.load("quick")
             if "ashem" not in suites["core"].models(SETTING):
                 raise StageError("metrics/evidence/core.json: has no ASHEM; run python -m stages.evidence.run first")
+        test = load_table(Path("data/evaluation/test.safetensors"))
         with atomic_folder(PICTURES) as folder:
-            drawn = draw(folder, suites, params.routing.criterion)
+            drawn = draw(folder, suites, test, params.routing.criterion)
         figures = {name: replace(figure, file=PICTURES / figure.file.name) for name, figure in drawn.items()}
-        page = build(params, suites, figures)
-        write_text("metrics/report.html", page.html())
+        page = build(params, suites, figures, test)
+        shown = page.html()
+        write_text("metrics/report.html", shown)
         write_text("metrics/report.md", page.markdown())
-        print(f"metrics/report.html: {len(page.html()) / 1e6:.2f} MB, {len(figures)} pictures")
+        print(f"metrics/report.html: {len(shown) / 1e6:.2f} MB, {len(figures)} pictures")
 
 
 if __name__ == "__main__":
