@@ -91,7 +91,7 @@ def main() -> None:
                 times["phase 2"].append(seconds(partial(train_gathered, grown, epoch, optimizer, "cpu")))
                 times["full"].append(seconds(partial(trainer.train_epoch, full, batches, full_optimizer)))
                 times["reading"].append(seconds(partial(list, epoch)))
-            streamed, seen = epoch.seen(1)
+            streamed, seen = epoch.streamed(1), epoch.seen(1)[-1]
         took = {name: statistics.median(values[1:]) for name, values in times.items()}
         macs = Ledger.of(grown, arguments.seq_len).train_block2(seen, False, streamed)
         work = (macs / streamed) / (full_macs / blocks.tokens)

@@ -5,15 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from lego.checkpoint import grow_model
-from lego.cost import Ledger
+from lego.cost import SIZES, Ledger
 from lego.sections import JointParams
 from lego.trainer import StageConfig, TrainingConfig, create_standard_config
 from lego.transformer import BaseTransformer, DeepSupervisionTransformer
 
 
 def middle_depth(exit_layer: int, num_layers: int, hard_ratio: float) -> int:
-    """The whole number of layers nearest to what a routed token passes on average."""
-    return exit_layer + round(hard_ratio * (num_layers - exit_layer))
+    """The whole number of layers nearest to what a routed token passes on average; the larger of two as near."""
+    return exit_layer + int(hard_ratio * (num_layers - exit_layer) + 0.5)
+
+
+def resized(sizes: dict[str, Any], dim: int) -> dict[str, Any]:
+    """Sizes of a model of about this width: a whole number of rotary pairs for each head, ffn_dim in proportion."""
+    step = 2 * sizes["num_heads"]
+    dim = step * max(1, round(dim / step))
+    return sizes | {"dim": dim, "ffn_dim": max(1, round(sizes["ffn_dim"] * dim / sizes["dim"]))}
 
 
 def widened(sizes: dict[str, Any], seq_len: int, macs: float) -> dict[str, Any]:
@@ -24,19 +31,15 @@ def widened(sizes: dict[str, Any], seq_len: int, macs: float) -> dict[str, Any]:
         seq_len: tokens per sequence.
         macs: mean cost of a token.
     """
-    step = 2 * sizes["num_heads"]
-
-    def at(dim: int) -> dict[str, Any]:
-        return sizes | {"dim": dim, "ffn_dim": round(sizes["ffn_dim"] * dim / sizes["dim"])}
 
     def cost(wide: dict[str, Any]) -> int:
-        names = ("vocab_size", "dim", "num_heads", "num_kv_heads", "ffn_dim", "num_layers")
-        return Ledger(**{name: wide[name] for name in names}, exit_layer=wide["num_layers"], seq_len=seq_len).full
+        return Ledger(**{name: wide[name] for name in SIZES}, exit_layer=wide["num_layers"], seq_len=seq_len).full
 
+    step = 2 * sizes["num_heads"]
     dim = step
-    while cost(at(dim)) < macs:
+    while cost(resized(sizes, dim)) < macs:
         dim += step
-    return min((at(dim), at(max(step, dim - step))), key=lambda wide: abs(cost(wide) - macs))
+    return min((resized(sizes, dim), resized(sizes, dim - step)), key=lambda wide: abs(cost(wide) - macs))
 
 
 def start_joint(
@@ -69,8 +72,11 @@ def start_joint(
 
 def losses_of(entry: JointParams, model: BaseTransformer) -> TrainingConfig:
     """Where a baseline's loss is computed."""
-    if entry.exits == "last":
-        return create_standard_config(model.num_layers)
+    return create_standard_config(model.num_layers) if entry.exits == "last" else exits_config(model)
+
+
+def exits_config(model: BaseTransformer) -> TrainingConfig:
+    """The loss at both exits, with equal weight."""
     layers = (model.exit_layer, model.num_layers)
     return TrainingConfig([StageConfig((layer, layer), 1 / len(layers)) for layer in layers])
 
@@ -81,7 +87,6 @@ def joint_macs(entry: JointParams, model: BaseTransformer, seq_len: int, tokens:
 
 
 def small_reference(block1: BaseTransformer, dim: int, num_layers: int) -> DeepSupervisionTransformer:
-    """An untrained model of block 1's vocabulary and heads, of this width and depth."""
-    sizes = block1.sizes | {"dim": dim, "num_layers": num_layers, "own_head": False}
-    sizes["ffn_dim"] = round(block1.sizes["ffn_dim"] * dim / block1.sizes["dim"])
+    """An untrained model of block 1's vocabulary and heads, of about this width, and of this depth."""
+    sizes = resized(block1.sizes, dim) | {"num_layers": num_layers, "own_head": False}
     return DeepSupervisionTransformer(**sizes, exit_layer=num_layers)

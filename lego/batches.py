@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lego.artifacts import derived_seed
+from lego.blocks import PackedBlocks
 
 
 class Blocks(Protocol):
@@ -66,12 +67,20 @@ class TrainingBatches:
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
+    def blocks_in(self, epoch: int) -> int:
+        """Blocks in the epoch of this number."""
+        if self.total_blocks is None:
+            return self.blocks_per_epoch
+        return max(0, min(self.blocks_per_epoch, self.total_blocks - epoch * self.blocks_per_epoch))
+
     @property
     def count(self) -> int:
         """Blocks in the current epoch."""
-        if self.total_blocks is None:
-            return self.blocks_per_epoch
-        return max(0, min(self.blocks_per_epoch, self.total_blocks - self.epoch * self.blocks_per_epoch))
+        return self.blocks_in(self.epoch)
+
+    def steps_by_epoch(self, epochs: int) -> list[int]:
+        """Batches in each of the first epochs."""
+        return [-(-self.blocks_in(epoch) // self.batch_size) for epoch in range(epochs)]
 
     def seen(self, epochs: int) -> list[int]:
         """Tokens seen by the end of each of the first epochs."""
@@ -111,3 +120,10 @@ class EvaluationBatches:
         for batch in self.order[self.start :].split(self.batch_size):
             rows = self.blocks.rows(batch)  # (B, T + 1)
             yield rows[:, :-1], rows[:, 1:]
+
+
+def split_batches(
+    folder: str, split: str, batch_size: int, part: tuple[float, float] = (0.0, 1.0)
+) -> EvaluationBatches:
+    """One pass over a split of the text, or over a part of it, in order; see PackedBlocks."""
+    return EvaluationBatches(PackedBlocks(folder, split, part), batch_size)

@@ -11,7 +11,7 @@ import torch
 from lego.batches import EvaluationBatches, TrainingBatches
 from lego.epochs import History, TrainingState, fit
 from lego.sections import TrainParams
-from lego.steps import build_training
+from lego.steps import build_training, optimizer_steps
 from lego.trainer import Trainer, TrainingConfig
 from lego.transformer import BaseTransformer
 
@@ -50,13 +50,14 @@ def train_blocks(
     state_file: Path,
     *,
     keep_start: bool,
+    evaluate: Callable[[], dict[str, float]] | None = None,
     on_best: Callable[[int], None] = lambda epoch: None,
 ) -> tuple[History, bool]:
     """Trains on all blocks that `batches` has in total, with one schedule, and keeps the best state on validation text.
 
     Args:
         model: what is trained.
-        config: where loss is computed; validation reads the last layer.
+        config: where loss is computed.
         batches: with total_blocks, which the budget pays for.
         lr: peak learning rate.
         train: section `train` of the parameters.
@@ -64,6 +65,7 @@ def train_blocks(
         device: where the model runs.
         state_file: where a killed run continues from.
         keep_start: whether the model may also stay as it was.
+        evaluate: -> `ppl` and `acc` on validation text, by which the best state is chosen; default: its last layer's.
         on_best: called with the epoch number (from 1) after each improvement.
 
     Returns:
@@ -71,10 +73,7 @@ def train_blocks(
     """
     assert batches.total_blocks
     epochs = -(-batches.total_blocks // batches.blocks_per_epoch)
-    steps = 0
-    for epoch in range(epochs):  # an epoch ends with a step of its own, so count them one by one
-        batches.set_epoch(epoch)
-        steps += -(-len(batches) // train.grad_accumulation)
+    steps = optimizer_steps(batches.steps_by_epoch(epochs), train.grad_accumulation)
     optimizer, options = build_training(model.to(device), lr, steps, train)
     trainer = Trainer(config, model.sizes["vocab_size"], device, options=options)
     state = TrainingState(state_file, model, optimizer, options.scheduler)
@@ -82,7 +81,7 @@ def train_blocks(
         model,
         batches,
         lambda: trainer.train_epoch(model, batches, optimizer),
-        lambda: trainer.evaluate(model, validation),
+        evaluate or (lambda: trainer.evaluate(model, validation)),
         max_epochs=epochs,
         patience=epochs + 1,  # the whole budget is spent
         keep_start=keep_start,

@@ -14,6 +14,7 @@ from lego.transformer import CONTEXT_AT_INFERENCE
 
 FORWARD_BACKWARD = 3  # a trained matrix product: forward, gradient of the input, gradient of the weight
 FROZEN_BACKWARD = 2  # a frozen one inside the graph: forward, gradient of the input
+SIZES = ("vocab_size", "dim", "num_heads", "num_kv_heads", "ffn_dim", "num_layers")  # of a model
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,7 @@ class Ledger:
     @classmethod
     def of(cls, model: Any, seq_len: int) -> Ledger:
         """Ledger of a BaseTransformer on sequences of seq_len tokens."""
-        names = ("vocab_size", "dim", "num_heads", "num_kv_heads", "ffn_dim", "num_layers")
-        sizes = {name: model.sizes[name] for name in names}
+        sizes = {name: model.sizes[name] for name in SIZES}
         return cls(**sizes, exit_layer=model.exit_layer, seq_len=seq_len, block2_context=model.block2_context)
 
     def grown(self, num_layers: int, phase2_context: str) -> Ledger:

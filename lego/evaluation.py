@@ -159,6 +159,22 @@ def token_table(
     return TokenTable(nll_shallow, nll_deep, arrays[2], arrays[3], arrays[4], scores)
 
 
+def evaluate_at_share(
+    model: BaseTransformer, batches: Iterable[tuple[Tensor, Tensor]], hard_ratio: float, device: str | torch.device
+) -> dict[str, float]:
+    """`ppl` and `acc` of a model whose least confident tokens go deep, this share of them: for choosing among states.
+
+    The threshold is taken from the same text, as that of a model still in training moves.
+    """
+    table = token_table(model, batches, device)
+    threshold = float(np.quantile(table.confidence, hard_ratio))
+    return {
+        "ppl": perplexity(table.routed_nll(threshold)),
+        "acc": float(table.routed_right(threshold).mean()),
+        "shallow_ratio": float(table.easy(threshold).mean()),
+    }
+
+
 def save_tables(folder: str | Path, **tables: TokenTable) -> None:
     """Writes one safetensors file per table into an existing folder: what each exit said of each token, in order.
 

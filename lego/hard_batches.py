@@ -7,6 +7,7 @@ can be had without those before it, so a resumed run sees the same batches.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -67,9 +68,13 @@ class HardTokenBatches(_Epochs):
         self.store, self.batch_size, self.seed = store, batch_size, seed
         self.steps = -(-tokens_per_epoch // batch_size)
 
-    def seen(self, epochs: int) -> tuple[int, int]:
-        """Tokens streamed in the first epochs, and how many of them are hard."""
-        return (self.steps_until(epochs) * self.batch_size,) * 2
+    def streamed(self, epochs: int) -> int:
+        """Tokens read in the first epochs: all of them are hard."""
+        return self.steps_until(epochs) * self.batch_size
+
+    def seen(self, epochs: int) -> list[int]:
+        """Hard tokens seen by the end of each of the first epochs."""
+        return [self.streamed(number) for number in range(1, epochs + 1)]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         sizes = [shard["hard_tokens"] for shard in self.store.shards]
@@ -114,11 +119,17 @@ class HardBlockBatches(_Epochs):
         sizes = [len(counts) for counts in self.counts]
         return shuffled_segments(sizes, first_step * self.blocks, steps * self.blocks, self.seed)
 
-    def seen(self, epochs: int) -> tuple[int, int]:
-        """Tokens streamed in the first epochs, and how many of them are hard."""
-        steps = self.steps_until(epochs)
-        hard = sum(int(self.counts[index][places].sum()) for index, places in self._segments(0, steps))
-        return steps * self.blocks * self.seq_len, hard
+    def streamed(self, epochs: int) -> int:
+        """Tokens read in the first epochs, hard or not."""
+        return self.steps_until(epochs) * self.blocks * self.seq_len
+
+    def seen(self, epochs: int) -> list[int]:
+        """Hard tokens seen by the end of each of the first epochs."""
+        hard = [
+            sum(int(self.counts[index][places].sum()) for index, places in self._segments(epoch * self.steps, steps))
+            for epoch, steps in enumerate(self.steps_by_epoch(epochs))
+        ]
+        return list(accumulate(hard))
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         parts: list[tuple[Tensor, Tensor, Tensor]] = []  # of the batch that is being filled

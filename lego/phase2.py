@@ -9,14 +9,15 @@ import torch
 
 from lego.ashem import train_gathered, train_upper_layers
 from lego.batches import EvaluationBatches
+from lego.checkpoint import grow_model
 from lego.cost import Ledger
 from lego.epochs import History, TrainingState, fit
 from lego.hard_batches import HardBlockBatches, HardTokenBatches
 from lego.hidden_states import HiddenStateStore
 from lego.routing import evaluate
-from lego.sections import TrainParams
-from lego.steps import build_training
-from lego.transformer import DeepSupervisionTransformer
+from lego.sections import AshemParams, TrainParams
+from lego.steps import build_training, optimizer_steps
+from lego.transformer import CONTEXT_AT_INFERENCE, BaseTransformer, DeepSupervisionTransformer
 
 Batches = HardTokenBatches | HardBlockBatches
 
@@ -27,12 +28,26 @@ def hard_batches(store: HiddenStateStore, phase2_context: str, train: TrainParam
     return kind(store, train.batch_size * seq_len, train.tokens_per_epoch, seed)
 
 
+def grown(ashem: AshemParams, block1: BaseTransformer, threshold: float, seed: int) -> DeepSupervisionTransformer:
+    """Block 1 with untrained layers on top, as the section `ashem` says; each call gives the same weights."""
+    torch.manual_seed(seed)
+    return grow_model(
+        block1,
+        block1.num_layers + ashem.new_layers,
+        init=ashem.init_new_layers,
+        routing_threshold=threshold,
+        block2_context=CONTEXT_AT_INFERENCE[ashem.phase2_context],
+        head=ashem.head,
+    )
+
+
 def steps_for(budget: float, batches: Batches, ledger: Ledger, head_trains: bool) -> int:
     """How many batches a budget of MACs pays for; they differ in size, so their number is corrected by their cost."""
 
     def cost(steps: int) -> int:
         batches.total_steps = steps
-        streamed, hard = batches.seen(-(-steps // batches.steps))
+        epochs = -(-steps // batches.steps)
+        hard, streamed = batches.seen(epochs)[-1], batches.streamed(epochs)
         batches.total_steps = None
         return ledger.train_block2(hard, head_trains, streamed)
 
@@ -70,7 +85,7 @@ def train_block2(
     Returns:
         What the run saw, and whether it continued a killed one.
     """
-    steps = sum(-(-count // train.grad_accumulation) for count in batches.steps_by_epoch(epochs))
+    steps = optimizer_steps(batches.steps_by_epoch(epochs), train.grad_accumulation)
     optimizer, options = build_training(model.to(device), lr, steps, train)
     vocab_size, k = model.sizes["vocab_size"], model.exit_layer
 

@@ -174,8 +174,14 @@ class AshemParams(Section):
     phase2_context: Literal["token", "sequence", "historic"]
     init_new_layers: Literal["copy", "zero", "random"]
     head: Literal["shared", "own", "shared_trainable"]
+    replay_share: Annotated[Number, _within("[0, 1)")]
     store_dtype: Literal["float32", "float16", "bfloat16"]
     shard_tokens: Count
+
+    @property
+    def new_layers(self) -> int:
+        """Layers that phase 2 puts on top of block 1."""
+        return self.phase2_layers - self.phase1_layers
 
     @model_validator(mode="after")
     def _two_blocks(self) -> AshemParams:
@@ -265,13 +271,13 @@ class Block2Params(Section):
     """A baseline that is phase 2 on other tokens, or by the historical protocol."""
 
     select: Literal["hard", "all", "random", "easy", "high_loss", "reducible_loss", "expected_gain", "sequence_level"]
-    protocol: Literal["ashem", "historic"]
+    protocol: Literal["ashem", "historic", "unfreeze"]
     lr: Positive
 
     @model_validator(mode="after")
     def _possible(self) -> Block2Params:
-        if self.protocol == "historic" and self.select != "hard":
-            raise ValueError(f"select must be hard when protocol is historic, got {self.select}")
+        if self.protocol != "ashem" and self.select != "hard":
+            raise ValueError(f"select must be hard when protocol is {self.protocol}, got {self.select}")
         return self
 
 
@@ -280,6 +286,7 @@ class SelectionParams(Section):
     reference_layers: Count
     reference_share: Share
     first_round: Share
+    unfrozen_end: Share
 
 
 class BaselinesParams(Section):

@@ -83,6 +83,16 @@ def everything(store: HiddenStateStore) -> list[Tensor]:
     return [torch.ones_like(store.read_shard(index)["hard"]) for index in range(len(store.shards))]
 
 
+def with_replay(store: HiddenStateStore, share: float, seed: int) -> HiddenStateStore:
+    """The hard tokens and, mixed among them, easy ones drawn at random, until these are this share of both."""
+    if not share:
+        return store
+    wanted = min(store.manifest["tokens"] - store.hard_tokens, round(store.hard_tokens * share / (1 - share)))
+    draw = random(seed)
+    scores = scores_of(store, lambda blocks: draw(blocks) + 2 * blocks["hard"], 1024)  # hard ones first
+    return store.selecting(top(scores, store.hard_tokens + wanted))
+
+
 def whole_blocks(store: HiddenStateStore) -> list[Tensor]:
     """All tokens of every block that holds a hard one: mining per sequence, the documented mistake."""
     masks = [store.read_shard(index)["hard"] for index in range(len(store.shards))]

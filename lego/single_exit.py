@@ -1,15 +1,21 @@
-"""Numbers of models that answer every token at one depth, in the keys of routed ones; and losses by document."""
+"""Numbers of the models that ASHEM is compared with, in the keys of its own; and losses by document."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
-from lego.blocks import bits_per_byte
+from lego.batches import EvaluationBatches, split_batches
+from lego.blocks import PackedBlocks, bits_per_byte, corpus_facts
 from lego.cost import Ledger
-from lego.evaluation import TokenTable, perplexity
+from lego.evaluation import TokenTable, perplexity, routed_metrics, token_table
+from lego.risk import document_units
+from lego.transformer import BaseTransformer
 
 
 def hard_after(block1: TokenTable, model: TokenTable, threshold: float) -> tuple[float, float]:
@@ -95,3 +101,73 @@ def document_rows(
             }
         )
     return rows
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What every other model is held against: the same text, the same hard tokens, the routed model's costs.
+
+    Args:
+        texts: evaluation batches of the splits `test` and `validation`.
+        documents: number of each test token's document (n,), ascending.
+        test_facts: what `corpus_facts` says of the test split.
+        block1: the model of phase 1.
+        threshold: confidence of block 1 below which a token is hard.
+        ledger: costs of the routed model.
+        device: where models run.
+    """
+
+    texts: Mapping[str, EvaluationBatches]
+    documents: np.ndarray
+    test_facts: dict[str, Any]
+    block1: BaseTransformer
+    threshold: float
+    ledger: Ledger
+    device: torch.device
+
+    @classmethod
+    def on(
+        cls,
+        folder: str,
+        batch_size: int,
+        block1: BaseTransformer,
+        threshold: float,
+        ledger: Ledger,
+        device: torch.device,
+    ) -> Comparison:
+        """The comparison on the text of a folder that tokenize wrote; see Comparison."""
+        facts = corpus_facts(folder)
+        documents = document_units(PackedBlocks(folder, "test").targets(), facts["end_of_text"])
+        texts = {split: split_batches(folder, split, batch_size) for split in ("test", "validation")}
+        return cls(texts, documents, facts["splits"]["test"], block1, threshold, ledger, device)
+
+    def judge(
+        self, model: BaseTransformer, leaves: float | None = None
+    ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
+        """The keys of MODEL_KEYS that follow from what a model says of the text, and its losses by document.
+
+        Args:
+            model: answers every token at its last layer, or routes.
+            leaves: confidence from which a token leaves at the model's exit; None = the model has but one.
+        """
+        block1 = {split: token_table(self.block1, text, self.device) for split, text in self.texts.items()}
+        mine = {split: token_table(model, text, self.device) for split, text in self.texts.items()}
+        test, validation, own = mine["test"], mine["validation"], Ledger.of(model, self.ledger.seq_len)
+        hard = ~block1["test"].easy(self.threshold)
+        if leaves is None:
+            metrics = single_exit_metrics(
+                test,
+                validation,
+                block1["test"],
+                block1["validation"],
+                self.threshold,
+                self.ledger,
+                own,
+                self.test_facts,
+            )
+            return metrics, document_rows(test.nll_deep, test.nll_deep, hard, self.documents)
+        metrics = routed_metrics(test, validation, leaves, own, self.test_facts)
+        for prefix, split in (("", "test"), ("val_", "validation")):  # its own confidences are not those of block 1
+            before, after = hard_after(block1[split], mine[split], self.threshold)
+            metrics |= {f"{prefix}hard_ppl_before": before, f"{prefix}hard_ppl_after": after}
+        return metrics, document_rows(test.routed_nll(leaves), test.nll_deep, hard, self.documents)

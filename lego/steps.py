@@ -88,6 +88,11 @@ def build_training(model: nn.Module, lr: float, total_steps: int, train: TrainPa
     return optimizer, StepOptions(train.grad_clip, train.grad_accumulation, train.precision, scheduler)
 
 
+def optimizer_steps(batches_by_epoch: list[int], accumulation: int) -> int:
+    """Steps of a run with so many batches in each epoch; an epoch ends with a step of its own."""
+    return sum(-(-count // accumulation) for count in batches_by_epoch)
+
+
 def run_epoch(
     batches: Iterable[Any],
     loss_of: Callable[[Any], tuple[Tensor, int]],

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lego.artifacts import atomic_folder, read_json, read_number, write_csv, write_json
-from lego.batches import EvaluationBatches
+from lego.batches import EvaluationBatches, split_batches
 from lego.blocks import PackedBlocks, corpus_facts, data_digests
 from lego.calibration import (
     Calibration,
@@ -44,6 +44,8 @@ from lego.risk import Certificate, document_units
 from lego.single_exit import document_rows
 from lego.transformer import BaseTransformer, DeepSupervisionTransformer
 
+SCORED = ("test", "validation")
+
 
 @dataclass(frozen=True)
 class Routing:
@@ -57,10 +59,6 @@ class Routing:
     chosen: Route
     promise: Certificate | None
     mining: float
-
-
-def text(split: str, params: Params, part: tuple[float, float] = (0.0, 1.0)) -> EvaluationBatches:
-    return EvaluationBatches(PackedBlocks("data/tokens", split, part), params.evaluation.batch_size)
 
 
 def documents(blocks: PackedBlocks) -> np.ndarray:
@@ -78,13 +76,18 @@ def units(params: Params, blocks: PackedBlocks) -> np.ndarray:
 def decide(params: Params, model: BaseTransformer, seed: int, device: torch.device) -> Routing:
     """Fits the gain criterion and sets every criterion's threshold, on calibration text alone."""
     settings, facts, probe = params.routing, *load_exit("data/exit", model)
-    whole, mining, fit_tokens = text(facts["split"], params), facts["threshold"], facts["fit_tokens"]
-    blocks = PackedBlocks("data/tokens", facts["split"])
+    split, mining, fit_tokens, size = (
+        facts["split"],
+        facts["threshold"],
+        facts["fit_tokens"],
+        params.evaluation.batch_size,
+    )
+    blocks = PackedBlocks("data/tokens", split)
     gain = GainFit(model.sizes["dim"], settings.gain_width)
-    first = text(facts["split"], params, (0.0, fit_tokens / blocks.tokens))
+    first = split_batches("data/tokens", split, size, (0.0, fit_tokens / blocks.tokens))
     token_table(model, first, device, on_states=gain.add)
     criteria = all_criteria(probe.to(device), gain.solve(settings.gain_l2, seed).to(device))
-    table = token_table(model, whole, device, scored(criteria))
+    table = token_table(model, EvaluationBatches(blocks, size), device, scored(criteria))
     ratio = facts["hard_example_ratio"]
     calibration = Calibration(table, fit_tokens, units(params, blocks), mining, ratio, settings)
     macs = {name: macs_of(criterion) for name, criterion in criteria.items()}
@@ -156,12 +159,10 @@ def main() -> None:
         yardstick = read_json("metrics/baseline/shallow_continued.json")
         model, device = cast(DeepSupervisionTransformer, load_model("data/phase2")), resolve_device(params.train.device)
         routing = decide(params, model, stage.seed, device)
-        chosen, test = routing.chosen, text("test", params)
+        texts = {name: split_batches("data/tokens", name, params.evaluation.batch_size) for name in SCORED}
+        tables = {name: token_table(model, text, device, scored(routing.criteria)) for name, text in texts.items()}
+        chosen, test = routing.chosen, texts["test"]
         ledger = Ledger.of(model, test.blocks.seq_len)
-        tables = {
-            "test": token_table(model, test, device, scored(routing.criteria)),
-            "validation": token_table(model, text("validation", params), device, scored(routing.criteria)),
-        }
         facts = corpus_facts("data/tokens")["splits"]["test"]
         metrics = routed_metrics(tables["test"], tables["validation"], routing.mining, ledger, facts, chosen)
         metrics |= {key: mined[key] for key in ("n_hard", "hard_share", "leaky")} | {"lr": trained["lr"]}

@@ -6,8 +6,8 @@ dvc repro train_phase1      (python -m stages.train_phase1)
 import torch
 
 from lego.artifacts import atomic_folder, write_csv, write_json
-from lego.batches import EvaluationBatches, TrainingBatches
-from lego.blocks import PackedBlocks, bits_per_byte, corpus_facts, data_digests, train_text
+from lego.batches import TrainingBatches, split_batches
+from lego.blocks import bits_per_byte, corpus_facts, data_digests, train_text
 from lego.checkpoint import save_model
 from lego.cost import Ledger
 from lego.epochs import History, TrainingState, epoch_rows, fit
@@ -36,7 +36,7 @@ def block1(params: Params, device: torch.device) -> DeepSupervisionTransformer:
 def train(params: Params, stage: Stage, batches: TrainingBatches) -> tuple[BaseTransformer, History]:
     """Block 1, trained until validation perplexity stops falling, and what the training saw."""
     ashem, device = params.ashem, resolve_device(params.train.device)
-    validation = EvaluationBatches(PackedBlocks("data/tokens", "validation"), params.evaluation.batch_size)
+    validation = split_batches("data/tokens", "validation", params.evaluation.batch_size)
     model = block1(params, device)
     steps = max(1, ashem.phase1_epochs) * -(-len(batches) // params.train.grad_accumulation)
     optimizer, options = build_training(model, ashem.phase1_lr, steps, params.train)

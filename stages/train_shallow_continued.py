@@ -5,29 +5,24 @@ It reads the part of train that phase 2 mines (ashem.phase2_text), also where ha
 dvc repro train_shallow_continued      (python -m stages.train_shallow_continued)
 """
 
-from typing import Any
-
 from lego.artifacts import atomic_folder, read_json, read_number, write_csv, write_json
-from lego.batches import EvaluationBatches, TrainingBatches
-from lego.blocks import PackedBlocks, bits_per_byte, corpus_facts, data_digests, train_text
+from lego.batches import TrainingBatches, split_batches
+from lego.blocks import bits_per_byte, corpus_facts, data_digests, train_text
 from lego.budget import Budget, train_blocks
 from lego.checkpoint import load_model, save_model
 from lego.cost import Ledger
 from lego.epochs import epoch_rows
-from lego.evaluation import token_table
 from lego.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.params import Params, load_params
-from lego.risk import document_units
 from lego.search import Search, Trial, search_rates
-from lego.single_exit import document_rows, single_exit_metrics
+from lego.single_exit import Comparison
 from lego.trainer import create_standard_config
-from lego.transformer import BaseTransformer
 
 
 def search(params: Params, stage: Stage, batches: TrainingBatches) -> Search:
     """Trains block 1 on at each learning rate, each time for the whole budget."""
     device = resolve_device(params.train.device)
-    validation = EvaluationBatches(PackedBlocks("data/tokens", "validation"), params.evaluation.batch_size)
+    validation = split_batches("data/tokens", "validation", params.evaluation.batch_size)
 
     def train(lr: float) -> Trial:
         model = load_model("data/phase1")
@@ -49,31 +44,12 @@ def search(params: Params, stage: Stage, batches: TrainingBatches) -> Search:
     return search_rates(params.yardstick.lr, params.search.lr_factors, train)
 
 
-def model_metrics(params: Params, model: BaseTransformer, ledger: Ledger) -> dict[str, Any]:
-    """The keys of a model file that follow from what the model says of text; its losses by document are written."""
-    device, block1, facts = resolve_device(params.train.device), load_model("data/phase1"), corpus_facts("data/tokens")
-    tables = {}
-    for split in ("test", "validation"):
-        batches = EvaluationBatches(PackedBlocks("data/tokens", split), params.evaluation.batch_size)
-        tables[split] = token_table(model, batches, device)
-        tables[f"block1_{split}"] = token_table(block1, batches, device)
-    threshold = read_number("metrics/compute_threshold.json", "threshold", high=1.0)
-    documents = document_units(PackedBlocks("data/tokens", "test").targets(), facts["end_of_text"])
-    hard, losses = ~tables["block1_test"].easy(threshold), tables["test"].nll_deep
-    write_csv("metrics/documents/shallow_continued.csv", document_rows(losses, losses, hard, documents))
-    new_layers = params.ashem.phase2_layers - params.ashem.phase1_layers
-    routed = ledger.grown(block1.num_layers + new_layers, params.ashem.phase2_context)
-    return single_exit_metrics(
-        **tables, threshold=threshold, ledger=routed, own=ledger, test_facts=facts["splits"]["test"]
-    )
-
-
 def main() -> None:
     params = load_params()
-    train, ashem = params.train, params.ashem
+    train, ashem, block1 = params.train, params.ashem, load_model("data/phase1")
     with Stage("train_shallow_continued", params.seed, train.threads) as stage:
         blocks = train_text("data/tokens", 2, ashem.phase2_share, ashem.phase2_split, params.seed, ashem.phase2_text)
-        ledger = Ledger.of(load_model("data/phase1"), blocks.seq_len)
+        ledger = Ledger.of(block1, blocks.seq_len)
         budget = read_number("metrics/added_macs.json", "added_macs")
         affordable = round(budget / ledger.train_block1(blocks.seq_len))
         before = read_number("metrics/train_phase1.json", "train_macs")
@@ -91,8 +67,13 @@ def main() -> None:
         write_csv("metrics/curves/shallow_continued.csv", epoch_rows(history.as_result(), seen, macs, before))
         spent = Budget(budget, before).spent(macs, found.best.lr)
         unmined = {"n_hard": None, "hard_share": None, "leaky": leaky}  # it learns from every token
-        metrics = model_metrics(params, model, ledger) | spent | unmined
-        write_json("metrics/baseline/shallow_continued.json", metrics)
+        threshold = read_number("metrics/compute_threshold.json", "threshold", high=1.0)
+        device = resolve_device(train.device)
+        routed = ledger.grown(block1.num_layers + ashem.new_layers, ashem.phase2_context)
+        size = params.evaluation.batch_size
+        metrics, documents = Comparison.on("data/tokens", size, block1, threshold, routed, device).judge(model)
+        write_csv("metrics/documents/shallow_continued.csv", documents)
+        write_json("metrics/baseline/shallow_continued.json", metrics | spent | unmined)
         trained = {"best_epoch": history.best_epoch, "total_epochs": len(history.evaluations), "leaky": leaky}
         validation = corpus_facts("data/tokens")["splits"]["validation"]
         reached = {"val_ppl": found.best.ppl, "val_bits_per_byte": bits_per_byte(found.best.ppl, validation)}

@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
-from conftest import VOCAB, random_batches
+from conftest import ROOT, VOCAB, random_batches
 from torch.utils.flop_counter import FlopCounterMode
 
 from lego import DeepSupervisionTransformer, Ledger, Trainer
-from lego.baselines import joint_macs, losses_of, middle_depth, small_reference, start_joint, widened
+from lego.baselines import joint_macs, losses_of, middle_depth, resized, small_reference, start_joint, widened
 from lego.budget import Budget
 from lego.epochs import History
+from lego.params import load_params
 from lego.search import Trial, search_rates
 from lego.sections import BaselinesParams, JointParams
 from lego.steps import NonFiniteLossError
@@ -87,6 +88,7 @@ def test_depths_and_starts(block1, ledger):
 def test_the_middle_depth_is_the_average_of_the_routed():
     assert [middle_depth(2, 4, ratio) for ratio in (0.1, 0.5, 0.9)] == [2, 3, 4]
     assert middle_depth(2, 6, 0.3) == 3
+    assert [middle_depth(2, 3, 0.5), middle_depth(3, 4, 0.5)] == [3, 4]  # two are as near: the larger
 
 
 def test_the_wide_model_costs_as_much_as_the_routed_one(block1, ledger):
@@ -96,6 +98,12 @@ def test_the_wide_model_costs_as_much_as_the_routed_one(block1, ledger):
     assert Ledger.of(wide, T).full == pytest.approx(wanted, rel=0.15)
     assert step == pytest.approx(1.3 * wanted, rel=0.15)
     assert wide.sizes["num_layers"] == 2
+
+
+@pytest.mark.parametrize(("heads", "dim", "found"), [(3, 32, 30), (6, 32, 36), (4, 1, 8), (4, 24, 24)])
+def test_a_model_of_another_width_has_whole_pairs_in_each_head(heads, dim, found):
+    sizes = resized({"num_heads": heads, "dim": 12 * heads, "ffn_dim": 24 * heads}, dim)
+    assert sizes == {"num_heads": heads, "dim": found, "ffn_dim": 2 * found}
 
 
 def test_the_reference_is_small(block1):
@@ -159,10 +167,7 @@ def test_impossible_baselines_are_refused(changes, sentence):
 
 
 def test_names_are_files_so_they_are_plain_and_none_is_taken():
-    rest = {
-        "joint": {},
-        "selection": {"reference_dim": 8, "reference_layers": 1, "reference_share": 0.1, "first_round": 0.5},
-    }
+    rest = {"joint": {}, "selection": load_params(ROOT / "params.yaml").baselines.selection.model_dump()}
     block2 = {"select": "random", "protocol": "ashem", "lr": 1e-3}
     for name in ("shallow_continued", "ashem", "../x", "Big"):
         with pytest.raises(ValueError, match="name"):

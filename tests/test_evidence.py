@@ -14,7 +14,7 @@ import pytest
 import yaml
 from clones import Clone, run_in_process
 from conftest import ROOT
-from test_pipeline import ORDER, names, outs, transitive_imports
+from test_pipeline import ORDER, SECTIONS, is_property, keys_behind, names, outs, transitive_imports
 
 from lego.artifacts import read_json
 from lego.evaluation import MODEL_KEYS
@@ -29,7 +29,7 @@ SCRIPTS = {"joint": "evidence/train_joint", "block2": "evidence/train_block2", "
 VALUES = yaml.safe_load((ROOT / "params.yaml").read_text())
 RUN_HERE = {
     "joint": ["deep_supervision", "shallow_wide", "grow_copy"],
-    "block2": ["frozen_all", "random", "reducible_loss", "expected_gain", "leaky_validation"],
+    "block2": ["frozen_all", "random", "reducible_loss", "expected_gain", "unfrozen_end", "leaky_validation"],
 }
 
 
@@ -61,7 +61,11 @@ def test_declared_params_are_those_that_are_read(group):
     """Of the sections that are passed on whole, all; of the others each key that the script names."""
     source = (ROOT / "stages" / f"{SCRIPTS[group]}.py").read_text()
     attributes = [ast.unparse(node) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
-    read = {found[1] for text in attributes if (found := re.search(r"\bashem\.(\w+)$", text))}
+    named = {found[1] for text in attributes if (found := re.search(r"\bashem\.(\w+)$", text))}
+    behind = {name for name in named if is_property("ashem", name)}
+    behind |= {"grown"} if "grown(one.ashem" in source else set()
+    keys = {f"ashem.{name}" for name in named & SECTIONS["ashem"]}.union(*(keys_behind("ashem", n) for n in behind))
+    read = {key.removeprefix("ashem.") for key in keys}
     declared = {key.removeprefix("ashem.") for key in entry_of(group)["params"] if key.startswith("ashem.")}
     assert read == declared
     assert f"baselines.{group}.${{key}}" in entry_of(group)["params"]
@@ -122,6 +126,11 @@ def test_selections_leave_block_1_as_it_was_and_the_historical_protocol_does_not
         metrics = read_json(ran / f"metrics/baseline/{name}.json")
         assert metrics["shallow_ppl"] == pytest.approx(ashem["shallow_ppl"], rel=1e-6)
         assert metrics["shallow_ratio"] == ashem["shallow_ratio"]
+    unfrozen = read_json(ran / "metrics/baseline/unfrozen_end.json")
+    assert unfrozen["hard_ppl_before"] == pytest.approx(ashem["hard_ppl_before"], rel=1e-6)  # the same tokens
+    spent = run.table(ran / "metrics/curves/unfrozen_end.csv")["macs"]
+    mined = read_json(ran / "metrics/added_macs.json")["collect_hard_macs"]
+    assert spent[-1] - spent[-2] == pytest.approx(0.1 * (unfrozen["budget_macs"] - mined), rel=0.2)  # the end
     leaky = read_json(ran / "metrics/baseline/leaky_validation.json")
     assert leaky["shallow_ppl"] != pytest.approx(ashem["shallow_ppl"], rel=1e-3)
     claimed = leaky["val_hard_ppl_after"] / leaky["val_hard_ppl_before"]
@@ -146,7 +155,7 @@ def test_losses_by_document_add_up_to_the_perplexity(ran):
 
 
 def test_the_curve_ends_at_what_training_cost(ran):
-    for name in ("deep_supervision", "grow_copy", "random", "expected_gain"):
+    for name in ("deep_supervision", "grow_copy", "random", "expected_gain", "unfrozen_end"):
         macs = run.table(ran / f"metrics/curves/{name}.csv")["macs"]
         assert macs == sorted(macs)
         assert macs[-1] == pytest.approx(read_json(ran / f"metrics/baseline/{name}.json")["train_macs"], rel=1e-6)

@@ -97,7 +97,7 @@ def test_an_epoch_can_be_had_without_those_before_it(tmp_path, model):
             assert torch.equal(a, c)
             assert torch.equal(b, d)
     assert not torch.equal(epoch(store, 0)[0][0], epoch(store, 0, seed=4)[0][0])
-    assert running.seen(1) == (150, 150)  # whole batches
+    assert (running.streamed(1), running.seen(2)) == (150, [150, 300])  # whole batches
 
 
 def test_blocks_come_whole_shuffled_and_counted(tmp_path, model):
@@ -113,7 +113,7 @@ def test_blocks_come_whole_shuffled_and_counted(tmp_path, model):
             assert torch.equal(model.compute_confidence(h) < threshold, hard)
             seen += int(hard.sum())
             blocks += list(h)
-        assert batches.seen(number + 1) == ((number + 1) * 120, seen)
+        assert (batches.streamed(number + 1), batches.seen(number + 1)[-1]) == ((number + 1) * 120, seen)
     assert seen == store.hard_tokens
     stored = torch.cat([store.read_shard(index)["exit_states"] for index in range(4)])
     assert torch.equal(torch.stack(blocks).sum((1, 2)).sort().values, stored.sum((1, 2)).sort().values)

@@ -97,6 +97,22 @@ def test_every_file_read_is_a_dep_and_every_file_written_an_out(stage):
     assert deps <= earlier
 
 
+def is_property(section: str, name: str) -> bool:
+    return isinstance(getattr(Params.model_fields[section].annotation, name, None), property)
+
+
+def keys_behind(section: str, name: str) -> set[str]:
+    """Keys of a section that a property of it reads, or a function of lego.phase2 that takes it whole."""
+    file = "sections" if name != "grown" else "phase2"
+    tree = ast.parse((ROOT / f"lego/{file}.py").read_text())
+    function = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name)
+    keys = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", section):
+            keys |= {f"{section}.{node.attr}"} if node.attr in SECTIONS[section] else keys_behind(section, node.attr)
+    return keys
+
+
 def read_keys(stage: str) -> set[str]:
     """Keys that a stage script reads from `params`: a whole section where it passes one on."""
     tree = ast.parse((ROOT / "stages" / f"{stage}.py").read_text())
@@ -124,6 +140,10 @@ def read_keys(stage: str) -> set[str]:
             assert ast.unparse(call.func) in own_functions
         elif chain[0] == "seed" or (len(chain) > 1 and chain[1] in SECTIONS[chain[0]]):
             keys.add(".".join(chain[:2]) if chain[0] != "seed" else "seed")
+        elif len(chain) > 1 and is_property(*chain[:2]):
+            keys |= keys_behind(*chain[:2])
+        elif isinstance(call := parents[top], ast.Call) and ast.unparse(call.func) == "grown":
+            keys |= keys_behind(chain[0], "grown")
         elif not isinstance(parents[top], ast.Assign | ast.Tuple):
             keys |= {f"{chain[0]}.{key}" for key in SECTIONS[chain[0]]}  # the section as a whole
     return keys

@@ -26,6 +26,7 @@ from lego.selection import (
     scores_of,
     top,
     whole_blocks,
+    with_replay,
 )
 
 CPU = torch.device("cpu")
@@ -98,6 +99,20 @@ def test_random_is_any_share_and_the_same_for_a_seed(store):
     assert not torch.equal(one, other)
     share = flat(top(scores_of(store, random(3), 4), 100)).float().mean()
     assert share == pytest.approx(100 / len(one))
+
+
+def test_replay_mixes_easy_tokens_among_the_hard_ones(store):
+    def masks(share: float) -> torch.Tensor:
+        view = with_replay(store, share, seed=1)
+        return flat([view.read_shard(index)["hard"] for index in range(len(view.shards))])
+
+    hard = masks(0.0)
+    assert with_replay(store, 0.0, 1) is store
+    for share in (0.1, 0.25):
+        both = masks(share)
+        assert not (hard & ~both).any()
+        assert (both & ~hard).sum() / both.sum() == pytest.approx(share, abs=0.01)
+    assert masks(0.9).all()  # there are no more
 
 
 def test_whole_blocks_is_the_mistake_that_makes_nearly_all_hard(store):

@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -29,7 +30,7 @@ from lego.sections import DataParams
 from lego.sources import documents
 
 PIPELINE_MODELS = {"ashem": "evaluate_routing", "shallow_continued": "train_shallow_continued"}
-PACKAGES = ("torch", "numpy", "tokenizers")
+PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "tokenizers")
 
 
 class Suite(BaseModel):
@@ -150,7 +151,7 @@ class _Builder:
             "params": {key: _value(values, key) for key in entry["params"]},
             "code": {dep: code_digest(dep) for dep in entry["deps"] if dep.endswith(".py")},
             "inputs": {file: task.fingerprint for file, task in inputs},
-            "versions": {package: version(package) for package in PACKAGES},
+            "versions": {package: version(package) for package in PACKAGES} | {"cuda": torch.cuda.is_available()},
             "text": text_digest(json.dumps(values["data"])) if stage == "tokenize" else None,
         } | {name: sha256(name) for name in _folders(values) if stage in ("tokenize", "train_phase1")}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]

@@ -6,35 +6,50 @@ dvc repro stages/evidence/dvc.yaml:block2@random      (python -m stages.evidence
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 
 from lego import selection
 from lego.artifacts import atomic_folder, read_number, sha256, write_csv, write_json
 from lego.ashem import exit_states
-from lego.baselines import small_reference
-from lego.batches import EvaluationBatches, TrainingBatches
-from lego.blocks import PackedBlocks, corpus_facts, data_digests, train_text
+from lego.baselines import exits_config, small_reference
+from lego.batches import EvaluationBatches, TrainingBatches, split_batches
+from lego.blocks import corpus_facts, data_digests, train_text
 from lego.budget import Budget, train_blocks
 from lego.calibration import GainFit
-from lego.checkpoint import grow_model, load_model, save_model
+from lego.checkpoint import load_model, save_model
 from lego.cost import Ledger
-from lego.epochs import epoch_rows
-from lego.evaluation import routed_metrics, token_table
+from lego.epochs import History, epoch_rows
+from lego.evaluation import evaluate_at_share, token_table
 from lego.exits import collect_confidences, quantile_threshold
 from lego.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.hidden_states import HiddenStateStore, StoreWriter
 from lego.params import Params, load_params
-from lego.phase2 import hard_batches, steps_for, train_block2
-from lego.risk import document_units
+from lego.phase2 import grown, hard_batches, steps_for, train_block2
 from lego.search import Search, Trial, search_rates
-from lego.single_exit import document_rows, hard_after
+from lego.sections import AshemParams
+from lego.single_exit import Comparison
 from lego.trainer import create_standard_config
-from lego.transformer import CONTEXT_AT_INFERENCE, BaseTransformer, DeepSupervisionTransformer
+from lego.transformer import BaseTransformer, DeepSupervisionTransformer
 
 Choose = Callable[[DeepSupervisionTransformer], tuple[HiddenStateStore, float]]
 """Block 2 as it is -> what it learns from next, and the MACs that finding this out cost."""
+
+
+@dataclass
+class Spent:
+    """What a run at one learning rate has cost so far: MACs, tokens it learned from, and its curve."""
+
+    macs: float
+    tokens: int = 0
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, result: dict[str, Any], seen: list[int], macs: float, before: float) -> None:
+        """Notes what `fit` returned of a part of the run; see epoch_rows."""
+        self.rows += epoch_rows(result, seen, macs, self.macs + before)
+        self.macs += macs
+        self.tokens += seen[-1]
 
 
 @dataclass
@@ -47,42 +62,31 @@ class Baseline:
     block1: BaseTransformer
     store: HiddenStateStore
     budget: Budget
-    macs: dict[float, float] = field(default_factory=dict)
-    rows: dict[float, list[dict[str, float]]] = field(default_factory=dict)
+    spent: dict[float, Spent] = field(default_factory=dict)
     n_hard: int = 0
 
     @property
-    def historic(self) -> bool:
-        return self.params.baselines.block2[self.name].protocol == "historic"
+    def protocol(self) -> str:
+        return self.params.baselines.block2[self.name].protocol
 
     @property
-    def context(self) -> str:
-        return "historic" if self.historic else self.params.ashem.phase2_context
+    def ashem(self) -> AshemParams:
+        """The section `ashem`, as the protocol changes it."""
+        historic = {"phase2_context": "historic", "head": "shared_trainable", "replay_share": 0.0}
+        return self.params.ashem.model_copy(update=historic if self.protocol == "historic" else {})
 
     @property
-    def head(self) -> str:
-        return "shared_trainable" if self.historic else self.params.ashem.head
+    def device(self) -> torch.device:
+        return resolve_device(self.params.train.device)
 
-    def grown(self) -> DeepSupervisionTransformer:
-        ashem = self.params.ashem
-        torch.manual_seed(self.stage.seed)
-        return grow_model(
-            self.block1,
-            self.block1.num_layers + ashem.phase2_layers - ashem.phase1_layers,
-            init=ashem.init_new_layers,
-            routing_threshold=self.store.threshold,
-            block2_context=CONTEXT_AT_INFERENCE[self.context],
-            head=self.head,
-        )
-
-
-def text(split: str, params: Params, part: tuple[float, float] = (0.0, 1.0)) -> EvaluationBatches:
-    return EvaluationBatches(PackedBlocks("data/tokens", split, part), params.evaluation.batch_size)
+    def text(self, split: str, part: tuple[float, float] = (0.0, 1.0)) -> EvaluationBatches:
+        return split_batches("data/tokens", split, self.params.evaluation.batch_size, part)
 
 
 def mine_validation(params: Params, stage: Stage, block1: BaseTransformer) -> HiddenStateStore:
     """The historical fault: hard tokens, and the threshold, from the text on which the model is then scored."""
-    folder, device, batches = stage.scratch / "store", resolve_device(params.train.device), text("validation", params)
+    folder, device = stage.scratch / "store", resolve_device(params.train.device)
+    batches = split_batches("data/tokens", "validation", params.evaluation.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
     threshold = quantile_threshold(collect_confidences(block1, batches, device), params.ashem.hard_example_ratio)
     writer = StoreWriter(folder, threshold, params.ashem.store_dtype, params.ashem.shard_tokens)
@@ -110,8 +114,8 @@ def reference_of(one: Baseline) -> tuple[BaseTransformer, float]:
         batches,
         params.ashem.phase1_lr,
         params.train,
-        text("validation", params),
-        resolve_device(params.train.device),
+        one.text("validation"),
+        one.device,
         one.stage.scratch / "reference.safetensors",
         keep_start=False,
     )
@@ -120,8 +124,8 @@ def reference_of(one: Baseline) -> tuple[BaseTransformer, float]:
 
 def by_expected_gain(one: Baseline, model: DeepSupervisionTransformer) -> tuple[HiddenStateStore, float]:
     """As many tokens as are hard, those that block 2 as it is helps most by a linear fit on calibration text."""
-    params, device = one.params, resolve_device(one.params.train.device)
-    calibration = text("calibration", params, (0.0, params.exits.fit_share))
+    params, device = one.params, one.device
+    calibration = one.text("calibration", (0.0, params.exits.fit_share))
     fit = GainFit(model.sizes["dim"], 0)
     token_table(model, calibration, device, on_states=fit.add)
     gain = fit.solve(params.routing.gain_l2, one.stage.seed).to(device)
@@ -133,13 +137,13 @@ def by_expected_gain(one: Baseline, model: DeepSupervisionTransformer) -> tuple[
 
 def rounds(one: Baseline) -> list[tuple[float, Choose]]:
     """Passes of phase 2: the share of the budget that each has, and how it finds its tokens."""
-    store, device, blocks = one.store, resolve_device(one.params.train.device), one.params.evaluation.batch_size
+    store, device, blocks = one.store, one.device, one.params.evaluation.batch_size
     select, extra = one.params.baselines.block2[one.name].select, 0.0
     first = one.params.baselines.selection.first_round
     block1 = one.block1.to(device)
     match select:
         case "hard":
-            chosen = store
+            chosen = selection.with_replay(store, one.ashem.replay_share, one.stage.seed)
         case "all":
             chosen = store.selecting(selection.everything(store))
         case "sequence_level":
@@ -165,52 +169,72 @@ def rounds(one: Baseline) -> list[tuple[float, Choose]]:
 def search(one: Baseline) -> Search:
     """Trains block 2 at each learning rate for the whole budget."""
     params, passes, seq_len = one.params, rounds(one), corpus_facts("data/tokens")["seq_len"]
-    validation, device = text("validation", params), resolve_device(params.train.device)
-    mined = one.store.manifest["macs"]
+    validation, mined, before = one.text("validation"), one.store.manifest["macs"], one.budget.before or 0
+    frozen = 1 - (params.baselines.selection.unfrozen_end if one.protocol == "unfreeze" else 0)
 
     def train(lr: float) -> Trial:
-        model, spent = one.grown(), float(mined)
-        one.rows[lr] = []
-        ledger, head_trains = Ledger.of(model, seq_len), one.head != "shared"
+        model = grown(one.ashem, one.block1, one.store.threshold, one.stage.seed)
+        spent = one.spent[lr] = Spent(mined)
+        ledger, head_trains = Ledger.of(model, seq_len), one.ashem.head != "shared"
         for number, (share, choose) in enumerate(passes):
             chosen, macs = choose(model)
-            batches = hard_batches(chosen, one.context, params.train, seq_len, one.stage.seed + number)
-            spent += macs
-            steps = steps_for(share * (one.budget.macs - mined) - macs, batches, ledger, head_trains)
+            batches = hard_batches(chosen, one.ashem.phase2_context, params.train, seq_len, one.stage.seed + number)
+            spent.macs += macs
+            steps = steps_for(frozen * share * (one.budget.macs - mined) - macs, batches, ledger, head_trains)
             if steps < 1:
                 raise StageError(f"metrics/added_macs.json: pays for no step of {one.name}; raise ashem.phase2_epochs")
             batches.total_steps, epochs = steps, -(-steps // batches.steps)
             state_file = one.stage.scratch / f"state-{lr:g}-{number}.safetensors"
             history, continued = train_block2(
-                model, batches, lr, epochs, epochs + 1, params.train, validation, device, state_file
+                model, batches, lr, epochs, epochs + 1, params.train, validation, one.device, state_file
             )
-            streamed, seen = batches.seen(epochs)
-            macs = ledger.train_block2(seen, head_trains, streamed)
-            by_epoch = [batches.seen(n)[1] for n in range(1, epochs + 1)]
-            one.rows[lr] += epoch_rows(history.as_result(), by_epoch, macs, spent + (one.budget.before or 0))
-            spent += macs
+            seen, streamed = batches.seen(epochs), batches.streamed(epochs)
+            spent.add(history.as_result(), seen, ledger.train_block2(seen[-1], head_trains, streamed), before)
             one.stage.continued |= continued
-        one.macs[lr] = spent
-        return Trial(lr, model, history)
+        return Trial(lr, model, unfreeze(one, model, lr) if frozen < 1 else history)
 
     return search_rates(params.baselines.block2[one.name].lr, params.search.lr_factors, train)
 
 
+def unfreeze(one: Baseline, model: DeepSupervisionTransformer, lr: float) -> History:
+    """Spends what is left of the budget on all layers and all tokens, with the loss at both exits."""
+    params, spent, before = one.params, one.spent[lr], one.budget.before or 0
+    share, split, drawn = params.ashem.phase2_share, params.ashem.phase2_split, params.ashem.phase2_text
+    blocks = train_text("data/tokens", 2, share, split, params.seed, drawn)
+    ledger, validation = Ledger.of(model, blocks.seq_len), one.text("validation")
+    affordable = round((one.budget.macs - spent.macs) / ledger.train_joint(blocks.seq_len, exits=2))
+    if affordable < 1:
+        raise StageError(f"params.yaml: baselines.selection.unfrozen_end pays for no block of {one.name}; raise it")
+    per_epoch = -(-params.train.tokens_per_epoch // blocks.seq_len)
+    batches = TrainingBatches(blocks, params.train.batch_size, per_epoch, one.stage.seed, total_blocks=affordable)
+    model.requires_grad_(True)
+    history, continued = train_blocks(
+        model,
+        exits_config(model),
+        batches,
+        lr,
+        params.train,
+        validation,
+        one.device,
+        one.stage.scratch / f"state-{lr:g}-unfrozen.safetensors",
+        keep_start=True,
+        evaluate=lambda: evaluate_at_share(model, validation, params.ashem.hard_example_ratio, one.device),
+    )
+    one.stage.continued |= continued
+    seen = batches.seen(len(history.evaluations))
+    spent.add(history.as_result(), seen, ledger.train_joint(seen[-1], exits=2), before)
+    return history
+
+
 def evaluate(one: Baseline, model: BaseTransformer) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The keys of a model file that follow from what the model says of text, and its losses by document."""
-    params, device, facts = one.params, resolve_device(one.params.train.device), corpus_facts("data/tokens")
+    leaves, size = one.store.threshold, one.params.evaluation.batch_size
+    if one.protocol == "unfreeze":  # block 1 moved, and with it its confidences
+        confidences = collect_confidences(model, one.text("calibration"), one.device)
+        leaves = quantile_threshold(confidences, one.params.ashem.hard_example_ratio)
+    ledger = Ledger.of(model, corpus_facts("data/tokens")["seq_len"])
     threshold = read_number("metrics/compute_threshold.json", "threshold", high=1.0)
-    splits = ("test", "validation")
-    test, validation = (token_table(model, text(split, params), device) for split in splits)
-    block1_test, block1_validation = (token_table(one.block1, text(split, params), device) for split in splits)
-    ledger = Ledger.of(model, facts["seq_len"])
-    metrics = routed_metrics(test, validation, one.store.threshold, ledger, facts["splits"]["test"])
-    for prefix, block1, table in (("", block1_test, test), ("val_", block1_validation, validation)):
-        before, after = hard_after(block1, table, threshold)  # a head that trained moved its own confidences
-        metrics |= {f"{prefix}hard_ppl_before": before, f"{prefix}hard_ppl_after": after}
-    documents = document_units(PackedBlocks("data/tokens", "test").targets(), facts["end_of_text"])
-    losses = test.routed_nll(one.store.threshold)
-    return metrics, document_rows(losses, test.nll_deep, ~block1_test.easy(threshold), documents)
+    return Comparison.on("data/tokens", size, one.block1, threshold, ledger, one.device).judge(model, leaves)
 
 
 def prepare(name: str, params: Params, stage: Stage) -> Baseline:
@@ -234,18 +258,18 @@ def main(name: str = "") -> None:
     with Stage(f"block2@{name}", params.seed, params.train.threads) as stage:
         one = prepare(name, params, stage)
         found = search(one)
-        model, macs = cast(DeepSupervisionTransformer, found.best.model), one.macs[found.best.lr]
+        model, spent = found.best.model, one.spent[found.best.lr]
         metrics, documents = evaluate(one, model)
         with atomic_folder(f"data/baseline/{name}") as folder:
             save_model(model, folder, tokenizer="data/tokens/tokenizer")
-        write_csv(f"metrics/curves/{name}.csv", one.rows[found.best.lr])
+        write_csv(f"metrics/curves/{name}.csv", spent.rows)
         write_csv(f"metrics/documents/{name}.csv", documents)
-        mined = {"n_hard": one.n_hard, "hard_share": one.n_hard / one.store.manifest["tokens"], "leaky": one.historic}
-        spent = one.budget.spent(macs, found.best.lr)
-        write_json(f"metrics/baseline/{name}.json", metrics | spent | mined)
-        print(f"{name}: test ppl {metrics['ppl']:.3f}, {100 * (macs / one.budget.macs - 1):+.2f} % of its budget")
-        tokens = sum(row["tokens"] for row in one.rows[found.best.lr][-1:])
-        stage.record |= data_digests("data/tokens") | {"counts": {"trained_tokens": tokens * len(found.tried)}}
+        leaky = one.store.manifest["split"] == "validation"
+        mined = {"n_hard": one.n_hard, "hard_share": one.n_hard / one.store.manifest["tokens"], "leaky": leaky}
+        cost, distance = one.budget.spent(spent.macs, found.best.lr), 100 * (spent.macs / one.budget.macs - 1)
+        write_json(f"metrics/baseline/{name}.json", metrics | cost | mined)
+        print(f"{name}: test ppl {metrics['ppl']:.3f}, {distance:+.2f} % of its budget")
+        stage.record |= data_digests("data/tokens") | {"counts": {"trained_tokens": spent.tokens * len(found.tried)}}
 
 
 if __name__ == "__main__":

@@ -10,22 +10,21 @@ from typing import Any
 
 import torch
 
-from lego.artifacts import atomic_folder, read_number, write_csv, write_json
+from lego.artifacts import atomic_folder, read_json, read_number, write_csv, write_json
 from lego.baselines import joint_macs, losses_of, start_joint
-from lego.batches import EvaluationBatches, TrainingBatches
-from lego.blocks import PackedBlocks, corpus_facts, data_digests, train_text
+from lego.batches import TrainingBatches, split_batches
+from lego.blocks import PackedBlocks, data_digests, train_text
 from lego.budget import Budget, train_blocks
 from lego.checkpoint import load_model, save_model
 from lego.cost import Ledger
 from lego.epochs import epoch_rows
-from lego.evaluation import routed_metrics, token_table
-from lego.exits import quantile_threshold
+from lego.evaluation import evaluate_at_share
+from lego.exits import collect_confidences, quantile_threshold
 from lego.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.params import Params, load_params
-from lego.risk import document_units
 from lego.search import Search, Trial, search_rates
 from lego.sections import JointParams
-from lego.single_exit import document_rows, hard_after, single_exit_metrics
+from lego.single_exit import Comparison
 from lego.transformer import BaseTransformer
 
 
@@ -71,7 +70,7 @@ def plan(name: str, params: Params, seed: int) -> Plan:
     if entry.budget == "added":
         share, split = ashem.phase2_share, ashem.phase2_split
         blocks = train_text("data/tokens", 2, share, split, params.seed, ashem.phase2_text)
-    depth = block1.num_layers + ashem.phase2_layers - ashem.phase1_layers
+    depth = block1.num_layers + ashem.new_layers
     ledger = Ledger.of(block1, blocks.seq_len).grown(depth, ashem.phase2_context)
 
     def start() -> BaseTransformer:
@@ -86,20 +85,25 @@ def plan(name: str, params: Params, seed: int) -> Plan:
     return Plan(name, entry, block1, ledger, budget, batches, start)
 
 
-def text(split: str, params: Params) -> EvaluationBatches:
-    return EvaluationBatches(PackedBlocks("data/tokens", split), params.evaluation.batch_size)
-
-
 def search(params: Params, stage: Stage, planned: Plan) -> Search:
     """Trains the model at each learning rate for the whole budget."""
-    device, validation = resolve_device(params.train.device), text("validation", params)
+    device, ratio = resolve_device(params.train.device), params.ashem.hard_example_ratio
+    validation = split_batches("data/tokens", "validation", params.evaluation.batch_size)
 
     def train(lr: float) -> Trial:
         model = planned.start()
-        losses, state_file = losses_of(planned.entry, model), stage.scratch / f"state-{lr:g}.safetensors"
-        given = planned.entry.start != "scratch"
+        routes = model.exit_layer < model.num_layers
         history, continued = train_blocks(
-            model, losses, planned.batches, lr, params.train, validation, device, state_file, keep_start=given
+            model,
+            losses_of(planned.entry, model),
+            planned.batches,
+            lr,
+            params.train,
+            validation,
+            device,
+            stage.scratch / f"state-{lr:g}.safetensors",
+            keep_start=planned.entry.start != "scratch",
+            evaluate=(lambda: evaluate_at_share(model, validation, ratio, device)) if routes else None,
         )
         stage.continued |= continued
         return Trial(lr, model, history)
@@ -110,24 +114,12 @@ def search(params: Params, stage: Stage, planned: Plan) -> Search:
 def evaluate(params: Params, model: BaseTransformer, planned: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The keys of a model file that follow from what the model says of text, and its losses by document."""
     device, threshold = resolve_device(params.train.device), read_number("metrics/compute_threshold.json", "threshold")
-    test, validation = (token_table(model, text(split, params), device) for split in ("test", "validation"))
-    splits = ("test", "validation")
-    block1_test, block1_validation = (token_table(planned.block1, text(split, params), device) for split in splits)
-    facts, own = corpus_facts("data/tokens"), Ledger.of(model, planned.ledger.seq_len)
-    of_test, losses = facts["splits"]["test"], test.nll_deep
-    if model.exit_layer == model.num_layers:
-        metrics = single_exit_metrics(
-            test, validation, block1_test, block1_validation, threshold, planned.ledger, own, of_test
-        )
-    else:  # its own exit routes, at the same share
-        confidences = torch.from_numpy(token_table(model, text("calibration", params), device).confidence)
+    size, leaves = params.evaluation.batch_size, None
+    if model.exit_layer < model.num_layers:  # its own exit routes, at the same share
+        confidences = collect_confidences(model, split_batches("data/tokens", "calibration", size), device)
         leaves = quantile_threshold(confidences, params.ashem.hard_example_ratio)
-        metrics, losses = routed_metrics(test, validation, leaves, own, of_test), test.routed_nll(leaves)
-        for prefix, block1, table in (("", block1_test, test), ("val_", block1_validation, validation)):
-            before, after = hard_after(block1, table, threshold)
-            metrics |= {f"{prefix}hard_ppl_before": before, f"{prefix}hard_ppl_after": after}
-    documents = document_units(PackedBlocks("data/tokens", "test").targets(), facts["end_of_text"])
-    return metrics, document_rows(losses, test.nll_deep, ~block1_test.easy(threshold), documents)
+    compared = Comparison.on("data/tokens", size, planned.block1, threshold, planned.ledger, device)
+    return compared.judge(model, leaves)
 
 
 def main(name: str = "") -> None:
@@ -147,7 +139,8 @@ def main(name: str = "") -> None:
         write_csv(f"metrics/curves/{name}.csv", epoch_rows(result, seen, macs, planned.budget.before or 0))
         write_csv(f"metrics/documents/{name}.csv", documents)
         spent = planned.budget.spent(macs, found.best.lr)
-        unmined = {"n_hard": None, "hard_share": None, "leaky": False}  # it learns from every token
+        leaky = read_json("metrics/added_macs.json", "leaky")["leaky"]  # whether its budget is that of a leaky run
+        unmined = {"n_hard": None, "hard_share": None, "leaky": leaky}  # it learns from every token
         write_json(f"metrics/baseline/{name}.json", metrics | spent | unmined)
         print(f"{name}: test ppl {metrics['ppl']:.3f}, {100 * (macs / planned.budget.macs - 1):+.2f} % of its budget")
         stage.record |= data_digests("data/tokens") | {"counts": {"trained_tokens": tokens * len(found.tried)}}
