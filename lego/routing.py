@@ -6,7 +6,6 @@ tokens take the slots 0, 1, 2, ... of its cache whatever padding they came with,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from lego.criteria import Criterion, max_prob, needs_logits
 from lego.layers import Rotary, Rows, rotated
 from lego.reading import Routed, Shallow
-from lego.transformer import BaseTransformer, compute_cost
+from lego.transformer import BaseTransformer, read_result
 
 FEW = 3  # copying the cache of a third of the sequences takes less time than attending to all
 ALWAYS_DEEP = 2.0
@@ -288,12 +287,4 @@ def evaluate(
         right += int(correct.sum())
         easy += int((~deep).sum())
         tokens += len(y)
-    if not tokens:
-        raise ValueError("no batches to evaluate: give a re-iterable that yields at least one (x, y)")
-    ratio = easy / tokens
-    return {
-        "acc": right / tokens,
-        "ppl": math.exp(min(nll / tokens, 700.0)),  # e^709 is the largest float
-        "shallow_ratio": ratio,
-        "compute_cost": compute_cost(ratio, k, model.num_layers),
-    }
+    return read_result(nll, right, easy, tokens, k, model.num_layers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch.optim import AdamW, Optimizer
 
 from lego.epochs import TrainingState, fit
 from lego.steps import StepOptions, build_optimizer, run_epoch
-from lego.transformer import BaseTransformer, compute_cost
+from lego.transformer import BaseTransformer, read_result
 
 Batches = Iterable[tuple[Tensor, Tensor]]
 
@@ -132,15 +131,7 @@ class Trainer:
             nll += losses.cpu().double().sum().item()  # not every device has float64
             right += int(correct.sum())
             tokens += y.numel()
-        if not tokens:
-            raise ValueError("no batches to evaluate: give a re-iterable that yields at least one (x, y)")
-        ratio = shallow / tokens
-        return {
-            "acc": right / tokens,
-            "ppl": math.exp(min(nll / tokens, 700.0)),  # e^709 is the largest float
-            "shallow_ratio": ratio,
-            "compute_cost": compute_cost(ratio, k, model.num_layers),
-        }
+        return read_result(nll, right, shallow, tokens, k, model.num_layers)
 
     def train_with_early_stopping(
         self,

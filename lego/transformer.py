@@ -315,3 +315,20 @@ def shallow_ratio(confidence: Tensor, threshold: float) -> float:
 def compute_cost(ratio: float, exit_layer: int, num_layers: int) -> float:
     """Share of the full depth's layers that are run when `ratio` of the tokens leave early (ashem section 1)."""
     return (ratio * exit_layer + (1 - ratio) * num_layers) / num_layers
+
+
+def read_result(nll: float, right: int, easy: int, tokens: int, exit_layer: int, num_layers: int) -> dict[str, float]:
+    """Accuracy, perplexity, shallow_ratio and compute_cost from sums over tokens: losses in nats, hits, early exits.
+
+    Raises:
+        ValueError: there was no token.
+    """
+    if not tokens:
+        raise ValueError("no batches to evaluate: give a re-iterable that yields at least one (x, y)")
+    ratio = easy / tokens
+    return {
+        "acc": right / tokens,
+        "ppl": math.exp(min(nll / tokens, 700.0)),  # e^709 is the largest float
+        "shallow_ratio": ratio,
+        "compute_cost": compute_cost(ratio, exit_layer, num_layers),
+    }

@@ -31,7 +31,7 @@ from lego.scratch import ROOT, SCRATCH, only_run, pipeline_entry
 from stages.evidence.graph import Suite, Task, base_rate, changed, load_suites, stage_of, task_of
 
 RESULTS, STORE, RUNS = Path("metrics/evidence"), SCRATCH / "evidence/store", SCRATCH / "evidence/runs"
-FULL = ("core", "selection", "ratios", "regime")
+FULL = ("core", "regime", "ratios", "selection", "options")
 
 
 @dataclass(frozen=True)

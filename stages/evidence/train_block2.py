@@ -212,7 +212,7 @@ def unfreeze(one: Baseline, model: DeepSupervisionTransformer, lr: float) -> His
         model,
         exits_config(model),
         batches,
-        lr,
+        lr * params.train.min_lr_ratio,  # where the schedule ended; its peak undoes what block 2 learned
         params.train,
         validation,
         one.device,
