@@ -14,6 +14,7 @@ from lego.blocks import bits_per_byte
 from lego.evaluation import (
     MODEL_KEYS,
     comparison_lines,
+    evaluate_at_share,
     perplexity,
     routed_metrics,
     threshold_sweep,
@@ -47,6 +48,16 @@ def test_the_table_gives_what_the_trainer_measures_at_any_threshold(model):
         for key, layer in (("shallow_ppl", 1), ("deep_ppl", 3)):
             logits = torch.cat([model.forward_all_layers(x)[layer].flatten(0, 1) for x, _ in TEST])
             assert metrics[key] == pytest.approx(torch.nn.functional.cross_entropy(logits, y).exp().item(), rel=1e-4)
+
+
+def test_a_share_of_hard_tokens_gives_the_numbers_of_its_threshold(model):
+    table = token_table(model, TEST, "cpu")
+    for ratio in (0.25, 0.6):
+        found = evaluate_at_share(model, TEST, ratio, "cpu")
+        asked = sorted(table.confidence)[int(ratio * len(table.confidence))]
+        assert found["shallow_ratio"] == pytest.approx(1 - ratio, abs=0.01)
+        assert found["ppl"] == pytest.approx(perplexity(table.routed_nll(asked)), rel=0.01)
+    assert evaluate_at_share(model, TEST, 0.0, "cpu")["ppl"] == perplexity(table.nll_shallow)
 
 
 def test_hard_perplexities_and_oracle_by_brute_force(model):

@@ -11,7 +11,7 @@ from conftest import ROOT
 from lego.params import load_params
 from stages.evidence import tables, wording
 from stages.evidence.pictures import hard_against_random, regime_map, routed_against_cost, training_curves
-from stages.evidence.summary import DEEP, Suite, compared_in, difference, rivals
+from stages.evidence.summary import DEEP, Suite, between_settings, compared_in, difference, rivals
 
 TOKENS = [100, 400, 250]
 PARAMS = load_params(ROOT / "params.yaml")
@@ -158,3 +158,19 @@ def test_ratios_without_random_selection_are_passed_over(records, tmp_path):
     ratios = Suite.of("ratios", {"ratio_30": records["default"], "ratio_70": {"ashem": records["default"]["ashem"]}})
     assert wording.ratios(ratios) == "Hard against random selection, by share: 30 %: better (-1.00 [-1.00, -1.00])."
     assert hard_against_random(tmp_path, ratios).file.exists()
+
+
+def test_options_are_compared_with_the_unchanged_setting_on_the_same_text(records):
+    base = records["default"]["ashem"]
+    better, cut = copy.deepcopy(base), copy.deepcopy(base)
+    for seed in base:
+        better[seed] = ashem(34 + float(seed) / 10 - 0.1)
+        cut[seed]["documents"]["tokens"] = [100, 400, 249]
+    suite = Suite.of("options", {"base": {"ashem": base}, "depth_6": {"ashem": better}, "text": {"ashem": cut}})
+    found = between_settings(suite, "depth_6", "base")
+    assert (found.over_seeds.mean, found.verdict) == (pytest.approx(-1.0), "better")
+    assert between_settings(suite, "text", "base") is None  # other test text
+    _, rows, _ = tables.options_table(suite, "base")
+    assert [row[0] for row in rows] == ["depth_6", "**nothing**", "text"]
+    assert rows[0][5] == "better"
+    assert rows[1][3:6] == rows[2][3:6] == ["", "", ""]

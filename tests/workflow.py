@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from clones import Clone
 
-SHOWN = "example_ratio|evaluate_routing.json:(ppl|shallow_ppl|shallow_ratio|flops_ratio)$"
+SHOWN = "^(?!Experiment|ashem|.*evaluate_routing.json:(ppl|shallow_ratio|flops_ratio)$)"
+COLUMNS = ["Experiment", "flops_ratio", "ppl", "shallow_ratio", "ashem.hard_example_ratio"]  # of what exp show prints
 LINES = f"""
 dvc repro
 git add -A
@@ -26,7 +27,7 @@ dvc exp run -S ashem.hard_example_ratio=0.3 -n harder
 dvc exp run --queue -S 'ashem.hard_example_ratio=0.1,0.3,0.5,0.7,0.9'
 dvc queue start -j 2
 dvc queue status
-dvc exp show --only-changed --drop '.*' --keep '{SHOWN}' --no-pager
+dvc exp show --only-changed --drop '{SHOWN}' --md
 dvc metrics diff baseline harder --targets metrics/evaluate_routing.json
 dvc params diff baseline harder
 dvc exp apply harder
@@ -53,6 +54,14 @@ def finished(clone: Clone) -> bool:
     return not any(word in status for word in ("Queued", "Running"))
 
 
+def check_table(markdown: str) -> None:
+    """The table of experiments has the wanted columns alone, and a row for each experiment."""
+    head, _, *rows = [line.strip("| ").split("|") for line in markdown.splitlines() if line.startswith("|")]
+    assert [name.strip().rpartition(":")[2] for name in head] == COLUMNS, head
+    ratios = {row[-1].strip() for row in rows}
+    assert {"0.1", "0.3", "0.5", "0.7", "0.9"} <= ratios, rows
+
+
 def main() -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         folder = Path(name) / "clone"
@@ -66,7 +75,10 @@ def main() -> None:
                 for path in shlex.split(line)[2:]:
                     shutil.rmtree(folder / path)
                 continue
-            print(clone.run(*shlex.split(line)).strip()[-3000:], flush=True)
+            said = clone.run(*shlex.split(line)).strip()
+            print(said[-3000:], flush=True)
+            if line.startswith("dvc exp show"):
+                check_table(said)
             if line.startswith("dvc queue start"):
                 while not finished(clone):
                     time.sleep(3)

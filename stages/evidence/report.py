@@ -20,13 +20,13 @@ from lego.harness import RECORDED_PACKAGES, Stage, StageError, exit_cleanly
 from lego.page import Figure, Page
 from lego.params import Params, load_params
 from stages.evidence import tables, wording
-from stages.evidence.graph import load_suites
+from stages.evidence.graph import FULL, load_suites
 from stages.evidence.pictures import hard_against_random, regime_map, routed_against_cost, training_curves
 from stages.evidence.quality import criterion_rows, load_table
 from stages.evidence.summary import Suite, by_regime
 from stages.evidence.token_pictures import confidences, hard_by_class, sample
 
-SETTING, SAMPLED = "default", 900
+SETTING, SATURATED, SAMPLED = "default", "tokens_5500k", 900
 NOT_RUN = "Not run yet: `python -m stages.evidence.run --full`."
 PICTURES = Path("metrics/pictures")
 
@@ -94,13 +94,18 @@ def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict
     else:
         page.text(NOT_RUN)
     page.heading("Which tokens: selection at the same share")
-    if "ashem" in suites["selection"].models(SETTING):
-        page.table(*tables.difference_table(suites["selection"], SETTING))
+    if "ashem" in suites["selection"].models(SATURATED):
+        page.table(*tables.difference_table(suites["selection"], SATURATED))
     else:
         page.text(NOT_RUN)
     if "ratios" in figures:
         page.text(wording.ratios(suites["ratios"]))
         page.figure(figures["ratios"], Path("metrics"))
+    page.heading("Which options")
+    if "ashem" in suites["options"].models(SATURATED):
+        page.table(*tables.options_table(suites["options"], SATURATED))
+    else:
+        page.text(NOT_RUN)
     page.heading("The historical protocol")
     page.text(wording.leak(core, SETTING))
 
@@ -130,7 +135,7 @@ def build(params: Params, suites: dict[str, Suite], figures: dict[str, Figure], 
 def main() -> None:
     params = load_params()
     with Stage("report", threads=params.train.threads):
-        suites = {name: Suite.load(name) for name in ("core", "selection", "ratios", "regime")}
+        suites = {name: Suite.load(name) for name in FULL}
         if "ashem" not in suites["core"].models(SETTING):
             suites["core"] = Suite.load("quick")
             if "ashem" not in suites["core"].models(SETTING):

@@ -28,10 +28,9 @@ from lego.artifacts import read_json, write_json, write_text
 from lego.harness import StageError, exit_cleanly
 from lego.params import Params, load_params
 from lego.scratch import ROOT, SCRATCH, only_run, pipeline_entry
-from stages.evidence.graph import Suite, Task, base_rate, changed, load_suites, stage_of, task_of
+from stages.evidence.graph import FULL, Suite, Task, base_rate, changed, load_suites, stage_of, task_of
 
 RESULTS, STORE, RUNS = Path("metrics/evidence"), SCRATCH / "evidence/store", SCRATCH / "evidence/runs"
-FULL = ("core", "regime", "ratios", "selection", "options")
 
 
 @dataclass(frozen=True)

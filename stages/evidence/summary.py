@@ -97,6 +97,19 @@ def difference(
         shallow: compare with `other`'s block 1 before phase 2 instead.
     """
     mine, theirs = (suite.records.get(setting, {}).get(name, {}) for name in (model, other))
+    return _paired(mine, theirs, column, shallow)
+
+
+def between_settings(suite: Suite, setting: str, other: str, model: str = "ashem") -> Difference | None:
+    """A model under one setting less itself under another, on the same test text; None where a seed or text differs."""
+    mine, theirs = (suite.records.get(name, {}).get(model, {}) for name in (setting, other))
+    same = all(
+        mine[seed]["documents"]["tokens"] == theirs[seed]["documents"]["tokens"] for seed in mine.keys() & theirs.keys()
+    )
+    return _paired(mine, theirs, "nll", False) if same else None
+
+
+def _paired(mine: dict[str, Any], theirs: dict[str, Any], column: str, shallow: bool) -> Difference | None:
     seeds = sorted(mine.keys() & theirs.keys(), key=int)
     if not seeds:
         return None

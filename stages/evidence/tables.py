@@ -9,7 +9,17 @@ from typing import Any
 from lego.cost import Ledger
 from lego.params import Params
 from stages.evidence.graph import base_rate
-from stages.evidence.summary import DEEP, Difference, Suite, budget_kind, by_regime, compared_in, difference, leaky
+from stages.evidence.summary import (
+    DEEP,
+    Difference,
+    Suite,
+    between_settings,
+    budget_kind,
+    by_regime,
+    compared_in,
+    difference,
+    leaky,
+)
 
 Table = tuple[Sequence[str], list[list[str]], str]
 """Header, rows and caption."""
@@ -124,6 +134,36 @@ def regime_table(suite: Suite) -> Table:
         seeds = len(suite.records[name]["ashem"])
         rows.append([f"{seen:.1f}", name, str(seeds), f"{shallow:.2f}", f"{own:.2f}", *cells])
     return header, rows, "Test perplexity as phase 1 sees more text; differences over seeds, and what ASHEM is."
+
+
+def options_table(suite: Suite, base: str) -> Table:
+    """ASHEM with one parameter changed at a time, the best first."""
+    header = (
+        "changed",
+        "seeds",
+        "test ppl",
+        "less unchanged: seeds",
+        "documents",
+        "it is",
+        "added MACs",
+        "inference MACs",
+    )
+    rows = []
+    ran = [setting for setting in suite.records if "ashem" in suite.models(setting)]
+    for setting in sorted(ran, key=lambda name: fmean(suite.values(name, "ashem", "ppl"))):
+        cells = cells_of(between_settings(suite, setting, base) if setting != base else None)
+        rows.append(
+            [
+                "**nothing**" if setting == base else setting,
+                str(len(suite.records[setting]["ashem"])),
+                f"{suite.interval(setting, 'ashem'):.2f}",
+                *cells,
+                f"{fmean(suite.values(setting, 'ashem', 'added_macs')):.3e}",
+                f"{fmean(suite.values(setting, 'ashem', 'flops_ratio')):.3f}",
+            ]
+        )
+    caption = "ASHEM's test perplexity where block 1 is saturated; some changes also change what phase 2 costs."
+    return header, rows, caption
 
 
 def router_table(rows: list[dict[str, Any]]) -> Table:
