@@ -12,10 +12,11 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.two_files import arrange
 from lego.blocks import CorpusError
 from lego.corpus import SPLITS, Corpus, Document, NearDuplicates, split_of, unit_hash
 from lego.params import load_params
-from lego.sources import stdlib_documents
+from lego.sources import documents, stdlib_documents
 from lego.tokenizer import TextEncoder, fit_bpe
 
 SHARES = dict(validation=0.1, calibration=0.1, test=0.1)
@@ -166,3 +167,19 @@ def test_near_duplicates_give_way_across_splits_and_stay_within_one():
     strict = NearDuplicates(similarity=0.99)
     assert list(strict.novel([original], remember=True)) == [original]
     assert list(strict.novel([near], remember=False)) == [near]
+
+
+def test_two_files_become_one_text_whose_test_split_is_the_second(tmp_path):
+    for name, seeds in (("a.txt", range(60)), ("b.txt", range(60, 80))):
+        (tmp_path / name).write_text("".join(f"= {seed} =\n{article(seed)}\n" for seed in seeds))
+    data = load_params(ROOT / "params.yaml").data.model_copy(
+        update={"source": "text", "path": str(tmp_path / "both"), "split_on": "= "}
+    )
+    counts = arrange(tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "both", data)
+    homes = defaultdict(set)
+    for document in documents(data):
+        homes[split_of(document.group, **SHARES)].add(int(document.text.split()[1]))
+    assert homes["test"] == set(range(60, 80))
+    assert {split: len(found) for split, found in homes.items()} == counts
+    assert sum(counts.values()) == 80
+    assert counts["train"] > 40
