@@ -129,8 +129,7 @@ def test_selections_leave_block_1_as_it_was_and_the_historical_protocol_does_not
     unfrozen = read_json(ran / "metrics/baseline/unfrozen_end.json")
     assert unfrozen["hard_ppl_before"] == pytest.approx(ashem["hard_ppl_before"], rel=1e-6)  # the same tokens
     spent = run.table(ran / "metrics/curves/unfrozen_end.csv")["macs"]
-    mined = read_json(ran / "metrics/added_macs.json")["collect_hard_macs"]
-    assert spent[-1] - spent[-2] == pytest.approx(0.1 * (unfrozen["budget_macs"] - mined), rel=0.2)  # the end
+    assert 0.05 < (spent[-1] - spent[-2]) / unfrozen["budget_macs"] < 0.12  # the end, less the pass for its threshold
     leaky = read_json(ran / "metrics/baseline/leaky_validation.json")
     assert leaky["shallow_ppl"] != pytest.approx(ashem["shallow_ppl"], rel=1e-3)
     claimed = leaky["val_hard_ppl_after"] / leaky["val_hard_ppl_before"]

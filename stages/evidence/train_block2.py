@@ -180,7 +180,7 @@ def search(one: Baseline) -> Search:
             chosen, macs = choose(model)
             batches = hard_batches(chosen, one.ashem.phase2_context, params.train, seq_len, one.stage.seed + number)
             spent.macs += macs
-            steps = steps_for(frozen * share * (one.budget.macs - mined) - macs, batches, ledger, head_trains)
+            steps = steps_for(share * (frozen * one.budget.macs - mined) - macs, batches, ledger, head_trains)
             if steps < 1:
                 raise StageError(f"metrics/added_macs.json: pays for no step of {one.name}; raise ashem.phase2_epochs")
             batches.total_steps, epochs = steps, -(-steps // batches.steps)
@@ -202,6 +202,7 @@ def unfreeze(one: Baseline, model: DeepSupervisionTransformer, lr: float) -> His
     share, split, drawn = params.ashem.phase2_share, params.ashem.phase2_split, params.ashem.phase2_text
     blocks = train_text("data/tokens", 2, share, split, params.seed, drawn)
     ledger, validation = Ledger.of(model, blocks.seq_len), one.text("validation")
+    spent.macs += ledger.mine(one.text("calibration").blocks.tokens)  # block 1 moves, and with it the threshold
     affordable = round((one.budget.macs - spent.macs) / ledger.train_joint(blocks.seq_len, exits=2))
     if affordable < 1:
         raise StageError(f"params.yaml: baselines.selection.unfrozen_end pays for no block of {one.name}; raise it")
@@ -213,7 +214,7 @@ def unfreeze(one: Baseline, model: DeepSupervisionTransformer, lr: float) -> His
         exits_config(model),
         batches,
         lr * params.train.min_lr_ratio,  # where the schedule ended; its peak undoes what block 2 learned
-        params.train,
+        params.train.model_copy(update={"warmup_steps": 0}),
         validation,
         one.device,
         one.stage.scratch / f"state-{lr:g}-unfrozen.safetensors",

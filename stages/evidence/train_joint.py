@@ -47,7 +47,18 @@ class Plan:
 
     @property
     def macs(self) -> int:
-        return joint_macs(self.entry, self.start(), self.ledger.seq_len, self.tokens)
+        return joint_macs(self.entry, self.start(), self.ledger.seq_len, self.tokens) + self.threshold_macs
+
+    @property
+    def threshold_macs(self) -> int:
+        """The pass over calibration text of a model that routes by its own exit."""
+        return threshold_macs(self.start(), PackedBlocks("data/tokens", "calibration"))
+
+
+def threshold_macs(model: BaseTransformer, calibration: PackedBlocks) -> int:
+    """What a model that routes by its own exit needs to find its threshold; nothing for the others."""
+    routes = model.exit_layer < model.num_layers
+    return Ledger.of(model, calibration.seq_len).mine(calibration.tokens) if routes else 0
 
 
 def budget_of(name: str, entry: JointParams) -> Budget:
@@ -77,8 +88,10 @@ def plan(name: str, params: Params, seed: int) -> Plan:
         torch.manual_seed(seed)
         return start_joint(entry, block1, ledger, ashem.hard_example_ratio)
 
-    affordable = round(budget.macs / joint_macs(entry, start(), blocks.seq_len, blocks.seq_len))
-    if not affordable:
+    model = start()
+    training = budget.macs - threshold_macs(model, PackedBlocks("data/tokens", "calibration"))
+    affordable = round(training / joint_macs(entry, model, blocks.seq_len, blocks.seq_len))
+    if affordable < 1:
         raise StageError(f"metrics/added_macs.json: the budget of {name} pays for no block; raise ashem.phase2_epochs")
     per_epoch = -(-params.train.tokens_per_epoch // blocks.seq_len)
     batches = TrainingBatches(blocks, params.train.batch_size, per_epoch, seed, total_blocks=affordable)
