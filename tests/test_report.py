@@ -9,12 +9,17 @@ import pytest
 from conftest import ROOT
 
 from lego.params import load_params
-from stages.evidence import tables, wording
+from stages.evidence import graph, tables, wording
 from stages.evidence.pictures import hard_against_random, regime_map, routed_against_cost, training_curves
 from stages.evidence.summary import DEEP, Suite, between_settings, compared_in, difference, rivals
 
 TOKENS = [100, 400, 250]
 PARAMS = load_params(ROOT / "params.yaml")
+
+
+def asked(*search: float, **changes) -> graph.Suite:
+    """A suite as suites.yaml might have it."""
+    return graph.Suite(seeds=3, search=list(search), settings={"default": changes}, models=["ashem"])
 
 
 def record(ppl: float, total: bool = False, leaky: bool = False, two_exits: bool = False, deep: float = 0.0, **more):
@@ -99,7 +104,7 @@ def test_the_answer_and_the_tables_say_so(records):
     assert said.startswith("At 10.0 tokens of phase 1 a parameter ASHEM reaches a test perplexity of 35.00 [")
     assert "better than its own block 1 (-5.00" in said
     assert "worse than the best model of equal added MACs, shallow_continued (+2.00" in said
-    header, rows, _ = tables.main_table(core, "default", PARAMS, [0.5, 1.0])
+    header, rows, _ = tables.main_table(core, "default", PARAMS, asked(0.5, 1.0))
     assert [row[0] for row in rows[:3]] == ["leaky_validation (leaky)", "shallow_continued", "random, always deep"]
     row = next(row for row in rows if row[0] == "**ashem**")
     assert dict(zip(header, row, strict=True))["rate"] == f"{PARAMS.ashem.phase2_lr:g} (end)"
@@ -123,7 +128,7 @@ def test_parts_that_are_missing_are_left_out(records, tmp_path):
     assert "shallow_continued" not in core.models("default")
     assert difference(core, "default", "ashem", "shallow_continued") is None
     assert wording.phrase(None, "x") == "not compared with x"
-    counted = {row[0]: row[2] for row in tables.main_table(core, "default", PARAMS, [1.0])[1]}
+    counted = {row[0]: row[2] for row in tables.main_table(core, "default", PARAMS, asked(1.0))[1]}
     assert (counted["**ashem**"], counted["dense"], counted["random"]) == ("3", "2", "2")
     for picture in (routed_against_cost(tmp_path, core, "default"), training_curves(tmp_path, core, "default")):
         assert picture.file.stat().st_size > 1000
@@ -147,11 +152,11 @@ def test_the_regime_map_says_where_each_model_is_passed_and_bears_an_unfinished_
     assert compared_in(regime) == ["shallow_continued", "random"]
     said = wording.crossover(regime)
     assert said == ["against shallow_continued: better at 40.0, 80.0; worse at 2.0 tokens of phase 1 per parameter"]
-    assert [row[0] for row in tables.regime_table(regime)[1]] == ["2.0", "40.0", "80.0"]
+    assert [row[0] for row in tables.regime_table(regime, PARAMS, asked(1.0))[1]] == ["2.0", "40.0", "80.0"]
     assert regime_map(tmp_path, regime).file.exists()
     nothing = Suite.of("regime", {"unfinished": found["unfinished"]})
     assert wording.crossover(nothing) == []
-    assert tables.regime_table(nothing)[1] == []
+    assert tables.regime_table(nothing, PARAMS, asked(1.0))[1] == []
 
 
 def test_ratios_without_random_selection_are_passed_over(records, tmp_path):
@@ -174,3 +179,13 @@ def test_options_are_compared_with_the_unchanged_setting_on_the_same_text(record
     assert [row[0] for row in rows] == ["depth_6", "**nothing**", "text"]
     assert rows[0][5] == "better"
     assert rows[1][3:6] == rows[2][3:6] == ["", "", ""]
+
+
+def test_an_end_of_the_search_is_marked_by_the_settings_own_rates(records):
+    core, rate = Suite.of("core", records), PARAMS.ashem.phase2_lr  # that of every record here
+    assert tables.at_end(core, "default", "random", PARAMS, asked(0.5, 1.0, 2.0)) == ""
+    other = {"baselines.block2.random.lr": rate / 2}
+    assert tables.at_end(core, "default", "random", PARAMS, asked(0.5, 1.0, 2.0, **other)) == " (end)"
+    assert tables.at_end(core, "default", "random", PARAMS, asked(2.0, **other)) == ""  # one rate is no search
+    _, rows, _ = tables.difference_table(core, "default", PARAMS, asked(0.5, 1.0, 2.0, **other))
+    assert {row[0]: "(end)" in row[1] for row in rows if "deep" not in row[0]}["random"]

@@ -12,6 +12,7 @@ from scipy import stats as reference
 
 from lego.stats import (
     Interval,
+    bootstrap_coverage,
     bootstrap_ppl_difference,
     calibration_error,
     fit_temperature,
@@ -108,3 +109,9 @@ def test_temperature_finds_the_factor_of_the_log_odds():
     temperature = fit_temperature(sure, happened)
     assert temperature == pytest.approx(3, abs=0.1)
     assert calibration_error(with_temperature(sure, temperature), happened) < 0.02 < calibration_error(sure, happened)
+
+
+def test_a_bootstrap_over_few_unequal_documents_is_too_narrow():
+    assert bootstrap_coverage(np.full(200, 5000)) == pytest.approx(0.95, abs=0.03)
+    assert bootstrap_coverage(np.array([9000] * 3 + [10] * 40)) < 0.88
+    assert bootstrap_coverage(np.full(3, 100)) < 0.85

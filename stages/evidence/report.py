@@ -74,7 +74,7 @@ def parameters(params: Params) -> list[str]:
 
 def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict[str, Figure]) -> None:
     """Question, answer, and every model at equal cost."""
-    core, regime = suites["core"], suites["regime"]
+    core, regime, asked = suites["core"], suites["regime"], load_suites()
     page.heading("Question")
     page.text(wording.QUESTION)
     page.heading("Answer")
@@ -83,19 +83,19 @@ def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict
         page.points(wording.crossover(regime))
     page.heading("Every model at equal cost")
     page.text(wording.facts(core, SETTING))
-    page.table(*tables.main_table(core, SETTING, params, load_suites()[core.name].search))
+    page.table(*tables.main_table(core, SETTING, params, asked[core.name]))
     page.text(wording.READING)
     for name in ("cost", "curves"):
         page.figure(figures[name], Path("metrics"))
     page.heading("When: the regime map")
     if "regime" in figures:
         page.figure(figures["regime"], Path("metrics"))
-        page.table(*tables.regime_table(regime))
+        page.table(*tables.regime_table(regime, params, asked["regime"]))
     else:
         page.text(NOT_RUN)
     page.heading("Which tokens: selection at the same share")
     if "ashem" in suites["selection"].models(SATURATED):
-        page.table(*tables.difference_table(suites["selection"], SATURATED))
+        page.table(*tables.difference_table(suites["selection"], SATURATED, params, asked["selection"]))
     else:
         page.text(NOT_RUN)
     if "ratios" in figures:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lego.cost import Ledger
 from lego.params import Params
-from stages.evidence.graph import base_rate
+from stages.evidence import graph
 from stages.evidence.summary import (
     DEEP,
     Difference,
@@ -30,15 +30,22 @@ def cells_of(found: Difference | None) -> list[str]:
     return [f"{found.over_seeds:+.2f}", f"{found.over_documents:+.2f}", found.verdict] if found else ["", "", ""]
 
 
-def rate_of(suite: Suite, setting: str, model: str, params: Params, factors: Sequence[float]) -> str:
-    """The learning rate that was taken, and whether it is an end of what was tried."""
-    rate = suite.values(setting, model, "lr")[0]
-    ends = [base_rate(model.removesuffix(DEEP), params) * factor for factor in (min(factors), max(factors))]
-    at_end = len(factors) > 1 and any(abs(rate - end) < 1e-9 * rate for end in ends)
-    return f"{rate:g}" + (" (end)" if at_end else "")
+def at_end(suite: Suite, setting: str, model: str, params: Params, asked: graph.Suite) -> str:
+    """A mark if the learning rate that was taken is an end of what was tried.
+
+    Args:
+        suite, setting, model: whose.
+        params: those of params.yaml.
+        asked: the suite as suites.yaml has it.
+    """
+    rate, factors = suite.values(setting, model, "lr")[0], asked.search
+    values = graph.changed(params.model_dump(), asked.settings.get(setting, {}))
+    base = graph.base_rate(model.removesuffix(DEEP), Params.model_validate(values))
+    ends = [base * factor for factor in (min(factors), max(factors))]
+    return " (end)" if len(factors) > 1 and any(abs(rate - end) < 1e-9 * rate for end in ends) else ""
 
 
-def main_table(suite: Suite, setting: str, params: Params, factors: Sequence[float]) -> Table:
+def main_table(suite: Suite, setting: str, params: Params, asked: graph.Suite) -> Table:
     """All models of the core suite, the best first."""
     header = (
         "model",
@@ -70,7 +77,7 @@ def main_table(suite: Suite, setting: str, params: Params, factors: Sequence[flo
                 f"{fmean(suite.values(setting, model, 'flops_ratio')):.3f}",
                 f"{fmean(suite.values(setting, model, 'train_macs')):.3e}",
                 f"{100 * off:.2f}",
-                rate_of(suite, setting, model, params, factors),
+                f"{suite.values(setting, model, 'lr')[0]:g}{at_end(suite, setting, model, params, asked)}",
             ]
         )
     return header, rows, "Test perplexity; inference MACs as a share of the full model's; (end): of the rates tried."
@@ -91,7 +98,7 @@ def short_table(suite: Suite, setting: str) -> Table:
     return header, rows, "Means of seeds with 95 % intervals; inference as a share of the full model's."
 
 
-def difference_table(suite: Suite, setting: str) -> Table:
+def difference_table(suite: Suite, setting: str, params: Params, asked: graph.Suite) -> Table:
     """ASHEM against the other selections."""
     header = (
         "model",
@@ -110,17 +117,17 @@ def difference_table(suite: Suite, setting: str) -> Table:
         rows.append(
             [
                 f"**{model}**" if model == "ashem" else model,
-                f"{suite.interval(setting, model):.2f}",
+                f"{suite.interval(setting, model):.2f}{at_end(suite, setting, model, params, asked)}",
                 *cells_of(difference(suite, setting, "ashem", model) if model != "ashem" else None),
                 f"{hard.over_seeds:+.2f}" if hard and model != "ashem" else "",
                 f"{100 * share.mean:.1f}" if share else "",
                 f"{ratio.mean:.3f}" if ratio else "",
             ]
         )
-    return header, rows, "Block 2 on other tokens, at equal added MACs."
+    return header, rows, "Block 2 on other tokens, at equal added MACs; (end): the rate is an end of those tried."
 
 
-def regime_table(suite: Suite) -> Table:
+def regime_table(suite: Suite, params: Params, asked: graph.Suite) -> Table:
     """One row a setting."""
     others = compared_in(suite)
     header = ("tokens per parameter", "setting", "seeds", "always shallow", "ASHEM", *(f"less {o}" for o in others))
@@ -129,11 +136,16 @@ def regime_table(suite: Suite) -> Table:
         cells = []
         for other in others:
             found = difference(suite, name, "ashem", other)
-            cells.append(f"{found.over_seeds:+.2f} {found.verdict}" if found else "")
+            mark = at_end(suite, name, other, params, asked) if found else ""
+            cells.append(f"{found.over_seeds:+.2f} {found.verdict}{mark}" if found else "")
         shallow, own = suite.interval(name, "ashem", "shallow_ppl"), suite.interval(name, "ashem")
-        seeds = len(suite.records[name]["ashem"])
-        rows.append([f"{seen:.1f}", name, str(seeds), f"{shallow:.2f}", f"{own:.2f}", *cells])
-    return header, rows, "Test perplexity as phase 1 sees more text; differences over seeds, and what ASHEM is."
+        seeds, mark = len(suite.records[name]["ashem"]), at_end(suite, name, "ashem", params, asked)
+        rows.append([f"{seen:.1f}", name, str(seeds), f"{shallow:.2f}", f"{own:.2f}{mark}", *cells])
+    caption = (
+        "Test perplexity as phase 1 sees more text; differences over seeds, and what ASHEM is by seeds and documents; "
+        "(end): the rate of the model is an end of those tried."
+    )
+    return header, rows, caption
 
 
 def options_table(suite: Suite, base: str) -> Table:
@@ -162,7 +174,10 @@ def options_table(suite: Suite, base: str) -> Table:
                 f"{fmean(suite.values(setting, 'ashem', 'flops_ratio')):.3f}",
             ]
         )
-    caption = "ASHEM's test perplexity where block 1 is saturated; some changes also change what phase 2 costs."
+    caption = (
+        "ASHEM's test perplexity where block 1 is saturated, at the one learning rate that suits it unchanged; some "
+        "changes also change what phase 2 costs."
+    )
     return header, rows, caption
 
 
