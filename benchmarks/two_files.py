@@ -3,19 +3,27 @@
 python -m benchmarks.two_files train.txt test.txt wikitext2 --split-on ' = [^=]'
 
 A document's split follows from a hash of its content. So line breaks are added at its end until the hash lies where it
-should: below data.test_share for documents of the second file, above it for those of the first.
+should: below data.test_share for documents of the second file, above it for those of the first. So the folder is made
+for the data.test_share of params.yaml, and for this --split-on as data.split_on.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
+from collections import Counter
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from lego.artifacts import atomic_folder
+from lego.blocks import CorpusError
 from lego.corpus import split_of, unit_hash
-from lego.params import load_params
+from lego.params import ParamsError, load_params
+from lego.readers import kind_of
 from lego.sections import DataParams
-from lego.sources import file_texts
+from lego.sources import documents, file_texts
 
 
 def padded(text: str, test: bool, share: float) -> str:
@@ -25,23 +33,34 @@ def padded(text: str, test: bool, share: float) -> str:
     return text
 
 
-def arrange(train: Path, test: Path, folder: Path, data: DataParams) -> dict[str, int]:
-    """Writes both files into the folder; returns the number of documents by split.
+def arrange(train: Path, test: Path, folder: Path, data: DataParams) -> Counter[str]:
+    """Writes both files into a new folder; returns the number of documents by split.
 
     Args:
-        train, test: text files.
-        folder: is made if need be.
+        train, test: plain text files.
+        folder: is made; whatever else it held would be read too.
         data: its split_on and shares count.
+
+    Raises:
+        CorpusError: a file cannot be read, is not plain text, or the folder holds something.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CorpusError(f"{folder}: must be a new or empty folder, as all that it holds is read")
+    texts = {}
+    for file, is_test in ((train, False), (test, True)):
+        if kind_of(file)[0] not in (".txt", ".md"):
+            raise CorpusError(f"{file}: must be a .txt or .md file; rows of other kinds would stick together")
+        # a line break at the end, so that the next document begins at a line
+        whole = [text if text.endswith("\n") else text + "\n" for text in file_texts(file, data) if text.strip()]
+        texts[is_test] = [padded(text, is_test, data.test_share) for text in whole]
+    with atomic_folder(folder) as written:
+        for is_test, name in ((False, "train.txt"), (True, "test.txt")):
+            (written / name).write_text("".join(texts[is_test]), "utf-8")
     shares = {name: getattr(data, f"{name}_share") for name in ("validation", "calibration", "test")}
-    counts: dict[str, int] = {}
-    for source, is_test in ((train, False), (test, True)):
-        texts = [padded(text, is_test, data.test_share) for text in file_texts(source, data) if text.strip()]
-        for text in texts:
-            split = split_of(hashlib.sha256(text.encode()).hexdigest(), **shares)
-            counts[split] = counts.get(split, 0) + 1
-        (folder / f"{'test' if is_test else 'train'}.txt").write_text("".join(texts), "utf-8")
+    found = list(documents(data.model_copy(update={"source": "text", "path": str(folder)})))
+    counts = Counter(split_of(document.group, **shares) for document in found if document.text.strip())
+    if counts["test"] != len(texts[True]) or counts.total() != len(texts[True]) + len(texts[False]):
+        raise CorpusError(f"{folder}: does not read back as it was written; choose --split-on so that it cuts by lines")
     return counts
 
 
@@ -52,8 +71,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--split-on", help="a document begins at each line this regular expression matches")
     asked = parser.parse_args()
-    data = load_params().data.model_copy(update={"split_on": asked.split_on})
-    print(f"{asked.folder}: documents by split: {arrange(asked.train, asked.test, asked.folder, data)}")
+    try:
+        data = DataParams.model_validate(load_params().data.model_dump() | {"split_on": asked.split_on})
+        counts = arrange(asked.train, asked.test, asked.folder, data)
+    except ValidationError as error:
+        sys.exit(f"error: --{error.errors()[0]['msg'].removeprefix('Value error, ')}")
+    except (CorpusError, ParamsError, OSError) as error:
+        sys.exit(f"error: {error}")
+    print(f"{asked.folder}: documents by split: {dict(counts)}")
 
 
 if __name__ == "__main__":

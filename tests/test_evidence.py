@@ -16,13 +16,14 @@ from clones import Clone, run_in_process
 from conftest import ROOT
 from test_pipeline import ORDER, SECTIONS, is_property, keys_behind, names, outs, transitive_imports
 
-from lego.artifacts import read_json
+from lego.artifacts import ArtifactError, read_json
 from lego.evaluation import MODEL_KEYS
 from lego.harness import StageError
 from lego.params import Params, load_params
 from lego.scratch import fingerprint, pipeline_entry
 from stages.evidence import graph, run
 from stages.evidence.graph import changed, load_suites, stage_of, task_of
+from stages.evidence.records import results
 
 ENTRIES = yaml.safe_load((ROOT / "stages/evidence/dvc.yaml").read_text())["stages"]
 SCRIPTS = {"joint": "evidence/train_joint", "block2": "evidence/train_block2", "report": "evidence/report"}
@@ -310,3 +311,61 @@ def test_folders_that_are_named_count_by_their_content(tmp_path, monkeypatch):
     before = task_of("train_phase1", values, {}).fingerprint
     (tmp_path / "llama/config.json").write_text("{ }")
     assert task_of("train_phase1", values, {}).fingerprint != before
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a: [", "is not valid YAML"),
+        ("", "must hold suites"),
+        ("a: 3", "a: Input should be"),
+        ("a: {seeds: 1, search: [1.0], settings: {b: {seed: 3}}, models: [ashem]}", "must not change seed"),
+        ("a: {seeds: 1, search: [1.0], settings: {b: {search.lr_factors: [2.0]}}, models: [ashem]}", "must not change"),
+        ("a: {seeds: 1, search: [1.0], settings: {b: {}}, models: [ashem, ashem]}", "models has ashem twice"),
+        ("a: {seeds: 1, search: [1.0], settings: {}, models: [ashem]}", "a: settings: "),
+    ],
+)
+def test_damaged_suites_are_refused_in_a_sentence(text, sentence, tmp_path, monkeypatch):
+    (tmp_path / "suites.yaml").write_text(text)
+    monkeypatch.setattr(graph, "__file__", str(tmp_path / "graph.py"))
+    with pytest.raises(StageError, match=sentence) as error:
+        load_suites()
+    assert "\n" not in str(error.value)
+
+
+def test_settings_that_reach_into_values_are_no_keys():
+    for key in ("seed.x", "data.path.x", "ashem", "nonsense.y.z"):
+        if key != "ashem":
+            with pytest.raises(StageError, match="is no key of params"):
+                changed(VALUES, {key: 1})
+
+
+@pytest.mark.parametrize("damage", [[], {"a": []}, {"a": {"m": {"x": {}}}}, {"a": {"m": {"0": {"metrics": {}}}}}, "{"])
+def test_damaged_records_are_named_and_left_alone(damage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "metrics/evidence/core.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(damage if isinstance(damage, str) else json.dumps(damage))
+    before = file.read_bytes()
+    with pytest.raises(ArtifactError, match=r"evidence/core\.json.* git checkout"):
+        results("core")
+    assert file.read_bytes() == before
+
+
+def test_later_seeds_wait_for_the_first_and_killed_stages_are_named(tmp_path, monkeypatch):
+    clone = Clone.of_this_tree(tmp_path)
+    monkeypatch.chdir(clone.folder)
+    suite = graph.Suite(seeds=2, search=[1.0], settings={"tiny": {}}, models=["shallow_continued"])
+    monkeypatch.setattr(run, "load_suites", lambda: {"small": suite})
+    script, started, execute = clone.folder / "killed.py", [], run.execute
+    script.write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr(run, "pipeline_entry", lambda stage: {"cmd": f"python {script}"})
+    monkeypatch.setattr(run, "execute", lambda task: started.append(task.stage) or execute(task))
+    with pytest.raises(StageError, match="1 stages failed, the first: tokenize: was killed by SIGKILL"):
+        run.main(["--suite", "small", "--workers", "1"])
+    assert started == ["tokenize"]  # nothing of seed 1, whose rates the first one finds
+
+
+def test_a_suite_whose_text_is_missing_says_so():
+    with pytest.raises(StageError, match=r"data\.path nowhere is missing"):
+        graph.text_digest(json.dumps(graph.text_keys(VALUES["data"] | {"source": "text", "path": "nowhere"})))

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lego.artifacts import sha256
 from lego.harness import StageError
@@ -34,6 +34,9 @@ PIPELINE_MODELS = {"ashem": "evaluate_routing", "shallow_continued": "train_shal
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "tokenizers")
 
 
+FIXED = ("seed", "search.lr_factors", "train.threads", "evaluation.latency_repeats")  # the runner sets these itself
+
+
 class Suite(BaseModel):
     """Settings (changes to params.yaml by name) and the models that are compared in each, over so many seeds.
 
@@ -43,8 +46,17 @@ class Suite(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
     seeds: Annotated[int, Field(ge=1)]
     search: Annotated[list[float], Field(min_length=1)]
-    settings: dict[str, dict[str, Any]]
-    models: list[str]
+    settings: Annotated[dict[str, dict[str, Any]], Field(min_length=1)]
+    models: Annotated[list[str], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _comparable(self) -> Suite:
+        for name, changes in self.settings.items():
+            if fixed := [key for key in changes if key in FIXED]:
+                raise ValueError(f"setting {name} must not change {fixed[0]}, which the runner sets")
+        if twice := [name for name in self.models if self.models.count(name) > 1]:
+            raise ValueError(f"models has {twice[0]} twice")
+        return self
 
 
 @dataclass(frozen=True)
@@ -73,11 +85,26 @@ def load_suites() -> dict[str, Suite]:
     Raises:
         StageError: it is not what it should be.
     """
-    file = Path(__file__).with_name("suites.yaml")
+    file, suites = Path(__file__).with_name("suites.yaml"), {}
     try:
-        return {name: Suite.model_validate(suite) for name, suite in yaml.safe_load(file.read_text("utf-8")).items()}
-    except (ValidationError, AttributeError) as error:
-        raise StageError(f"{file.name}: {' '.join(str(error).split())}") from None
+        found = yaml.safe_load(file.read_text("utf-8"))
+    except yaml.YAMLError as error:
+        raise StageError(f"{file.name}: is not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(found, dict):
+        raise StageError(f"{file.name}: must hold suites by name")
+    for name, suite in found.items():
+        try:
+            suites[name] = Suite.model_validate(suite)
+        except ValidationError as error:
+            raise StageError(f"{file.name}: {name}: {first_error(error)}") from None
+    return suites
+
+
+def first_error(error: ValidationError) -> str:
+    """The first thing that is wrong, with its key."""
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    return f"{key}: {first['msg']}".removeprefix(": ").replace("Value error, ", "")
 
 
 def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -91,8 +118,8 @@ def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         *path, last = key.split(".")
         place = values
         for part in path:
-            place = place.get(part, {})
-        if last not in place:
+            place = place.get(part, {}) if isinstance(place, dict) else {}
+        if not isinstance(place, dict) or last not in place:
             raise StageError(f"suites.yaml: {key} is no key of params.yaml")
         place[last] = value
     return values
@@ -153,7 +180,7 @@ class _Builder:
             "code": {dep: code_digest(dep) for dep in entry["deps"] if dep.endswith(".py")},
             "inputs": {file: task.fingerprint for file, task in inputs},
             "versions": {package: version(package) for package in PACKAGES} | {"cuda": torch.cuda.is_available()},
-            "text": text_digest(json.dumps(values["data"])) if stage == "tokenize" else None,
+            "text": text_digest(json.dumps(text_keys(values["data"]))) if stage == "tokenize" else None,
         } | {name: sha256(name) for name in _folders(values) if stage in ("tokenize", "train_phase1")}
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:32]
         return Task(stage, yaml.safe_dump(values, sort_keys=False), inputs, digest)
@@ -196,13 +223,23 @@ def code_digest(file: str) -> str:
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
 
 
+def text_keys(data: dict[str, Any]) -> dict[str, Any]:
+    """Of the section `data`, what says which text is read, and not how much of it is kept."""
+    named = ("source", "stdlib_tests", "path", "column", "split_on", "streaming")
+    return {key: value for key, value in data.items() if key in named or key.startswith("hub_")}
+
+
 @cache
-def text_digest(data: str) -> str:
-    """SHA-256 of the text that a section `data`, given as JSON, names; of its name and revision, if on the hub."""
-    section = DataParams.model_validate(json.loads(data))
+def text_digest(keys: str) -> str:
+    """SHA-256 of the text that `text_keys`, given as JSON, name; of its name and revision, if on the hub."""
+    section = DataParams.model_construct(**json.loads(keys))
     if section.source == "hub":
         return hashlib.sha256(f"{section.hub_name} {section.hub_revision}".encode()).hexdigest()
     if section.source == "text":
+        if not Path(section.path).exists():
+            raise StageError(
+                f"data.path {section.path} is missing; put text there (docs/evidence.md says how) or change it"
+            )
         return sha256(section.path)
     digest = hashlib.sha256()
     for document in documents(section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -125,11 +126,8 @@ def regime_map(folder: Path, suite: Suite) -> Figure:
 
 def hard_against_random(folder: Path, suite: Suite) -> Figure:
     """ASHEM less random selection at each ratio."""
-    ratios = []
-    for setting in suite.records:
-        found = difference(suite, setting, "ashem", "random")
-        if found:
-            ratios.append(int(setting.removeprefix("ratio_")))
+    shares = [re.fullmatch(r"ratio_([1-9][0-9])", setting) for setting in suite.records]
+    ratios = [int(share[1]) for share in shares if share and difference(suite, share[0], "ashem", "random")]
     with picture(folder, "ratios", height=4.0) as axes:
         for column, label, number in (("nll", "routed", 0), ("nll_hard", "hard tokens", 1)):
             found_all = [(ratio, difference(suite, f"ratio_{ratio}", "ashem", "random", column)) for ratio in ratios]

@@ -19,10 +19,11 @@ from lego.evaluation import TokenTable
 from lego.harness import RECORDED_PACKAGES, Stage, StageError, exit_cleanly
 from lego.page import Figure, Page
 from lego.params import Params, load_params
-from stages.evidence import tables, wording
+from stages.evidence import graph, tables, wording
 from stages.evidence.graph import FULL, load_suites
 from stages.evidence.pictures import hard_against_random, regime_map, routed_against_cost, training_curves
 from stages.evidence.quality import criterion_rows, load_table
+from stages.evidence.run import outdated
 from stages.evidence.summary import Suite, by_regime
 from stages.evidence.token_pictures import confidences, hard_by_class, sample
 
@@ -110,9 +111,18 @@ def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict
     page.text(wording.leak(core, SETTING))
 
 
+def count_outdated(suite: Suite, asked: graph.Suite) -> int:
+    """How many records follow from other parameters than today's; all, if today's could not be compared."""
+    try:
+        return len(outdated(suite.name, asked))
+    except StageError as error:
+        print(f"{suite.name}: {error}", flush=True)
+        return sum(len(seeds) for models in suite.records.values() for seeds in models.values())
+
+
 def build(params: Params, suites: dict[str, Suite], figures: dict[str, Figure], test: TokenTable) -> Page:
     """The page, part by part."""
-    ledger = Ledger.of(load_model("data/phase2"), params.model.seq_len)
+    ledger, asked = Ledger.of(load_model("data/phase2"), params.model.seq_len), load_suites()
     page = Page("When is ASHEM worth using?")
     findings(page, params, suites, figures)
     page.heading("Routing")
@@ -126,7 +136,9 @@ def build(params: Params, suites: dict[str, Suite], figures: dict[str, Figure], 
     page.heading("Threats to validity")
     page.points([wording.documents_fact(suites["core"], SETTING), *wording.THREATS])
     page.heading("Made with")
-    page.points(wording.provenance(suites))
+    page.points(
+        wording.provenance(suites, {name: count_outdated(suite, asked[name]) for name, suite in suites.items()})
+    )
     versions = {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}}
     page.code("\n".join([*parameters(params), "", *(f"{name} {number}" for name, number in versions.items())]))
     return page

@@ -12,6 +12,7 @@ import argparse
 import csv
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,13 +25,16 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lego.artifacts import read_json, write_json, write_text
-from lego.harness import StageError, exit_cleanly
-from lego.params import Params, load_params
-from lego.scratch import ROOT, SCRATCH, only_run, pipeline_entry
-from stages.evidence.graph import FULL, Suite, Task, base_rate, changed, load_suites, stage_of, task_of
+from lego.artifacts import ArtifactError, read_json, write_json, write_text
+from lego.harness import RECOVERY, StageError
+from lego.params import Params, ParamsError, load_params
+from lego.scratch import ROOT, SCRATCH, BusyError, only_run, pipeline_entry
+from stages.evidence.graph import FULL, Suite, Task, base_rate, changed, first_error, load_suites, stage_of, task_of
+from stages.evidence.records import RESULTS, results
 
-RESULTS, STORE, RUNS = Path("metrics/evidence"), SCRATCH / "evidence/store", SCRATCH / "evidence/runs"
+STORE, RUNS = SCRATCH / "evidence/store", SCRATCH / "evidence/runs"
+AGAIN = "run the same command again: what is finished is kept"
+CHILDREN: set[subprocess.Popen[bytes]] = set()  # stages that run now
 
 
 @dataclass(frozen=True)
@@ -46,11 +50,6 @@ class Wanted:
     @property
     def title(self) -> str:
         return f"{self.suite} {self.setting} {self.model} seed {self.seed}"
-
-
-def results(suite: str) -> dict[str, Any]:
-    file = RESULTS / f"{suite}.json"
-    return read_json(file) if file.exists() else {}
 
 
 def record_of(found: dict[str, Any], setting: str, model: str, seed: int) -> dict[str, Any]:
@@ -69,7 +68,7 @@ def parameters(suite: Suite, setting: str, seed: int) -> dict[str, Any]:
     try:
         params = Params.model_validate(values)
     except ValidationError as error:
-        raise StageError(f"suites.yaml: setting {setting}: {error.errors()[0]['msg']}") from None
+        raise StageError(f"suites.yaml: setting {setting}: {first_error(error)}") from None
     routing = params.routing
     if params.ashem.hard_split != "train":
         raise StageError(
@@ -123,13 +122,18 @@ def execute(task: Task) -> float:
         link.unlink(missing_ok=True)
         link.symlink_to((STORE / source.label / file).absolute())
     start = time.perf_counter()
-    with (folder / "log.txt").open("w") as log:
+    with (folder / "log.txt").open("a") as log:  # a stage that outlived a killed runner may write there too
         command = [sys.executable, *entry["cmd"].split()[1:]]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
-    if done.returncode:
-        last = (folder / "log.txt").read_text().strip().splitlines()[-1:]
-        raise StageError(f"{task.stage}: {' '.join(last) or 'was killed'}; its log is {folder}/log.txt")
+        child = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        CHILDREN.add(child)
+        code = child.wait()
+        CHILDREN.discard(child)
+    if code:
+        errors = [line for line in (folder / "log.txt").read_text().splitlines() if line.startswith("error: ")]
+        said = errors[-1].removeprefix("error: ").replace(f" ({RECOVERY})", "") if errors else f"ended with {code}"
+        reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else said
+        raise StageError(f"{task.stage}: {reason}; its log is {folder}/log.txt")
     STORE.mkdir(parents=True, exist_ok=True)
     folder.replace(STORE / task.label)
     return time.perf_counter() - start
@@ -246,46 +250,67 @@ def ready(pending: dict[str, Task], running: dict[Future[float], Task]) -> list[
     return [label for label, task in pending.items() if not unmade & {source.label for _, source in task.inputs}]
 
 
-def drop_stale(name: str, suite: Suite) -> None:
-    """Removes numbers that follow from other parameters, code or text, so that they are not averaged with current ones.
-
-    Settings and models that the suite does not have (any more) go too.
-    """
+def outdated(name: str, suite: Suite) -> list[tuple[str, str, str]]:
+    """Setting, model and seed of the records that follow from other parameters, code or text than today's."""
     found = results(name)
     seeds = {int(seed) for models in found.values() for kept in models.values() for seed in kept}
     if not seeds:
-        return
+        return []
     current = {
         (one.setting, one.model, str(one.seed)): one.task.fingerprint
         for one in wanted(name, suite, range(max(seeds) + 1))
     }
-    dropped = 0
-    for setting, models in found.items():
-        for model, kept in models.items():
-            for seed in [key for key, one in kept.items() if current.get((setting, model, key)) != one["fingerprint"]]:
-                del kept[seed]
-                dropped += 1
-    if dropped:
-        print(f"{name}: {dropped} models of other parameters, code or text are dropped", flush=True)
+    return [
+        (setting, model, seed)
+        for setting, models in found.items()
+        for model, kept in models.items()
+        for seed, one in kept.items()
+        if current.get((setting, model, seed)) != one["fingerprint"]
+    ]
+
+
+def drop_stale(name: str, suite: Suite) -> None:
+    """Removes outdated records, so that they are not averaged with current ones.
+
+    Settings and models that the suite does not have (any more) go too.
+    """
+    if stale := outdated(name, suite):
+        found = results(name)
+        for setting, model, seed in stale:
+            del found[setting][model][seed]
+        print(f"{name}: {len(stale)} models of other parameters, code or text are dropped", flush=True)
         write_json(RESULTS / f"{name}.json", found)
 
 
 def missing(name: str, suite: Suite, seeds: range) -> list[Wanted]:
-    """The models of a suite whose numbers are not there or not current."""
+    """The models of a suite whose numbers are not there or not current.
+
+    Later seeds of a model that the first one did not make are left out: its learning rate is not known.
+    """
     found, todo = results(name), []
     for one in wanted(name, suite, seeds):
         kept = record_of(found, one.setting, one.model, one.seed)
-        if kept.get("fingerprint") != one.task.fingerprint:
+        searched = one.seed == 0 or record_of(found, one.setting, one.model, 0)
+        if searched and kept.get("fingerprint") != one.task.fingerprint:
             todo.append(one)
     return todo
 
 
+def stopped(number: int, _: object) -> None:
+    """Ends the stages that run, too."""
+    for child in list(CHILDREN):
+        child.terminate()
+    os.write(2, f"\nerror: {signal.Signals(number).name}; {AGAIN}\n".encode())
+    os._exit(128 + number)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, help="seeds of the core suite; default as suites.yaml says")
-    parser.add_argument("--full", action="store_true", help="all suites but quick")
-    parser.add_argument("--quick", action="store_true", help="the core models, one seed, no search")
-    parser.add_argument("--suite", action="append", help="this suite alone; may be given more than once")
+    parser.add_argument("--seeds", type=int, help="of core, quick and what --suite names; default: see suites.yaml")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--full", action="store_true", help=f"the suites {', '.join(FULL)}")
+    which.add_argument("--quick", action="store_true", help="the core models, one seed, no search")
+    which.add_argument("--suite", action="append", help="this suite alone; may be given more than once")
     parser.add_argument("--setting", action="append", help="these settings of the suites alone")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="stages at a time, one thread each")
     parser.add_argument("--dry-run", action="store_true", help="say what would run")
@@ -303,15 +328,16 @@ def main(arguments: list[str] | None = None) -> None:
     with only_run("evidence"):
         for name in names:
             suite = suites[name]
-            count = asked.seeds if asked.seeds and name in ("core", "quick") else suite.seeds
-            if not asked.dry_run:
-                drop_stale(name, suite)
+            count = asked.seeds if asked.seeds and (asked.suite or name in ("core", "quick")) else suite.seeds
+            part = suite
             if asked.setting:
                 kept = {key: changes for key, changes in suite.settings.items() if key in asked.setting}
-                suite = suite.model_copy(update={"settings": kept})
+                part = suite.model_copy(update={"settings": kept})
             for seeds in (range(1), range(1, count)):  # the first one finds the learning rates
-                todo = missing(name, suite, seeds)
-                total = len(seeds) * len(suite.settings) * len(suite.models)
+                if not asked.dry_run:
+                    drop_stale(name, suite)  # of later seeds, those that took another rate than the first one found
+                todo = missing(name, part, seeds)
+                total = len(seeds) * len(part.settings) * len(part.models)
                 print(f"{name}: {total - len(todo)} of {total} models are current for seeds {list(seeds)}", flush=True)
                 if todo and not asked.dry_run:
                     prune([one.task for one in todo])
@@ -321,4 +347,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main)
+    signal.signal(signal.SIGTERM, stopped)
+    try:
+        main()
+    except (ParamsError, ArtifactError, StageError, BusyError, OSError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())} ({AGAIN})")

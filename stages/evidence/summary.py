@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 
-from lego.artifacts import read_json
 from lego.stats import Interval, bootstrap_ppl_difference, mean_interval, verdict
+from stages.evidence.records import results
 
-RESULTS = Path("metrics/evidence")
 DEEP = ", always deep"
 
 
@@ -30,8 +28,7 @@ class Suite:
     @classmethod
     def load(cls, name: str) -> Suite:
         """A suite's file; empty if there is none."""
-        file = RESULTS / f"{name}.json"
-        return cls.of(name, read_json(file) if file.exists() else {})
+        return cls.of(name, results(name))
 
     @classmethod
     def of(cls, name: str, found: dict[str, Any]) -> Suite:

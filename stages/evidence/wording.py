@@ -9,6 +9,7 @@ import numpy as np
 from lego.cost import Ledger
 from lego.stats import bootstrap_coverage
 from stages.evidence.summary import (
+    DEEP,
     Difference,
     Suite,
     by_regime,
@@ -155,16 +156,16 @@ def break_even(ledger: Ledger, hard_ratio: float) -> str:
     )
 
 
-def provenance(suites: dict[str, Suite]) -> list[str]:
-    """Which revisions the records were made at."""
+def provenance(suites: dict[str, Suite], outdated: dict[str, int]) -> list[str]:
+    """Which revisions the records were made at, and how many follow from what is no longer so, by suite."""
     said = []
-    for name, suite in suites.items():
-        records: list[dict[str, Any]] = [
-            record for models in suite.records.values() for seeds in models.values() for record in seeds.values()
-        ]
+    for suite in suites.values():
+        made = [seeds for models in suite.records.values() for name, seeds in models.items() if DEEP not in name]
+        records: list[dict[str, Any]] = [record for seeds in made for record in seeds.values()]
         if records:
-            revisions = sorted({record["revision"] for record in records})
-            said.append(f"metrics/evidence/{name}.json, made at {', '.join(revisions)}")
+            revisions, old = sorted({record["revision"] for record in records}), outdated.get(suite.name, 0)
+            note = f"; {old} of its {len(records)} records are of other parameters, code or text than today's"
+            said.append(f"metrics/evidence/{suite.name}.json, made at {', '.join(revisions)}{note if old else ''}")
     said.append(
         "reproduce: `python -m stages.evidence.run --seeds 5`; `--full` runs all suites; then "
         "`dvc repro stages/evidence/dvc.yaml:report`"
