@@ -16,6 +16,7 @@ from benchmarks.two_files import arrange
 from lego.blocks import CorpusError
 from lego.corpus import SPLITS, Corpus, Document, NearDuplicates, split_of, unit_hash
 from lego.params import load_params
+from lego.sections import DataParams
 from lego.sources import documents, stdlib_documents
 from lego.tokenizer import TextEncoder, fit_bpe
 
@@ -169,17 +170,35 @@ def test_near_duplicates_give_way_across_splits_and_stay_within_one():
     assert list(strict.novel([near], remember=False)) == [near]
 
 
-def test_two_files_become_one_text_whose_test_split_is_the_second(tmp_path):
+def two_files(folder: Path) -> tuple[Path, Path, DataParams]:
     for name, seeds in (("a.txt", range(60)), ("b.txt", range(60, 80))):
-        (tmp_path / name).write_text("".join(f"= {seed} =\n{article(seed)}\n" for seed in seeds))
-    data = load_params(ROOT / "params.yaml").data.model_copy(
-        update={"source": "text", "path": str(tmp_path / "both"), "split_on": "= "}
-    )
-    counts = arrange(tmp_path / "a.txt", tmp_path / "b.txt", tmp_path / "both", data)
+        (folder / name).write_text("".join(f"= {seed} =\n{article(seed)}\n" for seed in seeds).rstrip("\n"))
+    data = load_params(ROOT / "params.yaml").data
+    changed = {"source": "text", "path": str(folder / "both"), "split_on": "= "}
+    return folder / "a.txt", folder / "b.txt", data.model_copy(update=changed)
+
+
+def test_two_files_become_one_text_whose_test_split_is_the_second(tmp_path):
+    train, test, data = two_files(tmp_path)
+    counts = arrange(train, test, tmp_path / "both", data)
     homes = defaultdict(set)
     for document in documents(data):
         homes[split_of(document.group, **SHARES)].add(int(document.text.split()[1]))
     assert homes["test"] == set(range(60, 80))
     assert {split: len(found) for split, found in homes.items()} == counts
-    assert sum(counts.values()) == 80
+    assert counts.total() == 80
     assert counts["train"] > 40
+
+
+def test_two_files_refuse_what_would_leak_or_be_lost(tmp_path):
+    train, test, data = two_files(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
+    for files, sentence in (
+        ((train, test, tmp_path), "must be a new or empty folder"),
+        ((tmp_path / "rows.jsonl", test, tmp_path / "new"), r"must be a \.txt or \.md file"),
+        ((train, tmp_path / "none.txt", tmp_path / "new"), "is missing"),
+    ):
+        with pytest.raises(CorpusError, match=sentence):
+            arrange(*files, data)
+        assert not (tmp_path / "new").exists()
+        assert (train.read_text()[:7], test.read_text()[:8]) == ("= 0 =\nw", "= 60 =\nw")

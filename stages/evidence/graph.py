@@ -237,9 +237,7 @@ def text_digest(keys: str) -> str:
         return hashlib.sha256(f"{section.hub_name} {section.hub_revision}".encode()).hexdigest()
     if section.source == "text":
         if not Path(section.path).exists():
-            raise StageError(
-                f"data.path {section.path} is missing; put text there (docs/evidence.md says how) or change it"
-            )
+            raise StageError(f"data.path {section.path} is missing; docs/evidence.md says how to put text there")
         return sha256(section.path)
     digest = hashlib.sha256()
     for document in documents(section):

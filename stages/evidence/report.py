@@ -136,9 +136,8 @@ def build(params: Params, suites: dict[str, Suite], figures: dict[str, Figure], 
     page.heading("Threats to validity")
     page.points([wording.documents_fact(suites["core"], SETTING), *wording.THREATS])
     page.heading("Made with")
-    page.points(
-        wording.provenance(suites, {name: count_outdated(suite, asked[name]) for name, suite in suites.items()})
-    )
+    old = {suite.name: count_outdated(suite, asked[suite.name]) for suite in suites.values()}
+    page.points(wording.provenance(suites, old))
     versions = {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}}
     page.code("\n".join([*parameters(params), "", *(f"{name} {number}" for name, number in versions.items())]))
     return page
