@@ -81,6 +81,7 @@ def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict
     page.heading("Answer")
     page.text(wording.answer(core, SETTING), lead=True)
     if "regime" in figures:
+        page.text(wording.answer(regime, by_regime(regime)[-1][1]), lead=True)
         page.points(wording.crossover(regime))
     page.heading("Every model at equal cost")
     page.text(wording.facts(core, SETTING))
