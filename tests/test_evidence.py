@@ -23,7 +23,7 @@ from lego.params import Params, load_params
 from lego.scratch import fingerprint, pipeline_entry
 from stages.evidence import graph, run
 from stages.evidence.graph import changed, load_suites, stage_of, task_of
-from stages.evidence.records import results
+from stages.evidence.records import Records, results
 
 ENTRIES = yaml.safe_load((ROOT / "stages/evidence/dvc.yaml").read_text())["stages"]
 SCRIPTS = {"joint": "evidence/train_joint", "block2": "evidence/train_block2", "report": "evidence/report"}
@@ -240,25 +240,28 @@ def test_the_runner_makes_what_is_missing_reuses_what_is_current_and_goes_on_aft
 ):
     clone = Clone.of_this_tree(tmp_path)
     monkeypatch.chdir(clone.folder)
-    suite = graph.Suite(seeds=1, search=[1.0], settings={"tiny": {}}, models=["shallow_continued"])
+    suite = graph.Suite(seeds=1, search=[1.0], settings={"tiny": {}}, models=["block1"])
     monkeypatch.setattr(run, "load_suites", lambda: {"small": suite})
+    monkeypatch.setitem(graph.PIPELINE_MODELS, "block1", "train_phase1")  # the shortest way to a model
+    monkeypatch.setattr(run, "record", lambda one: made(run.STORE / one.task.label / "metrics/train_phase1.json"))
     asked, execute = ["--suite", "small", "--workers", "2"], run.execute
 
+    def made(file: Path) -> dict:
+        return {"metrics": read_json(file), "documents": {}, "curve": {}}
+
     def failing(task: graph.Task) -> float:
-        if task.stage == "collect_hard":
-            raise StageError("collect_hard: no room")
+        if task.stage == "train_phase1":
+            raise StageError("train_phase1: no room")
         return execute(task)
 
     monkeypatch.setattr(run, "execute", failing)
-    with pytest.raises(StageError, match="1 stages failed, the first: collect_hard: no room"):
+    with pytest.raises(StageError, match="1 stages failed, the first: train_phase1: no room"):
         run.main(asked)
-    assert "1 models to make, 6 stages to run on 2 workers" in capsys.readouterr().out
+    assert "1 models to make, 2 stages to run on 2 workers" in capsys.readouterr().out
     monkeypatch.setattr(run, "execute", execute)
     run.main(asked)
-    assert "1 models to make, 3 stages to run on 2 workers" in capsys.readouterr().out
-    found = read_json("metrics/evidence/small.json")["tiny"]["shallow_continued"]["0"]
-    assert found["metrics"]["ppl"] > 1
-    assert len(found["documents"]["nll"]) == len(found["documents"]["tokens"])
+    assert "1 models to make, 1 stages to run on 2 workers" in capsys.readouterr().out
+    assert read_json("metrics/evidence/small.json")["tiny"]["block1"]["0"]["metrics"]["val_ppl"] > 1
     run.main(asked)
     assert "1 of 1 models are current" in capsys.readouterr().out
     path = clone.folder / "params.yaml"
@@ -267,7 +270,24 @@ def test_the_runner_makes_what_is_missing_reuses_what_is_current_and_goes_on_aft
     assert "0 of 1 models are current" in capsys.readouterr().out
     run.drop_stale("small", suite)
     assert "small: 1 models of other parameters, code or text are dropped" in capsys.readouterr().out
-    assert read_json("metrics/evidence/small.json") == {"tiny": {"shallow_continued": {}}}
+    assert read_json("metrics/evidence/small.json") == {"tiny": {"block1": {}}}
+
+
+def test_a_record_holds_what_the_report_reads(ran, tmp_path, monkeypatch):
+    monkeypatch.setattr(graph, "text_digest", lambda data: "text")
+    monkeypatch.setattr(run, "STORE", tmp_path)
+    records = {}
+    for model, stage in graph.PIPELINE_MODELS.items():
+        task = task_of(stage, VALUES, {})
+        for one in task.ancestors():
+            (tmp_path / one.label).unlink(missing_ok=True)
+            (tmp_path / one.label).symlink_to(ran)
+        found = run.record(run.Wanted("small", "tiny", model, 0, task))
+        assert len(found["documents"]["nll"]) == len(found["documents"]["tokens"]) > 1
+        assert found["curve"]["macs"] == sorted(found["curve"]["macs"])
+        records[model] = {"0": {"fingerprint": task.fingerprint, "revision": "x"} | found}
+    Records.model_validate({"tiny": records})
+    assert {"phase1", "phase1_curve", "shallow_documents", "criteria", "sweep"} <= records["ashem"]["0"].keys()
 
 
 def test_wrong_requests_and_parameters_that_are_not_comparable_are_refused(tmp_path, monkeypatch):

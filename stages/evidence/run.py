@@ -123,6 +123,7 @@ def execute(task: Task) -> float:
         link.symlink_to((STORE / source.label / file).absolute())
     start = time.perf_counter()
     with (folder / "log.txt").open("a") as log:  # a stage that outlived a killed runner may write there too
+        before = log.tell()
         command = [sys.executable, *entry["cmd"].split()[1:]]
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         child = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -130,7 +131,8 @@ def execute(task: Task) -> float:
         code = child.wait()
         CHILDREN.discard(child)
     if code:
-        errors = [line for line in (folder / "log.txt").read_text().splitlines() if line.startswith("error: ")]
+        lines = (folder / "log.txt").read_bytes()[before:].decode(errors="replace").splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]
         said = errors[-1].removeprefix("error: ").replace(f" ({RECOVERY})", "") if errors else f"ended with {code}"
         reason = f"was killed by {signal.Signals(-code).name}" if code < 0 else said
         raise StageError(f"{task.stage}: {reason}; its log is {folder}/log.txt")
