@@ -312,13 +312,12 @@ def test_wrong_requests_and_parameters_that_are_not_comparable_are_refused(tmp_p
             run.main(asked)
 
 
-def test_later_seeds_take_the_factor_that_the_first_one_took(monkeypatch):
+def test_later_seeds_take_the_factor_that_the_first_one_took():
     params = Params.model_validate(changed(VALUES, {"search.lr_factors": [0.5, 1.0, 2.0]}))
     rates = {"ashem": 0.5 * params.ashem.phase2_lr, "dense": 2 * params.baselines.joint["dense"].lr, "random": 1e-9}
     records = {model: {"0": {"metrics": {"lr": lr}}} for model, lr in rates.items()}
-    monkeypatch.setattr(run, "results", lambda suite: {"x": records})
     models = ["ashem", "dense", "random", "shallow_continued"]
-    found = run.factors_found("core", "x", models, params.model_dump())
+    found = run.factors_found({"x": records}, "x", models, params.model_dump())
     assert found == {"train_phase2": [0.5], "joint@dense": [2.0]}  # random's belongs to no factor, and one is missing
 
 

@@ -113,12 +113,9 @@ def regime_map(folder: Path, suite: Suite) -> Figure:
         axes.axhline(0, color="#000000", linewidth=1)
         axes.set_xscale("log")
         axes.set_yscale("symlog", linthresh=1)
-        for formatted in (
-            axes.yaxis.set_major_formatter,
-            axes.xaxis.set_major_formatter,
-            axes.xaxis.set_minor_formatter,
-        ):
-            formatted(ScalarFormatter())
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(ScalarFormatter())
         axes.set_xlabel("tokens of phase 1 per parameter of block 1")
         axes.set_ylabel("ASHEM less the other, test perplexity\n(below 0: ASHEM is better)")
         legend_below(axes)

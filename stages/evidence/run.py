@@ -81,9 +81,11 @@ def parameters(suite: Suite, setting: str, seed: int) -> dict[str, Any]:
     return values
 
 
-def factors_found(suite: str, setting: str, models: list[str], values: dict[str, Any]) -> dict[str, list[float]]:
-    """search.lr_factors of the later seeds by stage: the one that the first seed took."""
-    found, params = results(suite), Params.model_validate(values)
+def factors_found(
+    found: dict[str, Any], setting: str, models: list[str], values: dict[str, Any]
+) -> dict[str, list[float]]:
+    """search.lr_factors of the later seeds by stage: the one that the first seed took, by the suite's records."""
+    params = Params.model_validate(values)
     factors = {}
     for model in models:
         lr = record_of(found, setting, model, 0).get("metrics", {}).get("lr")
@@ -96,10 +98,11 @@ def factors_found(suite: str, setting: str, models: list[str], values: dict[str,
 
 def wanted(name: str, suite: Suite, seeds: range) -> Iterator[Wanted]:
     """What the suite consists of for these seeds."""
+    found = results(name)
     for setting in suite.settings:
         for seed in seeds:
             values = parameters(suite, setting, seed)
-            factors = factors_found(name, setting, suite.models, values) if seed else {}
+            factors = factors_found(found, setting, suite.models, values) if seed else {}
             if "shallow_continued" not in suite.models:  # it is made on the way to ASHEM and not compared
                 factors["train_shallow_continued"] = [1.0]
             params = Params.model_validate(values)
