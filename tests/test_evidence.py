@@ -241,7 +241,7 @@ def test_the_runner_makes_what_is_missing_reuses_what_is_current_and_goes_on_aft
     clone = Clone.of_this_tree(tmp_path)
     monkeypatch.chdir(clone.folder)
     suite = graph.Suite(seeds=1, search=[1.0], settings={"tiny": {}}, models=["block1"])
-    monkeypatch.setattr(run, "load_suites", lambda: {"small": suite})
+    monkeypatch.setattr(run, "load_suites", lambda: {"small": suite, "other": suite})
     monkeypatch.setitem(graph.PIPELINE_MODELS, "block1", "train_phase1")  # the shortest way to a model
     monkeypatch.setattr(run, "record", lambda one: made(run.STORE / one.task.label / "metrics/train_phase1.json"))
     asked, execute = ["--suite", "small", "--workers", "2"], run.execute
@@ -264,6 +264,9 @@ def test_the_runner_makes_what_is_missing_reuses_what_is_current_and_goes_on_aft
     assert read_json("metrics/evidence/small.json")["tiny"]["block1"]["0"]["metrics"]["val_ppl"] > 1
     run.main(asked)
     assert "1 of 1 models are current" in capsys.readouterr().out
+    run.main(["--suite", "other"])
+    assert "other tiny block1 seed 0: made before, for another suite" in capsys.readouterr().out
+    assert read_json("metrics/evidence/other.json") == read_json("metrics/evidence/small.json")
     path = clone.folder / "params.yaml"
     path.write_text(path.read_text().replace("grad_clip: 1.0", "grad_clip: 0.5"))
     run.main([*asked, "--dry-run"])

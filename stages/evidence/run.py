@@ -178,10 +178,29 @@ def _drawn(curve: dict[str, list[float]]) -> dict[str, list[float]]:
 
 def write_record(one: Wanted, revision: str) -> None:
     """Adds a finished model to its suite's file."""
+    put(one, {"fingerprint": one.task.fingerprint, "revision": revision} | record(one))
+
+
+def put(one: Wanted, kept: dict[str, Any]) -> None:
     found = results(one.suite)
-    kept = {"fingerprint": one.task.fingerprint, "revision": revision} | record(one)
     found.setdefault(one.setting, {}).setdefault(one.model, {})[str(one.seed)] = kept
     write_json(RESULTS / f"{one.suite}.json", found)
+
+
+def adopt(todo: list[Wanted]) -> list[Wanted]:
+    """Takes over what another suite made already; returns what is still to make."""
+    made = {
+        kept["fingerprint"]: kept
+        for name in {file.stem for file in RESULTS.glob("*.json")} & load_suites().keys()
+        for models in results(name).values()
+        for seeds in models.values()
+        for kept in seeds.values()
+    }
+    for one in todo:
+        if one.task.fingerprint in made:
+            put(one, made[one.task.fingerprint])
+            print(f"{one.title}: made before, for another suite", flush=True)
+    return [one for one in todo if one.task.fingerprint not in made]
 
 
 def revision_now() -> str:
@@ -199,9 +218,9 @@ def revision_now() -> str:
     return head.stdout.strip() + ("+" if diff.stdout.strip() else "")
 
 
-def prune(pending: list[Task]) -> None:
+def prune(pending: list[Wanted]) -> None:
     """Removes from the store what nothing that is still to run reads."""
-    needed = {task.label for one in pending for task in one.ancestors()}
+    needed = {task.label for one in pending for task in one.task.ancestors()}
     for folder in STORE.glob("*"):
         if folder.name not in needed:
             shutil.rmtree(folder)
@@ -288,17 +307,24 @@ def drop_stale(name: str, suite: Suite) -> None:
 
 
 def missing(name: str, suite: Suite, seeds: range) -> list[Wanted]:
-    """The models of a suite whose numbers are not there or not current.
+    """The models of a suite whose numbers are not there or not current."""
+    found = results(name)
+    return [
+        one
+        for one in wanted(name, suite, seeds)
+        if record_of(found, one.setting, one.model, one.seed).get("fingerprint") != one.task.fingerprint
+    ]
 
-    Later seeds of a model that the first one did not make are left out: its learning rate is not known.
-    """
-    found, todo = results(name), []
-    for one in wanted(name, suite, seeds):
-        kept = record_of(found, one.setting, one.model, one.seed)
-        searched = one.seed == 0 or record_of(found, one.setting, one.model, 0)
-        if searched and kept.get("fingerprint") != one.task.fingerprint:
-            todo.append(one)
-    return todo
+
+def searched(todo: list[Wanted]) -> list[Wanted]:
+    """Without the later seeds of what the first one did not make: its learning rate is not known."""
+    return [one for one in todo if one.seed == 0 or record_of(results(one.suite), one.setting, one.model, 0)]
+
+
+def of_settings(suite: Suite, settings: list[str] | None) -> Suite:
+    """The suite with some of its settings alone; None = all."""
+    kept = {key: changes for key, changes in suite.settings.items() if settings is None or key in settings}
+    return suite.model_copy(update={"settings": kept})
 
 
 def stopped(number: int, _: object) -> None:
@@ -329,23 +355,26 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {setting for name in names for setting in suites[name].settings}
     if unknown := [setting for setting in asked.setting or [] if setting not in settings]:
         raise StageError(f"--setting {unknown[0]}: these suites have {', '.join(sorted(settings))}")
+    parts = {name: of_settings(suites[name], asked.setting) for name in names}
+    counts = {
+        name: asked.seeds if asked.seeds and (asked.suite or name in ("core", "quick")) else suites[name].seeds
+        for name in names
+    }
     failures = []
     with only_run("evidence"):
-        for name in names:
-            suite = suites[name]
-            count = asked.seeds if asked.seeds and (asked.suite or name in ("core", "quick")) else suite.seeds
-            part = suite
-            if asked.setting:
-                kept = {key: changes for key, changes in suite.settings.items() if key in asked.setting}
-                part = suite.model_copy(update={"settings": kept})
-            for seeds in (range(1), range(1, count)):  # the first one finds the learning rates
+        for index, (name, part) in enumerate(parts.items()):
+            for seeds in (range(1), range(1, counts[name])):  # the first one finds the learning rates
                 if not asked.dry_run:
-                    drop_stale(name, suite)  # of later seeds, those that took another rate than the first one found
-                todo = missing(name, part, seeds)
-                total = len(seeds) * len(part.settings) * len(part.models)
-                print(f"{name}: {total - len(todo)} of {total} models are current for seeds {list(seeds)}", flush=True)
-                if todo and not asked.dry_run:
-                    prune([one.task for one in todo])
+                    drop_stale(name, suites[name])  # of later seeds, those of another rate than the first one found
+                behind, total = missing(name, part, seeds), len(seeds) * len(part.settings) * len(part.models)
+                print(
+                    f"{name}: {total - len(behind)} of {total} models are current for seeds {list(seeds)}", flush=True
+                )
+                todo = [] if asked.dry_run else adopt(searched(behind))
+                if todo:
+                    prune(
+                        [one for later in names[index:] for one in missing(later, parts[later], range(counts[later]))]
+                    )
                     failures += run_all(todo, asked.workers)
     if failures:
         raise StageError(f"{len(failures)} stages failed, the first: {failures[0]}")
