@@ -56,9 +56,8 @@ def arrange(train: Path, test: Path, folder: Path, data: DataParams) -> Counter[
     with atomic_folder(folder) as written:
         for is_test, name in ((False, "train.txt"), (True, "test.txt")):
             (written / name).write_text("".join(texts[is_test]), "utf-8")
-    shares = {name: getattr(data, f"{name}_share") for name in ("validation", "calibration", "test")}
     found = list(documents(data.model_copy(update={"source": "text", "path": str(folder)})))
-    counts = Counter(split_of(document.group, **shares) for document in found if document.text.strip())
+    counts = Counter(split_of(document.group, **data.held_out_shares) for document in found if document.text.strip())
     if counts["test"] != len(texts[True]) or counts.total() != len(texts[True]) + len(texts[False]):
         raise CorpusError(f"{folder}: does not read back as it was written; choose --split-on so that it cuts by lines")
     return counts

@@ -23,7 +23,8 @@ from lego.params import ParamsError
 from lego.scratch import SCRATCH, BusyError, fingerprint, only_run
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's malloc.h
-RECOVERY = "earlier results come back with: git checkout params.yaml dvc.lock metrics && dvc checkout"
+WRITTEN = "params.yaml dvc.lock metrics"  # what git keeps of a run of the root pipeline
+RECOVERY = f"earlier results come back with: git checkout {WRITTEN} && dvc checkout"
 RECORDED_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "datasets", "pydantic")
 
 
@@ -69,7 +70,7 @@ class Stage:
     the environment; no stage depends on it.
 
     Args:
-        name: the stage's name in dvc.yaml, `group@key` if it is one of a foreach.
+        name: the stage's name as `lego.scratch.pipeline_entry` takes it, `group@key` if it is one of a foreach.
         seed: the run's seed; the stage's own is `stage.seed`.
         threads: CPU threads of torch.
 
@@ -132,14 +133,20 @@ class Stage:
             "continued": self.continued,
             **{f"{package}_version": version(package) for package in RECORDED_PACKAGES},
         }
-        file = f"metrics/timing/{self.name.split('@')[-1]}.json"
+        folder, slash, name = self.name.rpartition("/")
+        file = f"metrics/timing/{folder}{slash}{name.split('@')[-1]}.json"
         write_json(file, {"seconds": seconds, **rates, **environment, **self.record})
         if os.getppid() == self.parent:  # else dvc was killed and will run this again: from here, in no time
             shutil.rmtree(SCRATCH / self.name, ignore_errors=True)
 
 
-def exit_cleanly(main: Callable[[], None]) -> None:
-    """Runs a stage's main(); errors a user can mend become one line on stderr and exit code 1."""
+def exit_cleanly(main: Callable[[], None], written: str = WRITTEN) -> None:
+    """Runs a stage's main(); errors a user can mend become one line on stderr and exit code 1.
+
+    Args:
+        main: of the stage.
+        written: what git keeps of a run of its pipeline.
+    """
     try:
         main()
     except (ParamsError, ArtifactError, StageError, BusyError, FloatingPointError) as error:
@@ -150,7 +157,7 @@ def exit_cleanly(main: Callable[[], None]) -> None:
         sentence = f"{error.filename or 'a file'}: {error.strerror or error}; {_remedy(error)}"
     else:
         return
-    print(f"error: {' '.join(sentence.split())} ({RECOVERY})", file=sys.stderr)
+    print(f"error: {' '.join(sentence.split())} ({RECOVERY.replace(WRITTEN, written)})", file=sys.stderr)
     raise SystemExit(1)
 
 

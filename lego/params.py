@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -27,6 +27,8 @@ from lego.sections import (
     YardstickParams,
     pretrained_tokenizer,
 )
+
+P = TypeVar("P", bound=Section)
 
 
 class ParamsError(ValueError):
@@ -68,7 +70,7 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def _sentence(error: Any) -> str:
+def _sentence(error: Any, shape: type[BaseModel]) -> str:
     """One pydantic error as `key does what is wrong, got value`."""
     key, value = ".".join(str(part) for part in error["loc"]), error["input"]
     shown = "nothing" if value is None else repr(value)
@@ -76,7 +78,7 @@ def _sentence(error: Any) -> str:
         case "missing":
             return f"{key} is missing"
         case "extra_forbidden":
-            close = difflib.get_close_matches(key, _known_keys(Params), n=1)
+            close = difflib.get_close_matches(key, _known_keys(shape), n=1)
             return f"{key} is not a known key" + (f"; did you mean {close[0]}?" if close else "")
         case "value_error" if isinstance(value, dict):  # a check across several keys names them itself
             return f"{key}.{error['ctx']['error']}".removeprefix(".")
@@ -115,10 +117,16 @@ class _Loader(yaml.SafeLoader):
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:
+    """The parameters of the root pipeline; see `read_params`."""
+    return read_params(path, Params)
+
+
+def read_params(path: str | Path, shape: type[P]) -> P:
     """Reads and checks a parameter file.
 
     Args:
-        path: a YAML file with every key of `Params`; `1e-05` is read as a number.
+        path: a YAML file with every key of `shape`; `1e-05` is read as a number.
+        shape: the sections it has.
 
     Raises:
         ParamsError: unreadable file, unknown or missing key, wrong type or range; the message names file and key.
@@ -134,11 +142,11 @@ def load_params(path: str | Path = "params.yaml") -> Params:
         line = f" at line {where.line + 1}" if where else ""
         raise ParamsError(f"{path}: is not valid YAML{line}") from None
     if not isinstance(raw, dict):
-        raise ParamsError(f"{path}: must hold the sections {', '.join(Params.model_fields)}")
+        raise ParamsError(f"{path}: must hold the sections {', '.join(shape.model_fields)}")
     try:
-        return Params.model_validate(raw)
+        return shape.model_validate(raw)
     except ValidationError as error:
-        raise ParamsError("; ".join(f"{path}: {_sentence(e)}" for e in error.errors())) from None
+        raise ParamsError("; ".join(f"{path}: {_sentence(e, shape)}" for e in error.errors())) from None
 
 
 def main() -> int:

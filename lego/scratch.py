@@ -37,32 +37,46 @@ def _stages(file: Path) -> dict[str, Any]:
 
 
 def pipeline_entry(stage: str) -> dict[str, Any]:
-    """What a dvc.yaml of this tree says of a stage; `group@key` is one of a group made by foreach."""
-    group, _, key = stage.partition("@")
-    for file in (ROOT / "dvc.yaml", *sorted(ROOT.glob("stages/*/dvc.yaml"))):
-        entry = _stages(file).get(group)
+    """What a dvc.yaml of this tree says of a stage.
+
+    Args:
+        stage: its name; `group@key` if it is one of a group made by foreach, `folder/name` if its dvc.yaml is that of
+            a sibling system, stages/<folder>/dvc.yaml.
+    """
+    folder, _, name = stage.rpartition("/")
+    group, _, key = name.partition("@")
+    for place in (f"stages/{folder}",) if folder else (".", "stages/evidence"):
+        entry = _stages(ROOT / place / "dvc.yaml").get(group)
         if entry is not None:
             return yaml.safe_load(yaml.safe_dump(entry["do"]).replace("${key}", key)) if key else entry
     raise KeyError(stage)
 
 
-def fingerprint(stage: str, params_file: str | Path = "params.yaml") -> str:
+def declared_params(entry: dict[str, Any]) -> dict[str, list[str]]:
+    """Parameter file -> keys that a stage of a dvc.yaml names; a key that stands alone is one of params.yaml."""
+    declared: dict[str, list[str]] = {}
+    for one in entry.get("params", []):
+        for file, keys in one.items() if isinstance(one, dict) else [("params.yaml", [one])]:
+            declared.setdefault(file, []).extend(keys)
+    return declared
+
+
+def fingerprint(stage: str) -> str:
     """32 hexadecimal digits that change with anything the stage's result depends on.
 
     Args:
-        stage: its name in dvc.yaml.
-        params_file: where the values are read.
+        stage: as for `pipeline_entry`.
     """
-    entry = pipeline_entry(stage)
-    values = yaml.safe_load(Path(params_file).read_text(encoding="utf-8"))
-    params: dict[str, Any] = {}
-    for key in entry.get("params", []):
-        params[key] = values
-        for part in key.split("."):
-            params[key] = params[key][part]
-    inputs = {}
+    entry, params, inputs = pipeline_entry(stage), dict[str, Any](), dict[str, str | None]()
+    for file, keys in declared_params(entry).items():
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        for key in keys:
+            params[key] = values
+            for part in key.split("."):
+                params[key] = params[key][part]
     for dep in entry["deps"]:
-        dep = dep.replace("${data.path}", values["data"]["path"])
+        if "${data.path}" in dep:
+            dep = dep.replace("${data.path}", values["data"]["path"])
         path = ROOT / dep if dep.endswith(".py") else Path(dep)
         inputs[dep] = sha256(path) if path.exists() else None  # the stage will say what it misses
     versions = {"python": platform.python_version(), "torch": version("torch"), "cuda": torch.cuda.is_available()}

@@ -16,7 +16,7 @@ def _from_scientific(value: object) -> object:
     return float(value) if isinstance(value, str) and SCIENTIFIC.fullmatch(value) else value
 
 
-def _within(interval: str) -> AfterValidator:
+def within(interval: str) -> AfterValidator:
     """Range check written as in mathematics: "(0, 1]" excludes 0 and includes 1."""
     low, high = (float(end) for end in interval[1:-1].split(","))
 
@@ -30,7 +30,7 @@ def _within(interval: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _at_least(low: int, high: int = 10**12) -> AfterValidator:
+def at_least(low: int, high: int = 10**12) -> AfterValidator:
     def check(value: int) -> int:
         if value < low:
             raise ValueError(f"must be at least {low}")
@@ -42,11 +42,11 @@ def _at_least(low: int, high: int = 10**12) -> AfterValidator:
 
 
 Number = Annotated[float, BeforeValidator(_from_scientific)]
-Positive = Annotated[Number, _within("(0, inf)")]
-NonNegative = Annotated[Number, _within("[0, inf)")]
-Share = Annotated[Number, _within("(0, 1)")]
-Count = Annotated[int, _at_least(1)]
-CountOrZero = Annotated[int, _at_least(0)]
+Positive = Annotated[Number, within("(0, inf)")]
+NonNegative = Annotated[Number, within("[0, inf)")]
+Share = Annotated[Number, within("(0, 1)")]
+Count = Annotated[int, at_least(1)]
+CountOrZero = Annotated[int, at_least(0)]
 
 
 def _some_factors(values: list[float]) -> list[float]:
@@ -77,7 +77,7 @@ class DataParams(Section):
     near_duplicate_similarity: Share
     tokenizer: Literal["bpe", "word", "pretrained"]
     pretrained: str | None
-    vocab_size: Annotated[int, _at_least(257, 2**24)]  # 256 bytes and end-of-text
+    vocab_size: Annotated[int, at_least(257, 2**24)]  # 256 bytes and end-of-text
     max_tokenizer_bytes: Count
     max_ngram_tokens: Count
     max_train_tokens: Count
@@ -88,9 +88,18 @@ class DataParams(Section):
     calibration_share: Share
     test_share: Share
 
+    @property
+    def held_out_shares(self) -> dict[str, float]:
+        """Share of the documents by split, without train, which has the rest."""
+        return {
+            "validation": self.validation_share,
+            "calibration": self.calibration_share,
+            "test": self.test_share,
+        }
+
     @model_validator(mode="after")
     def _some_train_text(self) -> DataParams:
-        held_out = self.validation_share + self.calibration_share + self.test_share
+        held_out = sum(self.held_out_shares.values())
         if held_out >= 1:
             raise ValueError(
                 f"validation_share + calibration_share + test_share must be below 1 to leave train text, "
@@ -120,7 +129,7 @@ class ModelParams(Section):
     num_heads: Count
     num_kv_heads: Count
     ffn_dim: Count
-    seq_len: Annotated[int, _at_least(2, 2**20)]
+    seq_len: Annotated[int, at_least(2, 2**20)]
     tie_embeddings: bool
     rope_theta: Positive
     norm_eps: Positive
@@ -146,15 +155,15 @@ class TrainParams(Section):
     tokens_per_epoch: Count
     schedule: Literal["cosine", "constant"]
     warmup_steps: CountOrZero
-    min_lr_ratio: Annotated[Number, _within("[0, 1]")]
+    min_lr_ratio: Annotated[Number, within("[0, 1]")]
     weight_decay: NonNegative
-    beta1: Annotated[Number, _within("[0, 1)")]
-    beta2: Annotated[Number, _within("[0, 1)")]
+    beta1: Annotated[Number, within("[0, 1)")]
+    beta2: Annotated[Number, within("[0, 1)")]
     grad_clip: NonNegative
     precision: Literal["fp32", "bf16"]
     compile: bool
     device: Literal["auto", "cpu", "cuda", "mps"]
-    threads: Annotated[int, _at_least(1, 4096)]
+    threads: Annotated[int, at_least(1, 4096)]
 
 
 class AshemParams(Section):
@@ -165,7 +174,7 @@ class AshemParams(Section):
     hard_example_ratio: Share
     hard_split: Literal["train", "validation"]
     phase2_text: Literal["fresh", "same"]
-    phase2_share: Annotated[Number, _within("[0, 1)")]
+    phase2_share: Annotated[Number, within("[0, 1)")]
     phase2_split: Literal["blocks", "documents"]
     phase2_layers: Count
     phase2_lr: Positive
@@ -174,7 +183,7 @@ class AshemParams(Section):
     phase2_context: Literal["token", "sequence", "historic"]
     init_new_layers: Literal["copy", "zero", "random"]
     head: Literal["shared", "own", "shared_trainable"]
-    replay_share: Annotated[Number, _within("[0, 1)")]
+    replay_share: Annotated[Number, within("[0, 1)")]
     store_dtype: Literal["float32", "float16", "bfloat16"]
     shard_tokens: Count
 
@@ -207,14 +216,14 @@ class ExitsParams(Section):
 class RoutingParams(Section):
     criterion: Literal["max_prob", "margin", "entropy", "probe", "gain"]
     calibration: Literal["quantile", "risk"]
-    hard_ratio: Annotated[Number, _within("[0, 1]")] | None
+    hard_ratio: Annotated[Number, within("[0, 1]")] | None
     epsilon: Positive
     delta: Share
     risk_unit: Literal["block", "document"]
     risk_clip: Positive
-    risk_candidates: Annotated[int, _at_least(1, 10_000)]
+    risk_candidates: Annotated[int, at_least(1, 10_000)]
     otherwise: Literal["stop", "always_deep"]
-    gain_width: Annotated[int, _at_least(0, 2**16)]
+    gain_width: Annotated[int, at_least(0, 2**16)]
     gain_l2: Positive
 
     @model_validator(mode="after")
@@ -228,8 +237,8 @@ class RoutingParams(Section):
 
 class EvaluationParams(Section):
     batch_size: Count
-    sweep_points: Annotated[int, _at_least(2)]
-    latency_repeats: Annotated[int, _at_least(0, 10_000)]
+    sweep_points: Annotated[int, at_least(2)]
+    latency_repeats: Annotated[int, at_least(0, 10_000)]
 
 
 def pretrained_tokenizer(data: DataParams, init_from: str | None) -> tuple[str, str] | None:

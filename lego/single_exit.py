@@ -18,15 +18,16 @@ from lego.risk import document_units
 from lego.transformer import BaseTransformer
 
 
-def hard_after(block1: TokenTable, model: TokenTable, threshold: float) -> tuple[float, float]:
-    """Perplexity of block 1, and of another model's full depth, on the tokens that block 1 is unsure of.
+def hard_after(block1: TokenTable, model: TokenTable, threshold: float) -> tuple[float | None, float | None]:
+    """Perplexity of block 1, and of another model's full depth, on the tokens block 1 is unsure of; None without any.
 
     Args:
         block1, model: token tables of the same text.
         threshold: confidence of block 1 below which a token is hard.
     """
     paired = TokenTable(block1.nll_shallow, model.nll_deep, block1.right_shallow, model.right_deep, block1.confidence)
-    return paired.hard_perplexities(threshold)
+    before, after = paired.hard_perplexities(threshold)
+    return (None, None) if math.isnan(before) else (before, after)
 
 
 def single_exit_metrics(
@@ -55,7 +56,7 @@ def single_exit_metrics(
     before, after = hard_after(block1_test, test, threshold)
     val_before, val_after = hard_after(block1_validation, validation, threshold)
     ppl, val_ppl = perplexity(test.nll_deep), perplexity(validation.nll_deep)
-    metrics = {
+    return {
         "acc": float(test.right_deep.mean()),
         "ppl": ppl,
         "bits_per_byte": bits_per_byte(ppl, test_facts),
@@ -71,9 +72,9 @@ def single_exit_metrics(
         "compute_cost": own.num_layers * own.layer / (ledger.num_layers * ledger.layer),
         "flops_ratio": own.full / ledger.full,
         "oracle_ppl": ppl,  # it has one exit to choose from
+        "break_even_shallow_ratio": None,  # it does not route
+        "threshold": None,
     }
-    missing = {"break_even_shallow_ratio": None, "threshold": None}  # it does not route
-    return {key: None if math.isnan(value) else value for key, value in metrics.items()} | missing
 
 
 def document_rows(

@@ -20,7 +20,7 @@ from lego.evaluation import (
     threshold_sweep,
     token_table,
 )
-from lego.single_exit import single_exit_metrics
+from lego.single_exit import Comparison, single_exit_metrics
 
 TEST, VALIDATION = random_batches(6, seed=1), random_batches(5, seed=2)
 FACTS = {"tokens": 6 * 4 * 12, "bytes": 1000}
@@ -122,3 +122,14 @@ def test_no_hard_token_leaves_null_and_not_nan(model):
     metrics = routed_metrics(table, table, 0.0, Ledger.of(model, 12), FACTS)
     assert metrics["hard_ppl_before"] is None
     assert metrics["shallow_ratio"] == 1.0
+
+
+@pytest.mark.parametrize("leaves", [None, 0.5])
+def test_a_comparison_without_hard_tokens_leaves_null_too(model, leaves):
+    texts = {"test": TEST, "validation": VALIDATION}
+    tokens = len(token_table(model, TEST, "cpu").nll_deep)
+    ledger, cpu = Ledger.of(model, 12), torch.device("cpu")
+    comparison = Comparison(texts, np.zeros(tokens, dtype=int), FACTS, model, 0.0, ledger, cpu)
+    metrics, rows = comparison.judge(model, leaves)
+    assert {metrics[f"{split}hard_ppl_{when}"] for split in ("", "val_") for when in ("before", "after")} == {None}
+    assert [row["hard_tokens"] for row in rows] == [0]

@@ -10,7 +10,8 @@ from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lego.params import Params, ParamsError, load_params
+from lego.params import Params, ParamsError, load_params, read_params
+from lego.sections import Section, TrainParams
 
 DEFAULTS = yaml.safe_load((ROOT / "params.yaml").read_text())
 
@@ -124,3 +125,16 @@ def test_every_key_is_commented_and_the_file_is_in_dvcs_plain_style():
         "beta2: 0.95",
         "phase2_patience: 3",
     ]
+
+
+def test_another_systems_parameters_are_read_by_their_own_sections(tmp_path):
+    class Other(Section):
+        seed: int
+        train: TrainParams
+
+    train, path = DEFAULTS["train"], tmp_path / "other.yaml"
+    path.write_text(yaml.safe_dump({"seed": 1, "train": train}))
+    assert read_params(path, Other).train.batch_size == train["batch_size"]
+    path.write_text(yaml.safe_dump({"seed": 1, "train": train | {"batch_sise": 3}}))
+    with pytest.raises(ParamsError, match=r"other\.yaml: train\.batch_sise .*; did you mean train\.batch_size\?"):
+        read_params(path, Other)

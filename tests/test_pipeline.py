@@ -255,7 +255,7 @@ def test_stage_scripts_are_short():
 
 FLOORS = [
     {"sections", "params", "artifacts", "progress", "stats", "page", "pictures", "scratch", "harness"},
-    {"blocks", "corpus", "readers", "sources", "tokenizer", "ngram", "batches"}
+    {"blocks", "corpus", "readers", "sources", "tokenizer", "tokens", "ngram", "batches"}
     | {"layers", "losses", "transformer", "criteria", "naming", "checkpoint", "llama", "cost"},
     {"steps", "epochs", "trainer", "exits", "risk", "hidden_states", "hard_batches"}
     | {"search", "budget", "baselines", "selection"},

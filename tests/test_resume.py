@@ -15,16 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from clones import Clone, ran, run_in_process
 from conftest import ROOT, VOCAB, random_batches
 from test_pipeline import ORDER, outs
 
-from lego import DeepSupervisionTransformer, Trainer, create_standard_config
+from lego import DeepSupervisionTransformer, Trainer, create_standard_config, scratch
 from lego.artifacts import read_json, sha256
 from lego.epochs import TrainingState
 from lego.hidden_states import StoreWriter
 from lego.params import load_params
-from lego.scratch import BusyError, fingerprint, only_run
+from lego.scratch import BusyError, fingerprint, only_run, pipeline_entry
 from lego.steps import build_training
 
 PARAMS = load_params(ROOT / "params.yaml").train.model_copy(update={"warmup_steps": 3})
@@ -97,6 +98,22 @@ def test_the_fingerprint_follows_parameters_inputs_and_nothing_else(tmp_path, mo
     Path("params.yaml").write_text(text)
     Path("data/tokens/corpus.json").write_text("{ }")
     assert fingerprint("train_phase1") != first
+
+
+def test_a_sibling_system_has_stages_and_parameters_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scratch, "ROOT", tmp_path)
+    folder = tmp_path / "stages/other"
+    folder.mkdir(parents=True)
+    declared = {"cmd": "python -m stages.other.learn", "deps": ["text.txt"]}
+    entry = declared | {"params": [{"stages/other/params.yaml": ["a.b"]}]}
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"learn": entry}}))
+    found = []
+    for section in ({"b": 1, "c": 0}, {"b": 1, "c": 9}, {"b": 2, "c": 0}):
+        (folder / "params.yaml").write_text(yaml.safe_dump({"a": section}))
+        found.append(fingerprint("other/learn"))
+    assert found[0] == found[1] != found[2]
+    assert pipeline_entry("other/learn") == entry
 
 
 def test_a_second_run_of_a_stage_is_refused_and_the_first_is_named(tmp_path, monkeypatch):
