@@ -272,3 +272,22 @@ def test_each_floor_imports_only_what_stands_below_or_beside_it():
             if file.parent.name == "lego" and file.stem != "__init__":
                 assert floor[file.stem] <= floor[room], f"{room} imports {file.stem}"
             assert file.parent.name != "stages"
+
+
+SIBLINGS = {  # rooms of lego that a sibling system may import: the ground floor, text, and pieces of training
+    "cvfp": {"params", "sections", "artifacts", "progress", "stats", "page", "pictures", "scratch", "harness"}
+    | {"blocks", "corpus", "sources", "tokenizer", "tokens", "ngram", "steps"},
+}
+
+
+@pytest.mark.parametrize("system", SIBLINGS)
+def test_a_sibling_system_stands_on_the_ground_floor_and_the_house_not_on_it(system):
+    files = [*(ROOT / "lego" / system).glob("*.py"), *(ROOT / "stages" / system).glob("*.py")]
+    for file in files:
+        for imported in imported_files(file):
+            place = imported.relative_to(ROOT).as_posix()
+            if place.startswith("lego/") and not place.startswith(f"lego/{system}/") and imported.stem != "__init__":
+                assert imported.parent.name == "lego", f"{file} imports {place}"
+                assert imported.stem in SIBLINGS[system], f"{file} imports {place}"
+    for file in (ROOT / "lego").glob("*.py"):
+        assert not any(system in one.parts for one in imported_files(file)), f"{file} imports {system}"

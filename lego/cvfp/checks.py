@@ -1,0 +1,174 @@
+"""The critical checks of frozen weights: identity, convergence, and its verdict on validation text (section 5)."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lego.cvfp.model import NewLLMResidual
+from lego.cvfp.passes import QUIET, Telling, sequential_pass
+from lego.cvfp.sections import ChecksParams
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Both recorded forms of the identity check.
+
+    Args:
+        mean_norm, mean_deviation: of the contexts, L2.
+        token_cosine: of contexts with their token's embedding; None if d is not e.
+        noise_cosine: of c with f(c, t), both normal noise.
+        on_data, on_noise: whether the form calls the network an identity (or its contexts constant).
+    """
+
+    mean_norm: float
+    mean_deviation: float
+    token_cosine: float | None
+    noise_cosine: float
+    on_data: bool
+    on_noise: bool
+
+
+@torch.no_grad()
+def identity(
+    model: NewLLMResidual, contexts: Tensor, embeddings: Tensor, settings: ChecksParams, seed: int
+) -> Identity:
+    """Whether the network hands its input on, or says nothing (section 5.2).
+
+    Args:
+        model: frozen.
+        contexts, embeddings: of the same tokens, (n, d) and (n, e).
+        settings: thresholds.
+        seed: of the noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(settings.identity_pairs, model.context_dim + model.embed_dim, generator=generator)
+    context, token = noise.split([model.context_dim, model.embed_dim], dim=1)
+    after, _ = model(context=context, token=token)
+    noise_cosine = float(torch.cosine_similarity(context, after).mean())
+    norm = float(contexts.norm(dim=1).mean())
+    deviation = float((contexts - contexts.mean(0)).norm(dim=1).mean())
+    same = model.context_dim == model.embed_dim
+    cosine = float(torch.cosine_similarity(contexts, embeddings).mean()) if same else None
+    small = settings.identity_norm
+    return Identity(
+        mean_norm=norm,
+        mean_deviation=deviation,
+        token_cosine=cosine,
+        noise_cosine=noise_cosine,
+        on_data=norm < small or deviation < small or (cosine is not None and cosine >= settings.identity_cosine),
+        on_noise=noise_cosine > settings.identity_cosine,
+    )
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """Mean L2 norm, over tokens, of the change between successive frozen passes."""
+
+    differences: list[float]
+    dims: int
+    passed: bool
+
+    @property
+    def final_diff(self) -> float:
+        return self.differences[-1]
+
+    @property
+    def per_dimension(self) -> float:
+        return self.final_diff / math.sqrt(self.dims)
+
+
+def frozen_passes(
+    model: NewLLMResidual, embeddings: Tensor, count: int, carry: bool, telling: Telling = QUIET
+) -> list[Tensor]:
+    """Contexts (n, d) of `count` sequential passes under frozen weights.
+
+    Args:
+        model: frozen.
+        embeddings: (n, e).
+        count: passes.
+        carry: start each from the last context of the one before, the first from 0; else all from 0.
+        telling: what is printed on the way.
+    """
+    found: list[Tensor] = []
+    for number in range(count):
+        start = found[-1][-1] if carry and found else None
+        found.append(sequential_pass(model, embeddings, start, telling, f"frozen pass {number + 1}/{count}"))
+    return found
+
+
+def convergence(
+    model: NewLLMResidual, embeddings: Tensor, settings: ChecksParams, telling: Telling = QUIET
+) -> Convergence:
+    """Whether frozen passes over the same text settle (section 5.3): the change falls and ends below final_diff."""
+    passes = frozen_passes(model, embeddings, settings.passes, True, telling)
+    changes = [float((after - before).norm(dim=1).mean()) for before, after in itertools.pairwise(passes)]
+    falling = all(after <= before for before, after in itertools.pairwise(changes))
+    return Convergence(changes, model.context_dim, falling and changes[-1] < settings.final_diff)
+
+
+@dataclass(frozen=True)
+class Trend:
+    """Losses of successive passes and what they are called; section 5.4."""
+
+    losses: list[float]
+    slope: float
+    std: float
+    legacy: str
+    verdict: str
+
+    def lines(self) -> list[str]:
+        """initial, final, mean, std, CV, reduction and slope, as they are printed."""
+        if not self.losses:
+            return [f"verdict {self.verdict}"]
+        initial, final, mean = self.losses[0], self.losses[-1], float(np.mean(self.losses))
+        reduction = 100 * (initial - final) / initial if initial else 0.0
+        variation = 100 * self.std / mean if mean else 0.0
+        return [
+            f"initial {initial:.6f}, final {final:.6f}, mean {mean:.6f}, std {self.std:.6f}, CV {variation:.1f}%, "
+            f"reduction {reduction:.1f}%, slope {self.slope:.6f}",
+            f"verdict legacy {self.legacy}, with level test {self.verdict}",
+        ]
+
+
+def trend(losses: Sequence[float], threshold: float, variance: float, settings: ChecksParams) -> Trend:
+    """Names a series of losses.
+
+    The legacy verdict looks at slope and spread alone, so that unrelated contexts, a constant loss of 1.42, count as
+    converged (B30). The other one also wants the last loss below `threshold` and below a small share of
+    2 * variance, which unrelated contexts would have.
+
+    Args:
+        losses: MSE of successive passes.
+        threshold: phase1.convergence_threshold.
+        variance: of the contexts, mean over dimensions.
+        settings: thresholds.
+    """
+    values = [float(one) for one in losses]
+    if len(values) < 2:
+        return Trend(values, 0.0, 0.0, "INSUFFICIENT_DATA", "INSUFFICIENT_DATA")
+    slope, std = float(np.polyfit(np.arange(len(values)), values, 1)[0]), float(np.std(values))
+    if slope < -settings.slope:
+        legacy = "CONVERGING"
+    elif abs(slope) < settings.slope and std < settings.loss_std:
+        legacy = "CONVERGED"
+    else:
+        legacy = "DIVERGING" if slope > settings.slope else "UNSTABLE"
+    low = values[-1] < threshold and values[-1] <= settings.level_share * 2 * variance
+    verdict = "NOT_CONVERGED" if legacy in ("CONVERGED", "CONVERGING") and not low else legacy
+    return Trend(values, slope, std, legacy, verdict)
+
+
+def validation_trend(
+    model: NewLLMResidual, embeddings: Tensor, threshold: float, settings: ChecksParams, telling: Telling = QUIET
+) -> Trend:
+    """`trend` of num_trials frozen passes with carry-over over validation text (n, e); trial 1 has no loss."""
+    passes = frozen_passes(model, embeddings, settings.num_trials, True, telling)
+    losses = [float((b - a).square().mean()) for a, b in itertools.pairwise(passes)]
+    return trend(losses, threshold, float(passes[-1].var(0, correction=0).mean()), settings)

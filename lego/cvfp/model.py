@@ -1,0 +1,289 @@
+"""The network that turns (context, token) into the next context: layers, blocks and NewLLMResidual.
+
+Names of the weights, as `load_state_dict` takes them (l counts the layers of block b):
+    token_embedding.weight (V, e)         embed_norm.{weight,bias} (e,)
+    blocks.b.layers.l.fnn.weight (h, d + e), .fnn.bias (h,)    columns: context first, then token; rows the same
+    blocks.b.layers.l.context_norm.{weight,bias} (d,)          absent where layernorm_mix is 0
+    blocks.b.layers.l.token_norm.{weight,bias} (e,)            absent where layernorm_mix is 0
+    token_output.{weight (V, d + e), bias (V,)}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lego.cvfp.losses import BATCH, diversity_of
+from lego.cvfp.moments import RunningMoments
+
+Writes = Literal["both", "context", "token"]
+EMA = ("centroid_ema", "ema_buffer", "ema_target", "ema_live")
+
+
+class CVFPLayer(nn.Module):
+    """One step f(context, token) -> (context, token) (specification, section 2).
+
+    z = [context; token], u = ReLU(W z + b). `relu` adds u to both; `gated` moves each by a gate towards a signed
+    proposal, tanh(P u) (section 12). A share layernorm_mix of the result is normalized.
+
+    Args:
+        context_dim, embed_dim: widths d and e.
+        hidden_dim: must be d + e.
+        layernorm_mix: share of the result that LayerNorm replaces; 0 = no LayerNorm.
+        update: `relu` or `gated`.
+        writes: what the layer changes; the other half is handed on as it is.
+        diversity: which statistics it keeps, if any of the EMA kinds.
+        ema_momentum: of those.
+
+    Raises:
+        ValueError: hidden_dim is not d + e.
+    """
+
+    def __init__(
+        self,
+        *,
+        context_dim: int,
+        embed_dim: int,
+        hidden_dim: int,
+        layernorm_mix: float,
+        update: str,
+        writes: Writes,
+        diversity: str,
+        ema_momentum: float,
+    ) -> None:
+        super().__init__()
+        if hidden_dim != context_dim + embed_dim:
+            raise ValueError(
+                f"hidden_dim must be context_dim + embed_dim = {context_dim + embed_dim}, got {hidden_dim}"
+            )
+        self.context_dim, self.embed_dim, self.mix = context_dim, embed_dim, layernorm_mix
+        self.update, self.writes, self.diversity = update, writes, diversity
+        written = {"both": hidden_dim, "context": context_dim, "token": embed_dim}[writes]
+        self.fnn = nn.Linear(hidden_dim, hidden_dim)
+        if update == "gated":
+            self.gate = nn.Linear(hidden_dim, written)
+            self.proposal = nn.Linear(hidden_dim, written)
+        if layernorm_mix:
+            if writes != "token":
+                self.context_norm = nn.LayerNorm(context_dim)
+            if writes != "context":
+                self.token_norm = nn.LayerNorm(embed_dim)
+        self.statistics = RunningMoments(dim=context_dim, momentum=ema_momentum) if diversity in EMA else None
+        self._latest: Tensor | None = None
+
+    def forward(self, *, context: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """Context (n, d) and token (n, e) after the layer; their order cannot be confused, as both are named.
+
+        Raises:
+            ValueError: a context or token of another width.
+        """
+        if context.shape[-1] != self.context_dim or token.shape[-1] != self.embed_dim:
+            raise ValueError(
+                f"context must be (n, {self.context_dim}) and token (n, {self.embed_dim}), got {tuple(context.shape)} "
+                f"and {tuple(token.shape)}"
+            )
+        z = torch.cat([context, token], dim=-1)  # (n, d + e)
+        u = torch.relu(self.fnn(z))  # (n, h)
+        if self.update == "gated":
+            old = {"both": z, "context": context, "token": token}[self.writes]
+            new = torch.lerp(old, torch.tanh(self.proposal(u)), torch.sigmoid(self.gate(z)))
+        elif self.writes == "both":
+            new = z + u
+        else:
+            new = (
+                context + u[..., : self.context_dim] if self.writes == "context" else token + u[..., self.context_dim :]
+            )
+        if self.writes != "token":
+            context = self._mixed(new[..., : self.context_dim], "context_norm")
+        if self.writes != "context":
+            token = self._mixed(new[..., -self.embed_dim :], "token_norm")
+        if self.statistics is not None and self.training:
+            self._latest = context
+        return context, token
+
+    def _mixed(self, rows: Tensor, norm: str) -> Tensor:
+        if not self.mix:
+            return rows
+        normalized: Tensor = getattr(self, norm)(rows)
+        return normalized if self.mix == 1 else (1 - self.mix) * rows + self.mix * normalized
+
+    def get_distribution_loss(self) -> Tensor:
+        """The diversity loss of the EMA kinds from the contexts of the last call, which the statistics then take in.
+
+        Raises:
+            ValueError: the layer keeps no statistics, or saw no context in training mode since.
+        """
+        if self.statistics is None or self._latest is None:
+            raise ValueError("this layer has no contexts to take statistics of; choose an EMA diversity and train()")
+        rows, moments, self._latest = self._latest.reshape(-1, self.context_dim), self.statistics, None
+        first = not int(moments.steps)
+        if self.diversity == "centroid_ema":
+            loss = -(rows - moments.mean).norm(dim=-1).mean() if not first else rows.sum() * 0
+            moments.update(rows)
+            if first:  # the first one is the centre, with variance 1
+                moments.mean.copy_(rows.detach().mean(0))
+                moments.var.fill_(1)
+            return loss
+        if self.diversity == "ema_target":
+            wanted = (rows - moments.mean) / (moments.var + torch.finfo(rows.dtype).eps).sqrt()
+            moments.update(rows)
+            return functional.mse_loss(rows, wanted.detach())
+        if self.diversity == "ema_live":
+            mean, var = moments.moved_debiased(rows)
+            moments.update(rows)
+        else:  # ema_buffer: the literal form, on buffers, which has no gradient (B5)
+            moments.update(rows)
+            mean, var = moments.mean, moments.var
+        return mean.square().mean() + (var - 1).square().mean()
+
+
+def _keeps_statistics(diversity: str, writes: Writes, last: bool) -> bool:
+    """Every layer for the kinds that average over layers, else the one whose context leaves the network."""
+    return writes != "token" and (diversity in ("ema_buffer", "ema_live") or (diversity in EMA and last))
+
+
+class CVFPBlock(nn.Module):
+    """Layers in sequence.
+
+    Args:
+        layers: of the block.
+    """
+
+    def __init__(self, *, layers: Sequence[CVFPLayer]) -> None:
+        super().__init__()
+        self.layers = cast(Sequence[CVFPLayer], nn.ModuleList(layers))
+
+    def forward(self, *, context: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """Context (n, d) and token (n, e) after all layers."""
+        for layer in self.layers:
+            context, token = layer(context=context, token=token)
+        return context, token
+
+    def get_distribution_loss(self) -> Tensor:
+        """Mean of its layers' losses; see CVFPLayer."""
+        return torch.stack([layer.get_distribution_loss() for layer in self.layers]).mean()
+
+
+class NewLLMResidual(nn.Module):
+    """Embedding, blocks and head (specification, section 2; `LLM` is the same class).
+
+    With `token_structure` the blocks write contexts alone, and as many token blocks write the token vector from
+    (context, token): parameters of their own, so that phase 2 cannot change the contexts (section 12).
+
+    Args:
+        vocab_size, context_dim, embed_dim, hidden_dim: V, d, e and h = d + e.
+        layer_structure: layers of each block.
+        token_structure: layers of each token block; empty = the blocks write both.
+        layernorm_mix, update: see CVFPLayer.
+        head: `context_then_token` reads [context; token], `context` the context alone.
+        diversity: of phase 1's loss; see `lego.cvfp.losses` and CVFPLayer.
+        normalize: of the centroid kinds.
+        ema_momentum: of the EMA kinds.
+        init_weight_std, init_bias_std: of the linear layers' normal initialization.
+        init_embedding_std: of the embedding's.
+
+    Raises:
+        ValueError: hidden_dim is not context_dim + embed_dim.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        context_dim: int,
+        embed_dim: int,
+        hidden_dim: int,
+        layer_structure: Sequence[int],
+        token_structure: Sequence[int],
+        layernorm_mix: float,
+        update: str,
+        head: str,
+        diversity: str,
+        normalize: str,
+        ema_momentum: float,
+        init_weight_std: float,
+        init_bias_std: float,
+        init_embedding_std: float,
+    ) -> None:
+        super().__init__()
+        if hidden_dim != context_dim + embed_dim:
+            raise ValueError(
+                f"hidden_dim must be context_dim + embed_dim = {context_dim + embed_dim}, got {hidden_dim}"
+            )
+        self.vocab_size, self.context_dim, self.embed_dim = vocab_size, context_dim, embed_dim
+        self.head, self.diversity, self.normalize = head, diversity, normalize
+
+        def blocks(structure: Sequence[int], writes: Writes) -> Sequence[CVFPBlock]:
+            made = [
+                [
+                    CVFPLayer(
+                        context_dim=context_dim,
+                        embed_dim=embed_dim,
+                        hidden_dim=hidden_dim,
+                        layernorm_mix=layernorm_mix,
+                        update=update,
+                        writes=writes,
+                        diversity=diversity if _keeps_statistics(diversity, writes, last) else "none",
+                        ema_momentum=ema_momentum,
+                    )
+                    for last in (block == len(structure) - 1 and layer == layers - 1 for layer in range(layers))
+                ]
+                for block, layers in enumerate(structure)
+            ]
+            return cast(Sequence[CVFPBlock], nn.ModuleList(CVFPBlock(layers=layers) for layers in made))
+
+        self.token_embedding = nn.Embedding(vocab_size, embed_dim)
+        self.embed_norm = nn.LayerNorm(embed_dim)
+        self.blocks = blocks(layer_structure, "context" if token_structure else "both")
+        self.token_blocks = blocks(token_structure, "token")
+        self.token_output = nn.Linear(context_dim + (embed_dim if head == "context_then_token" else 0), vocab_size)
+        self._initialize(init_weight_std, init_bias_std, init_embedding_std)
+
+    def _initialize(self, weight_std: float, bias_std: float, embedding_std: float) -> None:
+        for module in (one for block in (*self.blocks, *self.token_blocks) for one in block.modules()):
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=weight_std)
+                nn.init.normal_(module.bias, std=bias_std) if bias_std else nn.init.zeros_(module.bias)
+        nn.init.normal_(self.token_embedding.weight, std=embedding_std)
+        self.token_embedding.weight.requires_grad_(False)
+        for parameter in self.token_output.parameters():  # enabled by phase 2 (B20)
+            nn.init.zeros_(parameter)
+            parameter.requires_grad_(False)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Normalized embeddings (n, e) of ids (n,): the one way from ids to vectors (B16)."""
+        return self.embed_norm(self.token_embedding(ids))
+
+    def forward(self, *, context: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """The next context (n, d) and the token vector (n, e) of contexts before (n, d) and embeddings (n, e)."""
+        written = token
+        for block in self.blocks:
+            context, written = block(context=context, token=written)
+        return context, written
+
+    def read(self, *, context: Tensor, token: Tensor) -> Tensor:
+        """Token vector (n, e) that the token blocks make of contexts (n, d) and embeddings (n, e)."""
+        for block in self.token_blocks:
+            _, token = block(context=context, token=token)
+        return token
+
+    def logits(self, *, context: Tensor, token: Tensor) -> Tensor:
+        """Logits (n, V) of the next token from a context (n, d) and a token vector (n, e)."""
+        return self.token_output(torch.cat([context, token], dim=-1) if self.head == "context_then_token" else context)
+
+    def get_distribution_loss(self, contexts: Tensor) -> Tensor:
+        """The diversity loss: of contexts (n, d) for batch kinds, of the layers' own statistics for EMA kinds."""
+        if self.diversity in BATCH:
+            return diversity_of(contexts, self.diversity, self.normalize)
+        if self.diversity in ("ema_buffer", "ema_live"):
+            return torch.stack([block.get_distribution_loss() for block in self.blocks]).mean()
+        if self.diversity in EMA:  # of the context that leaves the network
+            return self.blocks[-1].layers[-1].get_distribution_loss()
+        return contexts.sum() * 0
+
+
+LLM = NewLLMResidual

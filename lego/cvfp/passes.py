@@ -1,0 +1,163 @@
+"""Contexts of a text under fixed weights: one token after another, or many segments at once until they agree."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lego.cvfp.model import NewLLMResidual
+
+
+class NonFiniteContextError(FloatingPointError):
+    """A context became infinite or not a number; the message names the first token it happened at (B27)."""
+
+
+@dataclass(frozen=True)
+class Telling:
+    """How much a pass says of itself (specification, section 7).
+
+    Args:
+        every: tokens between two lines of a sequential pass; 0 = none.
+        warn_above: tokens from which a pass announces itself.
+    """
+
+    every: int = 0
+    warn_above: int = 0
+
+    def tokens(self, total: int, what: str) -> Iterator[int]:
+        """0 .. total - 1, with a line each `every` tokens: count, share, tokens a second, seconds left."""
+        if self.warn_above and total > self.warn_above:
+            print(f"{what}: {total:,} tokens one after another, more than {self.warn_above:,}", flush=True)
+        start = time.monotonic()
+        for index in range(total):
+            yield index
+            done = index + 1
+            if self.every and (done % self.every == 0 or done == total):
+                rate = done / max(time.monotonic() - start, sys.float_info.epsilon)
+                print(
+                    f"{what}: {done:,}/{total:,} tokens ({100 * done / total:.0f} %), {rate:.0f} tokens/s, "
+                    f"{(total - done) / rate:.0f} s left",
+                    flush=True,
+                )
+
+
+QUIET = Telling()
+
+
+def require_finite(contexts: Tensor, what: str) -> None:
+    """Checks contexts (n, d).
+
+    Raises:
+        NonFiniteContextError: one is not finite.
+    """
+    bad = ~torch.isfinite(contexts).all(dim=-1)
+    if bad.any():
+        index = int(bad.nonzero()[0])
+        raise NonFiniteContextError(
+            f"{what}: the context of token {index} is not finite; set model.layernorm_mix above 0, or lower the rate"
+        )
+
+
+@torch.no_grad()
+def sequential_pass(
+    model: NewLLMResidual, embeddings: Tensor, start: Tensor | None = None, telling: Telling = QUIET, what: str = "pass"
+) -> Tensor:
+    """Contexts (N, d) after each token, every one from the one before.
+
+    Args:
+        model: its weights stay as they are.
+        embeddings: of the tokens (N, e), as `model.embed` makes them.
+        start: context (d,) before the first token; None = 0.
+        telling: what is printed on the way.
+        what: name of the pass in those lines.
+
+    Raises:
+        NonFiniteContextError: a context is not finite.
+    """
+    n, d = len(embeddings), model.context_dim
+    contexts = embeddings.new_empty(n, d)
+    context = embeddings.new_zeros(1, d) if start is None else start.reshape(1, d).clone()
+    for index in telling.tokens(n, what):
+        context, _ = model(context=context, token=embeddings[index : index + 1])
+        contexts[index] = context[0]
+    require_finite(contexts, what)
+    return contexts
+
+
+def shifted(previous: Tensor, start: Tensor) -> Tensor:
+    """Contexts (N, d) before each token: `start` (d,), then those after the token before."""
+    return torch.cat([start.reshape(1, -1), previous[:-1]])
+
+
+@torch.no_grad()
+def parallel_pass(model: NewLLMResidual, embeddings: Tensor, previous: Tensor, start: Tensor, chunk: int) -> Tensor:
+    """Contexts (N, d) of all tokens at once from those of the pass before: one Jacobi step of the recurrence.
+
+    Args:
+        model: its weights stay as they are.
+        embeddings: (N, e).
+        previous: contexts after each token (N, d) of the pass before.
+        start: context (d,) before the first token.
+        chunk: tokens computed at a time, which bounds the memory.
+    """
+    before = shifted(previous, start)
+    parts = zip(before.split(chunk), embeddings.split(chunk), strict=True)
+    return torch.cat([model(context=context, token=token)[0] for context, token in parts])
+
+
+@dataclass(frozen=True)
+class Settled:
+    """Contexts (N, d) that a solver found, how often it swept, and how far the last sweep still moved a start."""
+
+    contexts: Tensor
+    sweeps: int
+    residual: float
+
+
+@torch.no_grad()
+def settle(
+    model: NewLLMResidual, embeddings: Tensor, segments: int, tolerance: float, max_sweeps: int | None = None
+) -> Settled:
+    """Contexts from start 0, with segments of the text run side by side until each starts where the last one ends.
+
+    Sweep k is exact in the first k segments (multiple shooting without a coarse solver), so it ends after `segments`
+    sweeps at the latest with what `sequential_pass` finds; a network that forgets its start needs two or three.
+
+    Args:
+        model: its weights stay as they are.
+        embeddings: (N, e).
+        segments: computed side by side.
+        tolerance: largest change of a start, in any dimension, that counts as settled.
+        max_sweeps: default `segments`.
+
+    Raises:
+        NonFiniteContextError: a context is not finite.
+    """
+    n, d = len(embeddings), model.context_dim
+    segments = max(1, min(segments, n))
+    length = -(-n // segments)
+    segments = -(-n // length)
+    padded = torch.cat([embeddings, embeddings.new_zeros(segments * length - n, embeddings.shape[1])])
+    steps = padded.view(segments, length, -1).transpose(0, 1).contiguous()  # (T, S, e)
+    starts = embeddings.new_zeros(segments, d)
+    contexts = embeddings.new_empty(length, segments, d)
+    moving = torch.arange(segments)  # whose start changed since they were run
+    sweeps, residual = 0, 0.0
+    while len(moving) and sweeps < (max_sweeps or segments):
+        context = starts[moving]
+        for index in range(length):
+            context, _ = model(context=context, token=steps[index, moving])
+            contexts[index, moving] = context
+        sweeps += 1
+        found = torch.cat([starts[:1], contexts[-1, :-1]])
+        change = (found - starts).abs().amax(dim=1)  # (S,)
+        starts, residual = found, float(change.max())
+        moving = (change > tolerance).nonzero()[:, 0]
+    contexts = contexts.transpose(0, 1).reshape(segments * length, d)[:n]
+    require_finite(contexts, "contexts")
+    return Settled(contexts, sweeps, residual)

@@ -1,0 +1,307 @@
+"""Phase 1, objective fixed_point: contexts that move little from one pass to the next, and differ from each other.
+
+Iteration 0 is a sequential pass that trains nothing. Every later one computes the contexts anew, compares them with
+those of the pass before and takes optimizer steps (specification, section 3): one for all tokens (`parallel`,
+`sequential_batch`) or one a token (`sequential_online`).
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam
+
+from lego.cvfp.losses import BATCH, cvfp_loss
+from lego.cvfp.model import NewLLMResidual
+from lego.cvfp.passes import QUIET, Telling, parallel_pass, require_finite, sequential_pass, shifted
+from lego.cvfp.sections import Phase1Params
+
+
+@dataclass(frozen=True)
+class Contexts:
+    """Contexts (N, d) and the number of weight updates behind the weights that made them (B12)."""
+
+    values: Tensor
+    weights_version: int
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """One pass over the text: what came out of it, before its own last step."""
+
+    number: int
+    contexts: Contexts
+    cvfp: float | None
+    diversity: float | None
+    converged: int
+    updates: int
+    skipped: int
+    seconds: float
+
+    def line(self, of: int) -> str:
+        """As it is printed: numbers with their base."""
+        n = len(self.contexts.values)
+        if self.cvfp is None or self.diversity is None:
+            return f"iteration {self.number + 1}/{of}: {n:,} tokens, no update, {self.seconds:.1f} s"
+        return (
+            f"iteration {self.number + 1}/{of}: CVFP MSE {self.cvfp:.6f}, diversity {self.diversity:.6f}, converged "
+            f"{100 * self.converged / n:.1f}% ({self.converged}/{n} tokens), weight updates {self.updates}, "
+            f"skipped {self.skipped}, {self.seconds:.1f} s"
+        )
+
+
+NEED_A_PAST = ("centroid_ema", "ema_target")  # diversities that are 0 for the very first context
+LATEST = 2  # weight updates after which every loss must have had a gradient
+
+
+class ZeroGradientError(ValueError):
+    """A loss with a weight above 0 that trains nothing (B5)."""
+
+
+@dataclass
+class ContextTrainer:
+    """Trains a network's blocks on one text.
+
+    Args:
+        model: everything but its embedding and head is trained; it is put into training mode.
+        embeddings: of the tokens (N, e), computed once and without gradient.
+        settings: section `phase1`.
+        telling: what sequential passes print.
+    """
+
+    model: NewLLMResidual
+    embeddings: Tensor
+    settings: Phase1Params
+    telling: Telling = QUIET
+    updates: int = 0
+    skipped: int = 0
+    _has_gradient: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        if len(self.embeddings) < 2:
+            raise ValueError(f"phase 1 needs at least 2 tokens, got {len(self.embeddings)}")
+        chunked = self.settings.mode == "parallel" and len(self.embeddings) > self.settings.chunk_tokens
+        if chunked and self._from_statistics:
+            raise ValueError(
+                f"phase1.chunk_tokens must be at least {len(self.embeddings)} for diversity {self.settings.diversity}, "
+                "whose statistics need all tokens at once"
+            )
+        self.model.train()
+        blocks = [p for block in self.model.blocks for p in block.parameters()]
+        self.parameters = [p for p in (*blocks, *self.model.embed_norm.parameters()) if p.requires_grad]
+        self.optimizer = Adam(self.parameters, lr=self.settings.lr)
+
+    def iterations(self) -> Iterator[Iteration]:
+        """Passes over the text, each with its contexts, until one of the stop rules or max_iterations ends them.
+
+        Raises:
+            NonFiniteContextError: a context is not finite.
+            ZeroGradientError: a loss that counts has no gradient.
+        """
+        settings, start = self.settings, time.monotonic()
+        previous = sequential_pass(self.model, self.embeddings, None, self.telling, "iteration 1")
+        first, rates = previous, list[float]()
+        yield Iteration(0, Contexts(previous, 0), None, None, 0, 0, 0, time.monotonic() - start)
+        for number in range(1, settings.max_iterations):
+            begun, version = time.monotonic(), self.updates
+            for group in self.optimizer.param_groups:
+                group["lr"] = settings.lr * self._factor(number)
+            target = first if settings.cvfp_target == "iteration0_fixed" else previous
+            contexts, cvfp, diversity = self._pass(number, previous, target)
+            require_finite(contexts, f"iteration {number + 1}")
+            distance = (contexts - previous).square().mean(dim=1)  # (N,)
+            converged = int((distance < settings.convergence_threshold).sum())
+            previous = contexts
+            yield Iteration(
+                number,
+                Contexts(contexts, version),
+                cvfp,
+                diversity,
+                converged,
+                self.updates,
+                self.skipped,
+                time.monotonic() - begun,
+            )
+            rates.append(converged / len(contexts))
+            if self.updates >= settings.min_updates and self._stops(rates):
+                return
+
+    def final(self, last: Iteration) -> Contexts:
+        """The contexts of the last iteration, computed once more with the weights as they are after its last step."""
+        if not self.settings.recompute_contexts:
+            return last.contexts
+        before = last.contexts.values
+        values = parallel_pass(self.model, self.embeddings, before, self._start(before), self.settings.chunk_tokens)
+        require_finite(values, "final pass")
+        return Contexts(values, self.updates)
+
+    def _stops(self, rates: list[float]) -> bool:
+        if self.settings.early_stop and rates[-1] >= self.settings.min_converged_ratio:
+            return True
+        worse = [rate < max(rates) - self.settings.worse_margin for rate in rates[-2:]]
+        return self.settings.stop_when_worse and len(rates) > 2 and all(worse)
+
+    def _factor(self, number: int) -> float:
+        if self.settings.lr_schedule == "constant":
+            return 1.0
+        passed = sum(number > last for last in self.settings.lr_steps)
+        return self.settings.lr_step_factors[passed]
+
+    def _start(self, previous: Tensor) -> Tensor:
+        """The context before the first token: that after the last one of the pass before, or 0 (B3)."""
+        return torch.zeros_like(previous[-1]) if self.settings.start_context == "zero" else previous[-1].detach()
+
+    def _pass(self, number: int, previous: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
+        """Contexts (N, d) as they were before the pass's last step, and both terms of its loss."""
+        match self.settings.mode:
+            case "parallel":
+                return self._parallel(previous, target)
+            case "sequential_batch":
+                return self._sequential_batch(number, previous, target)
+            case _:
+                return self._online(number, previous, target)
+
+    def _other_view(self, start: Tensor) -> Tensor:
+        """Start contexts a little apart, for the target two_view."""
+        return start + self.settings.two_view_noise * torch.randn_like(start)
+
+    def _parallel(self, previous: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
+        before = shifted(previous, self._start(previous))
+        starts = [before, self._other_view(before)] if self.settings.cvfp_target == "two_view" else [before]
+
+        def forward(part: slice) -> Tensor:
+            token = self.embeddings[part]
+            return torch.stack([self.model(context=start[part], token=token)[0] for start in reversed(starts)])
+
+        def losses(views: Tensor) -> tuple[Tensor, Tensor]:  # (views, N, d); the last one is from the starts themselves
+            return self._losses(views[-1], views[0] if len(starts) > 1 else target)
+
+        n, chunk = len(self.embeddings), self.settings.chunk_tokens
+        if n <= chunk:
+            views = forward(slice(0, n))
+            cvfp, diversity = losses(views)
+            self._update(cvfp, diversity)
+        else:  # first all contexts, then the loss and its gradient in them, then chunk by chunk that of the weights
+            parts = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
+            with torch.no_grad():
+                views = torch.cat([forward(part) for part in parts], dim=1)
+            views.requires_grad_()
+            cvfp, diversity = losses(views)
+            self._update(cvfp, diversity, views, lambda gradient: self._backward(forward, parts, gradient))
+        return views[-1].detach(), cvfp.item(), diversity.item()
+
+    @staticmethod
+    def _backward(forward: Callable[[slice], Tensor], parts: list[slice], gradient: Tensor) -> None:
+        for part in parts:
+            forward(part).backward(gradient[:, part])
+
+    def _sequential_batch(self, number: int, previous: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
+        context, rows, others, terms = self._start(previous)[None], list[Tensor](), list[Tensor](), list[Tensor]()
+        if self.settings.cvfp_target == "two_view":
+            context = torch.cat([context, self._other_view(context)])  # (2, d)
+        for index in self.telling.tokens(len(self.embeddings), f"iteration {number + 1}"):
+            if index % self.settings.bptt_len == 0:
+                context = context.detach()
+            token = self.embeddings[index : index + 1].expand(len(context), -1)
+            context, _ = self.model(context=context, token=token)
+            rows.append(context[0])
+            others.append(context[-1])
+            if self._from_statistics:
+                terms.append(self.model.get_distribution_loss(context))
+        contexts = torch.stack(rows)  # (N, d)
+        cvfp, diversity = self._losses(
+            contexts, torch.stack(others) if self.settings.cvfp_target == "two_view" else target, terms
+        )
+        self._update(cvfp, diversity)
+        return contexts.detach(), cvfp.item(), diversity.item()
+
+    def _online(self, number: int, previous: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
+        two_views = self.settings.cvfp_target == "two_view"
+        context = self._start(previous)[None]
+        if two_views:
+            context = torch.cat([context, self._other_view(context)])
+        rows, waiting, totals = list[Tensor](), list[tuple[Tensor, Tensor]](), [0.0, 0.0]
+        n = len(self.embeddings)
+        for index in self.telling.tokens(n, f"iteration {number + 1}"):
+            token = self.embeddings[index : index + 1].expand(len(context), -1)
+            context, _ = self.model(context=context, token=token)
+            rows.append(context[0].detach())
+            one = context[:1]
+            waiting.append(self._losses(one, context[1:] if two_views else target[index : index + 1]))
+            if (index + 1) % self.settings.bptt_len == 0 or index + 1 == n:
+                cvfp, diversity = (torch.stack(terms).mean() for terms in zip(*waiting, strict=True))
+                self._update(cvfp, diversity)
+                for place, term in enumerate((cvfp, diversity)):
+                    totals[place] += term.item() * len(waiting) / n
+                waiting, context = [], context.detach()
+        return torch.stack(rows), totals[0], totals[1]
+
+    @property
+    def _from_statistics(self) -> bool:
+        return self.settings.diversity not in (*BATCH, "none")
+
+    def _losses(self, contexts: Tensor, target: Tensor, terms: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        cvfp = cvfp_loss(contexts, target)
+        if terms:
+            return cvfp, torch.stack(terms).mean()
+        return cvfp, self.model.get_distribution_loss(contexts)
+
+    def _update(
+        self,
+        cvfp: Tensor,
+        diversity: Tensor,
+        leaf: Tensor | None = None,
+        backward: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        """One optimizer step, unless loss or gradient is not finite, which is counted.
+
+        Args:
+            cvfp, diversity: the two terms.
+            leaf: what they were computed from, if not from the weights themselves.
+            backward: takes the loss's gradient in `leaf` on to the weights.
+        """
+        w = self.settings.dist_reg_weight
+        self._require_gradients({"cvfp_target": (1 - w, cvfp), "diversity": (w, diversity)}, leaf)
+        loss = (1 - w) * cvfp + w * diversity
+        self.optimizer.zero_grad(set_to_none=True)
+        if torch.isfinite(loss) and loss.requires_grad:
+            if backward is None or leaf is None:
+                loss.backward()
+            else:
+                backward(torch.autograd.grad(loss, leaf)[0])
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
+            if torch.isfinite(norm):
+                self.optimizer.step()
+                self.updates += 1
+                return
+        self.skipped += 1
+
+    def _require_gradients(self, terms: dict[str, tuple[float, Tensor]], leaf: Tensor | None) -> None:
+        """Refuses a term that counts and trains nothing: in its first steps, where it should.
+
+        At the very first, the weights are those that made the target, so that the CVFP loss is 0 where every pass
+        starts from 0; and two EMA kinds compare with what they have seen, which is nothing.
+        """
+        if self.updates > LATEST:
+            return
+        wanted = [leaf] if leaf is not None else self.parameters
+        for name, (weight, term) in terms.items():
+            if not weight or name in self._has_gradient or (name == "diversity" and self.settings.diversity == "none"):
+                continue
+            found = (
+                torch.autograd.grad(term, wanted, retain_graph=True, allow_unused=True) if term.requires_grad else ()
+            )
+            if any(one is not None and bool(one.abs().sum() > 0) for one in found):
+                self._has_gradient.add(name)
+            elif self.updates == LATEST or (name == "diversity" and self.settings.diversity not in NEED_A_PAST):
+                kind = self.settings.diversity if name == "diversity" else self.settings.cvfp_target
+                sentence = f"phase1.{name}: {kind} has weight {weight:g} and no gradient, so it trains nothing"
+                if not self.settings.allow_zero_gradient_loss:
+                    raise ZeroGradientError(f"{sentence}; choose another, or set phase1.allow_zero_gradient_loss: true")
+                warnings.warn(sentence, stacklevel=2)
+                self._has_gradient.add(name)

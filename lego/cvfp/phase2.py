@@ -1,0 +1,212 @@
+"""Phase 2: the head learns the next token from contexts that are fixed (specification, section 4).
+
+C*[i] is the context after token i, from start 0 and the weights of phase 1, of which a snapshot is kept: training may
+change the blocks that made it, C* never changes.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Adam
+
+from lego.cvfp.model import NewLLMResidual
+from lego.cvfp.passes import shifted
+from lego.cvfp.sections import Phase2Params
+from lego.progress import track
+
+
+@dataclass(frozen=True)
+class FixedText:
+    """A text with its fixed contexts: ids (n,) and C* (n, d); positions 0 .. n - 2 predict the id that follows."""
+
+    ids: Tensor
+    contexts: Tensor
+
+    @property
+    def predictions(self) -> int:
+        return len(self.ids) - 1
+
+    def sha256(self) -> str:
+        """Of the contexts."""
+        return hashlib.sha256(self.contexts.contiguous().numpy().tobytes()).hexdigest()
+
+    def with_contexts(self, contexts: Tensor) -> FixedText:
+        return FixedText(self.ids, contexts)
+
+
+def zeroed(text: FixedText) -> FixedText:
+    """The text with C* = 0: what is left without contexts."""
+    return text.with_contexts(torch.zeros_like(text.contexts))
+
+
+def shuffled(text: FixedText, seed: int) -> FixedText:
+    """The text with its contexts in another order: as many and as diverse, of the wrong tokens."""
+    order = torch.randperm(len(text.contexts), generator=torch.Generator().manual_seed(seed))
+    return text.with_contexts(text.contexts[order])
+
+
+def logits_at(model: NewLLMResidual, text: FixedText, before: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (k, V) at some positions, and the context (k, d) that the network itself makes there.
+
+    Args:
+        model: blocks, token blocks and head.
+        text: ids and C*.
+        before: C* before each token (n, d), 0 at first.
+        places: positions (k,).
+    """
+    token = model.embed(text.ids[places])  # (k, e)
+    fixed = text.contexts[places].detach()
+    if len(model.token_blocks):
+        return model.logits(context=fixed, token=model.read(context=fixed, token=token)), fixed
+    made, written = model(context=before[places], token=token)
+    return model.logits(context=fixed, token=written), made
+
+
+def positions(count: int, batch: int, generator: torch.Generator | None) -> Iterator[Tensor]:
+    """0 .. count - 1 in batches, in random order if there is a generator."""
+    order = torch.randperm(count, generator=generator) if generator else torch.arange(count)
+    yield from order.split(batch or count)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Mean loss in nats and accuracy of the predicted tokens."""
+
+    loss: float
+    accuracy: float
+
+    @property
+    def ppl(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+@torch.no_grad()
+def nll(model: NewLLMResidual, text: FixedText, batch: int = 4096) -> tuple[Tensor, Tensor]:
+    """Loss in nats (n - 1,) and whether the likeliest id was right (n - 1,), position by position."""
+    before, losses, right = shifted(text.contexts, torch.zeros(model.context_dim)), list[Tensor](), list[Tensor]()
+    for places in positions(text.predictions, batch, None):
+        logits, _ = logits_at(model, text, before, places)
+        wanted = text.ids[places + 1]
+        losses.append(functional.cross_entropy(logits, wanted, reduction="none"))
+        right.append(logits.argmax(dim=1) == wanted)
+    return torch.cat(losses), torch.cat(right)
+
+
+def score(model: NewLLMResidual, text: FixedText) -> Score:
+    """Loss and accuracy of a text with fixed contexts."""
+    losses, right = nll(model, text)
+    return Score(float(losses.double().mean()), float(right.double().mean()))
+
+
+@dataclass(frozen=True)
+class Phase2Result:
+    """Scores after each epoch, train ones before it; and the epoch whose weights were kept, from 1."""
+
+    train: list[float]
+    validation: list[Score]
+    best: int
+    updates: int
+
+
+def train_head(
+    model: NewLLMResidual, train: FixedText, validation: FixedText, settings: Phase2Params, seed: int
+) -> tuple[NewLLMResidual, Phase2Result]:
+    """Trains head and token vector; returns the network of the best epoch by validation loss.
+
+    Args:
+        model: of phase 1; it is copied and stays as it is.
+        train, validation: ids and C*, made by the snapshot.
+        settings: section `phase2`.
+        seed: of the order of batches.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    model = copy.deepcopy(model).train()
+    shared = not len(model.token_blocks)  # else contexts and tokens have parameters of their own
+    for block in model.blocks:
+        block.requires_grad_(shared and not settings.freeze_context)
+    for block in model.token_blocks:
+        block.requires_grad_(not settings.freeze_context)
+    model.embed_norm.requires_grad_(shared and not settings.freeze_context)
+    model.token_output.requires_grad_(True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer, generator = Adam(parameters, lr=settings.lr), torch.Generator().manual_seed(seed)
+    losses, scores, best, kept, updates = list[float](), list[Score](), 0, copy.deepcopy(model.state_dict()), 0
+    for epoch in range(settings.epochs):
+        loss, steps = _epoch(model, train, settings, optimizer, parameters, generator)
+        losses, updates = [*losses, loss], updates + steps
+        model.eval()
+        scores.append(score(model, validation))
+        model.train()
+        print(
+            f"epoch {epoch + 1}/{settings.epochs}: train loss {loss:.4f}, validation ppl {scores[-1].ppl:.2f}, "
+            f"accuracy {100 * scores[-1].accuracy:.2f} % ({validation.predictions:,} tokens), weight updates {updates}",
+            flush=True,
+        )
+        if scores[-1].loss < scores[best].loss or epoch == 0:
+            best, kept = epoch, copy.deepcopy(model.state_dict())
+        if epoch - best >= settings.patience:
+            break
+    model.load_state_dict(kept)
+    return model.eval(), Phase2Result(losses, scores, best + 1, updates)
+
+
+def _epoch(
+    model: NewLLMResidual,
+    text: FixedText,
+    settings: Phase2Params,
+    optimizer: Adam,
+    parameters: list[nn.Parameter],
+    generator: torch.Generator,
+) -> tuple[float, int]:
+    """Mean loss of an epoch and its optimizer steps: one for all tokens, or one a batch."""
+    if settings.mode != "v2":
+        batches: Iterator[Tensor] = iter([torch.arange(text.predictions)])
+    else:
+        batches = positions(text.predictions, settings.batch_tokens, generator if settings.batch_tokens else None)
+    before = shifted(text.contexts, torch.zeros(model.context_dim))
+    total, steps = 0.0, 0
+    known = -(-text.predictions // (settings.batch_tokens or text.predictions)) if settings.mode == "v2" else 1
+    for places in track(batches, known, "phase 2", "batch"):
+        if settings.mode == "v2":
+            logits, _ = logits_at(model, text, before, places)
+            loss = objective = functional.cross_entropy(logits, text.ids[places + 1])
+        else:
+            loss, objective = _propagated(model, text, settings.mode)
+        if not torch.isfinite(objective):
+            raise FloatingPointError(f"the loss of phase 2 is {objective.item()}; lower phase2.lr")
+        optimizer.zero_grad(set_to_none=True)
+        objective.backward()
+        nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
+        optimizer.step()
+        total, steps = total + loss.item() * len(places), steps + 1
+    return total / text.predictions, steps
+
+
+def _propagated(model: NewLLMResidual, text: FixedText, mode: str) -> tuple[Tensor, Tensor]:
+    """Loss and objective where the context is handed on from token to token, detached in between.
+
+    v1_mse predicts from [context; token] and adds the context's squared distance from C*; propagate predicts from the
+    token vector alone.
+    """
+    context, made, written = torch.zeros(1, model.context_dim), list[Tensor](), list[Tensor]()
+    embeddings = model.embed(text.ids[:-1])
+    for index in range(text.predictions):
+        context, token = model(context=context.detach(), token=embeddings[index : index + 1])
+        made.append(context)
+        written.append(token)
+    contexts, tokens = torch.cat(made), torch.cat(written)
+    seen = torch.zeros_like(contexts) if mode == "propagate" else contexts
+    loss = functional.cross_entropy(model.logits(context=seen, token=tokens), text.ids[1:])
+    if mode == "propagate":
+        return loss, loss
+    return loss, loss + (contexts - text.contexts[:-1]).square().mean()

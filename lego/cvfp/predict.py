@@ -1,0 +1,173 @@
+"""Phase 1, objective predict: contexts that say what comes next, and forget their start (specification, section 12).
+
+The text is read in streams side by side, a gradient reaching back bptt_len tokens (truncated backpropagation, Williams
+& Peng 1990). Three terms: the next token, by cross-entropy or InfoNCE (van den Oord et al. 2018, arXiv 1807.03748);
+contraction, two starts must come closer; and VICReg's variance and covariance, so that no dimension dies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from lego.cvfp.losses import contraction, vicreg
+from lego.cvfp.model import NewLLMResidual
+from lego.cvfp.passes import require_finite
+from lego.cvfp.sections import PredictParams
+from lego.progress import track
+from lego.steps import build_scheduler
+
+
+def columns(ids: Tensor, streams: int) -> Tensor:
+    """Ids (n,) as streams side by side (T + 1, S): stream s reads its part of the text, the last id only a target."""
+    streams = max(1, min(streams, (len(ids) - 1) // 2))
+    length = (len(ids) - 1) // streams
+    starts = torch.arange(streams) * length
+    return ids[starts[None] + torch.arange(length + 1)[:, None]]  # (T + 1, S)
+
+
+def windows(total: int, length: int, first: int) -> Iterator[slice]:
+    """0 .. total in parts of `length`, the first one `first` long, so that borders differ from epoch to epoch."""
+    begin, end = 0, first or length
+    while begin < total:
+        yield slice(begin, min(end, total))
+        begin, end = min(end, total), end + length
+
+
+@dataclass(frozen=True)
+class PredictResult:
+    """Mean loss of the next token (nats) and of the other terms by epoch, and the optimizer steps."""
+
+    loss: list[float]
+    contraction: list[float]
+    vicreg: list[float]
+    updates: int
+
+
+class Predictor(nn.Module):
+    """Reads the next token out of a context; thrown away after phase 1.
+
+    Args:
+        model: whose contexts are read, and whose embeddings InfoNCE tells apart.
+        loss: `ce` or `infonce`.
+    """
+
+    def __init__(self, model: NewLLMResidual, loss: str) -> None:
+        super().__init__()
+        self.kind = loss
+        self.read = nn.Linear(model.context_dim, model.vocab_size if loss == "ce" else model.embed_dim)
+
+    def forward(self, contexts: Tensor, wanted: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """Mean loss in nats of the ids wanted (m,) after contexts (m, d).
+
+        Args:
+            contexts: after each token.
+            wanted: the ids that follow.
+            embed: ids -> vectors (m, e); the other ids of the batch are the negatives of InfoNCE.
+        """
+        read = self.read(contexts)
+        if self.kind == "ce":
+            return functional.cross_entropy(read, wanted)
+        candidates, place = torch.unique(wanted, return_inverse=True)
+        scores = read @ embed(candidates).T / math.sqrt(read.shape[1])  # (m, distinct)
+        return functional.cross_entropy(scores, place)
+
+
+def unroll(model: NewLLMResidual, context: Tensor, embeddings: Tensor) -> Tensor:
+    """Contexts (T, S, d) of T steps of S streams from the contexts (S, d) before them, with gradient through time."""
+    rows = []
+    for token in embeddings:
+        context, _ = model(context=context, token=token)
+        rows.append(context)
+    return torch.stack(rows)
+
+
+def two_starts(
+    model: NewLLMResidual, start: Tensor, contexts: Tensor, ids: Tensor, gamma: float, generator: torch.Generator
+) -> Tensor:
+    """The contraction term at one random step of a window: its starts against those of other streams.
+
+    Args:
+        model: whose blocks contract.
+        start: contexts before the window (S, d).
+        contexts: after each of its tokens (T, S, d).
+        ids: its tokens (T, S).
+        gamma: see `lego.cvfp.losses.contraction`.
+        generator: of the step and of the other stream.
+    """
+    steps, streams = ids.shape
+    if streams < 2:
+        return contexts.sum() * 0
+    step = int(torch.randint(steps, (1,), generator=generator))
+    shift = int(torch.randint(1, streams, (1,), generator=generator))
+    before = (contexts[step - 1] if step else start).detach()
+    other = before.roll(shift, dims=0)
+    token = model.embed(ids[step])
+    here, there = (model(context=one, token=token)[0] for one in (before, other))
+    return contraction((here - there).square().sum(1), (before - other).square().sum(1), gamma)
+
+
+def train_contexts(
+    model: NewLLMResidual, ids: Tensor, settings: PredictParams, train_embedding: bool, grad_clip: float, seed: int
+) -> PredictResult:
+    """Trains the blocks, embed_norm and, if asked, the embedding, in place.
+
+    Args:
+        model: its head stays as it is.
+        ids: train text (n,).
+        settings: section `predict`.
+        train_embedding: whether embeddings learn too.
+        grad_clip: largest gradient norm.
+        seed: of the borders of windows, the pairs that are compared and the reading head.
+
+    Raises:
+        FloatingPointError: the loss or a context is not finite.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    model.token_embedding.weight.requires_grad_(train_embedding)
+    predictor, text = Predictor(model, settings.loss), columns(ids, settings.streams)
+    modules = [*model.blocks, model.embed_norm, model.token_embedding, predictor]
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+    weights = torch.tensor([1.0, settings.contraction_weight, settings.vicreg_weight])
+    total = len(text) - 1
+    steps = settings.epochs * (-(-total // settings.bptt_len) + 1)
+    scheduler = build_scheduler(optimizer, "cosine", settings.warmup_steps, steps, 0.0)
+    history: list[list[float]] = []
+    updates = 0
+    for epoch in range(settings.epochs):
+        first = int(torch.randint(1, settings.bptt_len + 1, (1,), generator=generator))
+        context, sums = torch.zeros(text.shape[1], model.context_dim), torch.zeros(3, dtype=torch.double)
+        parts = list(windows(total, settings.bptt_len, first))
+        for part in track(parts, len(parts), f"phase 1, epoch {epoch + 1}/{settings.epochs}", "window"):
+            contexts = unroll(model, context, model.embed(text[part]))  # (T, S, d)
+            flat, wanted = contexts.flatten(0, 1), text[part.start + 1 : part.stop + 1].flatten()
+            fading = two_starts(model, context, contexts, text[part], settings.contraction_gamma, generator)
+            terms = torch.stack([predictor(flat, wanted, model.embed), fading, vicreg(flat)])
+            objective = terms @ weights
+            if not torch.isfinite(objective):
+                require_finite(contexts.detach().flatten(0, 1), f"phase 1, epoch {epoch + 1}")
+                raise FloatingPointError(f"the loss of phase 1 is {objective.item()}; lower predict.lr")
+            optimizer.zero_grad(set_to_none=True)
+            objective.backward()
+            nn.utils.clip_grad_norm_(parameters, grad_clip)
+            optimizer.step()
+            scheduler.step()
+            context, updates = contexts[-1].detach(), updates + 1
+            sums += terms.detach().double() * (part.stop - part.start) / total
+        history.append(sums.tolist())
+        print(
+            f"epoch {epoch + 1}/{settings.epochs}: next token {sums[0]:.4f} nats, contraction {sums[1]:.4f}, "
+            f"VICReg {sums[2]:.4f}, weight updates {updates}",
+            flush=True,
+        )
+    model.token_embedding.weight.requires_grad_(False)
+    loss, fadings, spreads = (list(values) for values in zip(*history, strict=True))
+    return PredictResult(loss, fadings, spreads, updates)

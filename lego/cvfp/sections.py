@@ -1,0 +1,274 @@
+"""The sections of stages/cvfp/params.yaml, typed and with their ranges, and the profiles that change them.
+
+python -m lego.cvfp.sections            checks the file and says what is wrong with it
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from lego.params import ParamsError, read_params
+from lego.sections import (
+    Count,
+    CountOrZero,
+    DataParams,
+    NonNegative,
+    Number,
+    Positive,
+    Section,
+    Share,
+    at_least,
+    within,
+)
+
+PARAMS, PROFILES = Path("stages/cvfp/params.yaml"), Path("stages/cvfp/profiles.yaml")
+Unit = Annotated[Number, within("[0, 1]")]
+Diversity = Literal[
+    "none",
+    "dist_batch",
+    "centroid_batch",
+    "centroid_ema",
+    "ema_buffer",
+    "ema_target",
+    "ema_live",
+    "vicreg",
+    "oacd",
+]
+
+
+class TextParams(Section):
+    """How the tokens of data/cvfp/tokens become train, validation and test ids (specification, section 6)."""
+
+    validation: Literal["heldout_in_vocab", "val_from_train"]
+    val_share: Share
+    unseen: Literal["filter", "unk"]
+    overlap_length: Annotated[int, at_least(2, 1000)]
+
+
+class ModelParams(Section):
+    """Sizes and form of the network (specification, section 2)."""
+
+    context_dim: Count
+    embed_dim: Count
+    hidden_dim: Count
+    layer_structure: Annotated[list[Count], Field(min_length=1)]
+    token_structure: list[Count]
+    layernorm_mix: Unit
+    update: Literal["relu", "gated"]
+    head: Literal["context_then_token", "context"]
+    embedding: Literal["gpt2", "pretrained", "random_frozen"]
+    embedding_from: str | None
+    train_embedding: bool
+    init_weight_std: Positive
+    init_bias_std: NonNegative
+    init_embedding_std: Positive
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> ModelParams:
+        if self.hidden_dim != self.context_dim + self.embed_dim:
+            raise ValueError(
+                f"hidden_dim must be context_dim + embed_dim = {self.context_dim + self.embed_dim}, "
+                f"got {self.hidden_dim}"
+            )
+        if self.embedding == "pretrained" and not self.embedding_from:
+            raise ValueError("embedding_from must name a folder when model.embedding is pretrained, got nothing")
+        return self
+
+
+class Phase1Params(Section):
+    """How contexts are trained (specification, section 3; `predict`: section 12, better design)."""
+
+    objective: Literal["fixed_point", "predict"]
+    mode: Literal["parallel", "sequential_batch", "sequential_online"]
+    cvfp_target: Literal["previous_iteration", "iteration0_fixed", "two_view"]
+    diversity: Diversity
+    dist_reg_weight: Unit
+    normalize: Literal["none", "per_token"]
+    ema_momentum: Annotated[Number, within("[0, 1)")]
+    allow_zero_gradient_loss: bool
+    lr: Positive
+    lr_schedule: Literal["constant", "steps"]
+    lr_steps: Annotated[list[Count], Field(min_length=1)]
+    lr_step_factors: Annotated[list[Positive], Field(min_length=1)]
+    max_iterations: Annotated[int, at_least(1, 100_000)]
+    min_updates: CountOrZero
+    early_stop: bool
+    stop_when_worse: bool
+    worse_margin: NonNegative
+    convergence_threshold: Annotated[Number, within("[0, inf)")]
+    min_converged_ratio: Annotated[Number, within("(0, 1]")]
+    start_context: Literal["carry", "zero"]
+    two_view_noise: NonNegative
+    bptt_len: Count
+    chunk_tokens: Count
+    recompute_contexts: bool
+    grad_clip: Positive
+
+    @model_validator(mode="after")
+    def _possible(self) -> Phase1Params:
+        if len(self.lr_step_factors) != len(self.lr_steps) + 1 or self.lr_steps != sorted(set(self.lr_steps)):
+            raise ValueError(
+                "lr_step_factors must have one factor more than lr_steps, which must rise; "
+                f"got {self.lr_step_factors} and {self.lr_steps}"
+            )
+        if self.cvfp_target == "two_view" and not self.two_view_noise:
+            raise ValueError("two_view_noise must be above 0 when cvfp_target is two_view: equal views differ by 0")
+        return self
+
+
+class PredictParams(Section):
+    """Contexts trained to predict the next token: objective `predict` (specification, section 12)."""
+
+    loss: Literal["ce", "infonce"]
+    epochs: Count
+    streams: Count
+    bptt_len: Annotated[int, at_least(16, 4096)]
+    lr: Positive
+    warmup_steps: CountOrZero
+    weight_decay: NonNegative
+    contraction_weight: NonNegative
+    contraction_gamma: Annotated[Number, within("(0, 1)")]
+    vicreg_weight: NonNegative
+    segments: Count
+    tolerance: Positive
+
+
+class Phase2Params(Section):
+    """How the head learns from fixed contexts (specification, section 4)."""
+
+    mode: Literal["v2", "v1_mse", "propagate"]
+    freeze_context: bool
+    lr: Positive
+    epochs: Count
+    patience: Count
+    batch_tokens: CountOrZero
+    grad_clip: Positive
+
+
+class ChecksParams(Section):
+    """What the critical checks take as passed (specification, section 5)."""
+
+    passes: Annotated[int, at_least(2, 1000)]
+    num_trials: Annotated[int, at_least(2, 1000)]
+    final_diff: Positive
+    identity_cosine: Unit
+    identity_norm: Positive
+    identity_pairs: Count
+    attractor_distance: Positive
+    attractor_cosine: Unit
+    slope: Positive
+    loss_std: Positive
+    level_share: Share
+    forgetting: Positive
+    lags: Annotated[int, at_least(1, 100)]
+    ridge: Positive
+    rank_tokens: Count
+
+
+class ProgressParams(Section):
+    progress_every: Count
+    warn_above: Count
+
+
+class CvfpParams(Section):
+    """The whole of stages/cvfp/params.yaml."""
+
+    seed: Annotated[int, at_least(0, 2**63 - 1)]
+    threads: Annotated[int, at_least(1, 4096)]
+    data: DataParams
+    text: TextParams
+    model: ModelParams
+    phase1: Phase1Params
+    predict: PredictParams
+    phase2: Phase2Params
+    checks: ChecksParams
+    progress: ProgressParams
+
+    @model_validator(mode="after")
+    def _separate_where_it_predicts(self) -> CvfpParams:
+        if self.phase1.objective == "predict" and not self.model.token_structure:
+            raise ValueError(
+                "model.token_structure must name at least one block when phase1.objective is predict: phase 2 trains "
+                "token parameters of its own, so that the contexts stay those of phase 1; got none"
+            )
+        if self.phase2.mode != "v2" and self.model.token_structure:
+            raise ValueError(f"phase2.mode must be v2 when model.token_structure is given, got {self.phase2.mode}")
+        if self.model.train_embedding and self.phase1.objective != "predict":
+            raise ValueError("model.train_embedding must be false when phase1.objective is fixed_point, got true")
+        return self
+
+
+def load(path: str | Path = PARAMS) -> CvfpParams:
+    """The parameters of the CVFP pipeline.
+
+    Raises:
+        ParamsError: unreadable file, unknown or missing key, wrong type or range; the message names file and key.
+    """
+    return read_params(path, CvfpParams)
+
+
+def profiles(path: str | Path = PROFILES) -> dict[str, dict[str, Any]]:
+    """Named sets of changes to params.yaml, as `section.key: value`; `sound` is params.yaml itself and changes nothing.
+
+    Raises:
+        ParamsError: the file cannot be read.
+    """
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ParamsError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    return {"sound": {}} | found
+
+
+def with_profile(params: CvfpParams, name: str, path: str | Path = PROFILES) -> CvfpParams:
+    """The parameters with a profile's changes.
+
+    Raises:
+        ParamsError: there is no such profile, or what it makes is not valid.
+    """
+    known = profiles(path)
+    if name not in known:
+        raise ParamsError(f"{path}: has no profile {name}; it has {', '.join(known)}")
+    return changed(params, known[name], f"{path}: {name}")
+
+
+def changed(params: CvfpParams, changes: dict[str, Any], where: str) -> CvfpParams:
+    """The parameters with some keys, written as section.key, set to other values.
+
+    Raises:
+        ParamsError: there is no such key, or the values are not valid; the message begins with `where`.
+    """
+    values = copy.deepcopy(params.model_dump())
+    for key, value in changes.items():
+        section, _, last = key.partition(".")
+        if last not in values.get(section, {}):
+            raise ParamsError(f"{where}: {key} is no key of {PARAMS}")
+        values[section][last] = value
+    try:
+        return CvfpParams.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, said = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+        raise ParamsError(f"{where}: {key} {said}".replace(":  ", ": ")) from None
+
+
+def main() -> int:
+    try:
+        params = load()
+        for name in profiles():
+            with_profile(params, name)
+    except ParamsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(params.model_dump_json(indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,207 @@
+"""Phase 2 with fixed contexts: what changes, what must not, and that each position stands alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cvfp_models import PARAMS, SMALL, VOCAB, network, seed_params, text
+from torch.nn import functional
+
+from lego.cvfp.passes import sequential_pass, shifted
+from lego.cvfp.phase2 import FixedText, Score, logits_at, nll, score, shuffled, train_head, zeroed
+from lego.cvfp.predict import Predictor, columns, train_contexts, two_starts, unroll, windows
+from lego.cvfp.sections import changed
+from lego.cvfp.store import from_weights, load_network, parameter_counts, save
+
+SOUND = changed(PARAMS, SMALL | {"predict.epochs": 2, "predict.streams": 4, "phase2.batch_tokens": 32}, "test")
+
+
+def fixed(model, tokens: int = 80, seed: int = 1) -> FixedText:
+    ids = text(tokens, seed=seed)
+    return FixedText(ids, sequential_pass(model, model.embed(ids).detach()))
+
+
+def learnable(tokens: int, seed: int = 0) -> torch.Tensor:
+    """Ids of which the next follows from the last two, most of the time."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [1, 2]
+    for draw in torch.rand(tokens - 2, generator=generator).tolist():
+        ids.append((ids[-1] + ids[-2]) % VOCAB if draw < 0.9 else int(draw * 10**6) % VOCAB)
+    return torch.tensor(ids)
+
+
+@pytest.mark.parametrize("params", [seed_params(), SOUND], ids=["seed", "sound"])
+def test_the_first_epoch_begins_at_the_perplexity_of_the_vocabulary(params):
+    model = network(params)
+    found = fixed(model)
+    assert score(model, found).ppl == pytest.approx(VOCAB, rel=1e-4)
+    _, result = train_head(model, found, fixed(model, 40, 2), params.phase2.model_copy(update={"batch_tokens": 0}), 0)
+    assert math.exp(result.train[0]) == pytest.approx(VOCAB, rel=1e-4)
+
+
+@pytest.mark.parametrize("params", [seed_params(), SOUND], ids=["seed", "sound"])
+def test_positions_are_independent_given_the_contexts(params):
+    model = network(params)
+    torch.nn.init.normal_(model.token_output.weight)
+    found = fixed(model)
+    before = shifted(found.contexts, torch.zeros(24))
+    together, _ = logits_at(model, found, before, torch.arange(79))
+    alone = torch.cat([logits_at(model, found, before, torch.tensor([i]))[0] for i in range(79)])
+    torch.testing.assert_close(together, alone)
+    torch.testing.assert_close(
+        nll(model, found, 7)[0], functional.cross_entropy(together, found.ids[1:], reduction="none")
+    )
+
+
+def test_b16_contexts_of_stage_one_equal_those_of_the_forward_before_training():
+    model = network(seed_params())
+    found = fixed(model)
+    _, made = logits_at(model, found, shifted(found.contexts, torch.zeros(24)), torch.arange(79))
+    torch.testing.assert_close(made, found.contexts[:79], rtol=0, atol=1e-5)
+
+
+def test_b17_contexts_depend_on_earlier_tokens():
+    model = network(seed_params())
+    ids = text(10)
+    other = ids.clone()
+    other[2] = (ids[2] + 1) % VOCAB
+    a, b = (sequential_pass(model, model.embed(one).detach()) for one in (ids, other))
+    assert torch.equal(a[:2], b[:2])
+    assert (a[5] - b[5]).abs().max() > 1e-4
+
+
+def test_b18_gradients_reach_what_they_should():
+    model = network(seed_params())
+    model.token_output.requires_grad_(True)
+    torch.nn.init.normal_(model.token_output.weight)
+    found = fixed(model)
+    logits, _ = logits_at(model, found, shifted(found.contexts, torch.zeros(24)), torch.arange(79))
+    functional.cross_entropy(logits, found.ids[1:]).backward()
+    last, first = model.blocks[-1].layers[0], model.blocks[0].layers[0]
+    assert not last.fnn.weight.grad[:24].any()
+    assert not last.fnn.bias.grad[:24].any()
+    assert last.context_norm.weight.grad is None or not last.context_norm.weight.grad.any()
+    assert last.fnn.weight.grad[24:].any()
+    assert first.fnn.weight.grad[:24].any()  # the next layer's token half reads the context
+    assert model.token_output.weight.grad.any()
+
+
+@pytest.mark.parametrize("params", [seed_params(), SOUND], ids=["seed", "sound"])
+def test_b19_the_snapshot_keeps_the_contexts_valid(params, tmp_path):
+    model = network(params)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    train, validation = fixed(model), fixed(model, 40, 2)
+    digests = train.sha256(), validation.sha256()
+    after, result = train_head(model, train, validation, params.phase2, 0)
+    assert (train.sha256(), validation.sha256()) == digests
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert result.updates >= len(result.train)
+    save(model, params, tmp_path, updates=3)
+    snapshot, _, facts = load_network(tmp_path)
+    assert facts["updates"] == 3
+    again = sequential_pass(snapshot, snapshot.embed(validation.ids).detach())
+    assert torch.equal(again, validation.contexts)
+    from_trained = sequential_pass(after, after.embed(validation.ids).detach())
+    same = torch.allclose(from_trained, validation.contexts, atol=1e-6)
+    assert same == bool(params.model.token_structure)  # with shared parameters phase 2 moved them
+
+
+def test_freeze_context_trains_the_head_alone():
+    params = seed_params(phase2__freeze_context=True)
+    model = network(params)
+    after, _ = train_head(model, fixed(model), fixed(model, 40, 2), params.phase2, 0)
+    changed_names = {
+        name for name, tensor in after.state_dict().items() if not torch.equal(tensor, model.state_dict()[name])
+    }
+    assert changed_names == {"token_output.weight", "token_output.bias"}
+
+
+@pytest.mark.parametrize("mode", ["v1_mse", "propagate"])
+def test_9_10_the_older_forms_of_phase_2_learn_too(mode):
+    params = seed_params(phase2__mode=mode, phase2__epochs=4, phase2__patience=4)
+    model = network(params)
+    ids = learnable(120)
+    train = FixedText(ids, sequential_pass(model, model.embed(ids).detach()))
+    _, result = train_head(model, train, train, params.phase2, 0)
+    assert result.train[-1] < result.train[0]
+
+
+def test_patience_keeps_the_best_epoch():
+    params = seed_params(phase2__epochs=30, phase2__patience=2, phase2__lr=0.05)
+    model = network(params)
+    after, result = train_head(model, fixed(model), fixed(model, 40, 2), params.phase2, 0)
+    assert len(result.validation) == result.best + 2
+    losses = [one.loss for one in result.validation]
+    assert losses.index(min(losses)) == result.best - 1
+    assert score(after, fixed(model, 40, 2)).loss == pytest.approx(min(losses), abs=1e-5)
+    assert Score(10_000.0, 0.0).ppl < math.inf
+
+
+def test_sound_contexts_predict_and_say_more_than_zero_or_shuffled_ones():
+    params = changed(SOUND, {"predict.epochs": 6, "predict.lr": 0.01, "phase2.epochs": 4}, "test")
+    model, ids = network(params), learnable(2400)
+    result = train_contexts(model, ids, params.predict, True, params.phase1.grad_clip, 0)
+    assert result.loss[-1] < result.loss[0] - 0.3
+    assert result.updates == pytest.approx(6 * 599 / 32, abs=6)
+    model.eval()
+    train, held_out = (
+        FixedText(one, sequential_pass(model, model.embed(one).detach())) for one in (ids, learnable(600, 1))
+    )
+    after, _ = train_head(model, train, held_out, params.phase2, 0)
+    losses = [score(after, one).loss for one in (held_out, zeroed(held_out), shuffled(held_out, 0))]
+    assert losses[0] < losses[1] - 0.3
+    assert losses[0] < losses[2] - 0.3
+
+
+def test_unrolling_equals_one_pass_a_stream_and_windows_cover_the_text():
+    model, ids = network(SOUND), text(101)
+    side_by_side = columns(ids, 4)
+    assert side_by_side.shape == (26, 4)
+    assert torch.equal(side_by_side[1:, :3].T.flatten(), ids[1:76])
+    contexts = unroll(model, torch.zeros(4, 24), model.embed(side_by_side[:-1]))
+    alone = sequential_pass(model, model.embed(side_by_side[:-1, 2]).detach())
+    torch.testing.assert_close(contexts[:, 2].detach(), alone)
+    for first in (1, 5, 32):
+        parts = list(windows(70, 32, first))
+        assert torch.cat([torch.arange(one.start, one.stop) for one in parts]).tolist() == list(range(70))
+        assert parts[0].stop == first
+
+
+def test_infonce_is_cross_entropy_over_the_ids_of_the_batch():
+    model = network(SOUND)
+    predictor = Predictor(model, "infonce")
+    contexts, wanted = torch.randn(5, 24), torch.tensor([3, 7, 3, 1, 7])
+    found = predictor(contexts, wanted, model.embed)
+    scores = predictor.read(contexts) @ model.embed(torch.tensor([1, 3, 7])).T / 4.0
+    torch.testing.assert_close(found, functional.cross_entropy(scores, torch.tensor([1, 2, 1, 0, 2])))
+    params = changed(SOUND, {"predict.loss": "infonce", "predict.epochs": 4, "predict.lr": 0.01}, "test")
+    result = train_contexts(network(params), learnable(2000), params.predict, True, 1.0, 0)
+    assert result.loss[-1] < result.loss[0]
+
+
+def test_the_contraction_term_falls_where_it_counts():
+    """Without it a network with strong recurrence stays apart; with it two starts come closer."""
+    losses = []
+    for weight in (0.0, 10.0):
+        params = changed(SOUND, {"predict.contraction_weight": weight, "predict.contraction_gamma": 0.05}, "test")
+        model = network(params)
+        losses.append(train_contexts(model, learnable(1500), params.predict, False, 1.0, 0).contraction[-1])
+    assert losses[1] < 0.5 * losses[0]
+    start, contexts = torch.randn(1, 24), torch.randn(3, 1, 24)
+    alone = two_starts(network(SOUND), start, contexts, text(3)[:, None], 0.5, torch.Generator())
+    assert alone == 0
+
+
+def test_weights_come_from_a_plain_dict_or_a_clear_error():
+    params = seed_params()
+    weights = network(params).state_dict()
+    again = from_weights(weights, params)
+    assert again.state_dict().keys() == weights.keys()
+    with pytest.raises(RuntimeError, match=r"the weights lack token_embedding\.weight; lego\.cvfp\.model lists"):
+        from_weights({}, params)
+    with pytest.raises(RuntimeError, match="the weights do not fit"):
+        from_weights(weights | {"blocks.0.layers.0.fnn.bias": torch.zeros(3)}, params)
+    counts = parameter_counts(again)
+    assert sum(counts.values()) == sum(p.numel() for p in again.parameters())
