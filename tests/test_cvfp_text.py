@@ -170,7 +170,7 @@ def test_every_profile_is_valid_and_changes_what_it_says():
 @pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
-        ("model.hidden_dim", 300, r"hidden_dim must be context_dim \+ embed_dim = 256, got 300"),
+        ("model.hidden_dim", 300, r"hidden_dim must be context_dim \+ embed_dim = 288, got 300"),
         ("model.embedding", "pretrained", "embedding_from must name a folder"),
         ("model.token_structure", [], "token_structure must name at least one block"),
         ("phase1.lr_step_factors", [1.0], "lr_step_factors must have one factor more"),

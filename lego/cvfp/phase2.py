@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Adam
+from torch.optim.lr_scheduler import LRScheduler
 
 from lego.cvfp.model import NewLLMResidual
 from lego.cvfp.passes import shifted
 from lego.cvfp.sections import Phase2Params
 from lego.progress import track
+from lego.steps import build_scheduler
 
 
 @dataclass(frozen=True)
@@ -140,9 +142,11 @@ def train_head(
     model.token_output.requires_grad_(True)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer, generator = Adam(parameters, lr=settings.lr), torch.Generator().manual_seed(seed)
+    all_steps = settings.epochs * -(-train.predictions // (settings.batch_tokens or train.predictions))
+    scheduler = build_scheduler(optimizer, settings.lr_schedule, 0, all_steps, 0.0)
     losses, scores, best, kept, updates = list[float](), list[Score](), 0, copy.deepcopy(model.state_dict()), 0
     for epoch in range(settings.epochs):
-        loss, steps = _epoch(model, train, settings, optimizer, parameters, generator)
+        loss, steps = _epoch(model, train, settings, optimizer, scheduler, parameters, generator)
         losses, updates = [*losses, loss], updates + steps
         model.eval()
         scores.append(score(model, validation))
@@ -165,6 +169,7 @@ def _epoch(
     text: FixedText,
     settings: Phase2Params,
     optimizer: Adam,
+    scheduler: LRScheduler,
     parameters: list[nn.Parameter],
     generator: torch.Generator,
 ) -> tuple[float, int]:
@@ -188,6 +193,7 @@ def _epoch(
         objective.backward()
         nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
         optimizer.step()
+        scheduler.step()
         total, steps = total + loss.item() * len(places), steps + 1
     return total / text.predictions, steps
 

@@ -50,7 +50,7 @@ class PredictResult:
 
 
 class Predictor(nn.Module):
-    """Reads the next token out of a context; thrown away after phase 1.
+    """Reads the next token out of a context; where phase 2's head starts, or thrown away.
 
     Args:
         model: whose contexts are read, and whose embeddings InfoNCE tells apart.
@@ -118,7 +118,7 @@ def train_contexts(
     """Trains the blocks, embed_norm and, if asked, the embedding, in place.
 
     Args:
-        model: its head stays as it is.
+        model: its head stays as it is, unless keep_reader makes it the reader that was trained here.
         ids: train text (n,).
         settings: section `predict`.
         train_embedding: whether embeddings learn too.
@@ -169,5 +169,9 @@ def train_contexts(
             flush=True,
         )
     model.token_embedding.weight.requires_grad_(False)
+    if settings.keep_reader:
+        with torch.no_grad():
+            model.token_output.weight[:, : model.context_dim] = predictor.read.weight
+            model.token_output.bias.copy_(predictor.read.bias)
     loss, fadings, spreads = (list(values) for values in zip(*history, strict=True))
     return PredictResult(loss, fadings, spreads, updates)

@@ -27,6 +27,7 @@ from lego.sections import (
     within,
 )
 
+WRITTEN = "stages/cvfp/params.yaml stages/cvfp/dvc.lock metrics/cvfp"  # what git keeps of a run
 PARAMS, PROFILES = Path("stages/cvfp/params.yaml"), Path("stages/cvfp/profiles.yaml")
 Unit = Annotated[Number, within("[0, 1]")]
 Diversity = Literal[
@@ -48,6 +49,7 @@ class TextParams(Section):
     validation: Literal["heldout_in_vocab", "val_from_train"]
     val_share: Share
     unseen: Literal["filter", "unk"]
+    block_length: Annotated[int, at_least(2, 2**16)]
     overlap_length: Annotated[int, at_least(2, 1000)]
 
 
@@ -126,6 +128,7 @@ class PredictParams(Section):
     """Contexts trained to predict the next token: objective `predict` (specification, section 12)."""
 
     loss: Literal["ce", "infonce"]
+    keep_reader: bool
     epochs: Count
     streams: Count
     bptt_len: Annotated[int, at_least(16, 4096)]
@@ -135,8 +138,13 @@ class PredictParams(Section):
     contraction_weight: NonNegative
     contraction_gamma: Annotated[Number, within("(0, 1)")]
     vicreg_weight: NonNegative
+
+
+class ContextsParams(Section):
+    """How C* is solved for."""
+
     segments: Count
-    tolerance: Positive
+    tolerance: NonNegative
 
 
 class Phase2Params(Section):
@@ -145,10 +153,24 @@ class Phase2Params(Section):
     mode: Literal["v2", "v1_mse", "propagate"]
     freeze_context: bool
     lr: Positive
+    lr_schedule: Literal["constant", "cosine"]
     epochs: Count
     patience: Count
     batch_tokens: CountOrZero
     grad_clip: Positive
+
+
+class PeersParams(Section):
+    """Other models at equal tokens and parameters (specification, section 12)."""
+
+    seeds: Count
+    streams: Count
+    window: Annotated[int, at_least(8, 4096)]
+    warmup_steps: CountOrZero
+    weight_decay: NonNegative
+    grad_clip: Positive
+    lr_factors: Annotated[list[Positive], Field(min_length=1)]
+    lr: dict[str, Positive]
 
 
 class ChecksParams(Section):
@@ -186,9 +208,17 @@ class CvfpParams(Section):
     model: ModelParams
     phase1: Phase1Params
     predict: PredictParams
+    contexts: ContextsParams
     phase2: Phase2Params
     checks: ChecksParams
+    peers: PeersParams
     progress: ProgressParams
+
+    @model_validator(mode="after")
+    def _reader_fits(self) -> CvfpParams:
+        if self.predict.keep_reader and self.predict.loss != "ce":
+            raise ValueError(f"predict.keep_reader must be false when predict.loss is {self.predict.loss}, got true")
+        return self
 
     @model_validator(mode="after")
     def _separate_where_it_predicts(self) -> CvfpParams:

@@ -1,0 +1,142 @@
+"""All numbers of a trained CVFP network: test perplexity, what its contexts are worth, ranks and critical checks."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from lego.cvfp.checks import convergence, frozen_passes, identity
+from lego.cvfp.dependence import dependence
+from lego.cvfp.model import NewLLMResidual
+from lego.cvfp.passes import Telling, sequential_pass
+from lego.cvfp.phase2 import FixedText, score, shuffled, zeroed
+from lego.cvfp.ranks import Spread, effective_rank, gaussian_rank
+from lego.cvfp.reports import TrainFacts, ValidationFacts
+from lego.cvfp.run import bits_per_byte
+from lego.cvfp.sections import CvfpParams
+from lego.cvfp.text import Text
+
+
+def worth(model: NewLLMResidual, text: Text, test: FixedText, validation: FixedText, seed: int) -> dict[str, float]:
+    """Perplexities on held-out text, with its contexts, with none and with those of other tokens.
+
+    Args:
+        model: of phase 2.
+        text: for bits a byte.
+        test, validation: with the contexts of the snapshot.
+        seed: of the shuffling.
+    """
+    whole = score(model, test)
+    return {
+        "ppl": whole.ppl,
+        "acc": whole.accuracy,
+        "bits_per_byte": bits_per_byte(whole.loss, text, "test"),
+        "val_ppl": score(model, validation).ppl,
+        "ppl_zero_contexts": score(model, zeroed(test)).ppl,
+        "ppl_shuffled_contexts": score(model, shuffled(test, seed)).ppl,
+    }
+
+
+def ranks(
+    snapshot: NewLLMResidual, untrained: NewLLMResidual, ids: torch.Tensor, seed: int, prefix: str
+) -> dict[str, float]:
+    """Ranks of contexts from start 0 beside the three references at the same tokens and width.
+
+    Args:
+        snapshot, untrained: of phase 1, after and before.
+        ids: the first tokens of a text (n,).
+        seed: of the pairs and of the Gaussian rows.
+        prefix: of the keys.
+    """
+    embeddings = {name: model.embed(ids).detach() for name, model in (("own", snapshot), ("before", untrained))}
+    own = sequential_pass(snapshot, embeddings["own"])
+    before = sequential_pass(untrained, embeddings["before"])
+    spread = {key: float(value) for key, value in asdict(Spread.of(own, seed)).items()}
+    spread |= {
+        "rank_untrained": effective_rank(before),
+        "rank_embeddings": effective_rank(embeddings["own"]),
+        "rank_gaussian": gaussian_rank(len(ids), snapshot.context_dim, seed),
+    }
+    return {f"{prefix}_{key}": value for key, value in spread.items()}
+
+
+def critical_checks(
+    snapshot: NewLLMResidual, train: FixedText, params: CvfpParams, seed: int, telling: Telling
+) -> tuple[dict[str, Any], list[float]]:
+    """Identity, convergence and dependence on the first tokens of train; and R² by lag.
+
+    Args:
+        snapshot: of phase 1.
+        train: ids and C*; checks.rank_tokens of it are read.
+        params: for the section `checks`.
+        seed: of noise and pairs.
+        telling: what passes print.
+    """
+    n, settings = params.checks.rank_tokens, params.checks
+    embeddings, contexts = snapshot.embed(train.ids[:n]).detach(), train.contexts[:n]
+    same = identity(snapshot, contexts, embeddings, settings, seed)
+    still = convergence(snapshot, embeddings, settings, telling)
+    found = dependence(snapshot, contexts, embeddings, settings, seed)
+    facts = {f"identity_{key}": value for key, value in asdict(same).items()}
+    facts |= {
+        "final_diff_l2": still.final_diff,
+        "final_diff_per_dimension": still.per_dimension,
+        "converges": still.passed,
+    }
+    facts |= {key: value for key, value in asdict(found).items() if key != "lag_r2"}
+    facts |= {f"r2_lag_{lag}": value for lag, value in enumerate(found.lag_r2)}
+    return facts, still.differences
+
+
+def mandatory(
+    snapshot: NewLLMResidual,
+    params: CvfpParams,
+    phase1: dict[str, Any],
+    train: FixedText,
+    validation: FixedText,
+    rank: dict[str, float],
+    telling: Telling,
+) -> tuple[TrainFacts, ValidationFacts]:
+    """The facts of both mandatory lines (specification, section 7).
+
+    Args:
+        snapshot: of phase 1.
+        params: thresholds and numbers of passes.
+        phase1: metrics of train_phase1.
+        train, validation: ids and C*.
+        rank: what `ranks` found of both, prefixes `train` and `val`.
+        telling: what passes print.
+    """
+    n, threshold, dims = params.checks.rank_tokens, params.phase1.convergence_threshold, snapshot.context_dim
+    whole = phase1["converged"] is not None  # counted while training, over all tokens
+    passes = frozen_passes(snapshot, snapshot.embed(train.ids[:n]).detach(), 2, True, telling)
+    moved = (passes[1] - passes[0]).square().mean(1)
+    still = convergence(snapshot, snapshot.embed(validation.ids[:n]).detach(), params.checks, telling)
+    trials = frozen_passes(snapshot, snapshot.embed(validation.ids[:n]).detach(), 2, True, telling)
+    val_moved = (trials[1] - trials[0]).square().mean(1)
+    maximum = params.phase1.max_iterations - 1 if whole else params.predict.epochs
+    return (
+        TrainFacts(
+            converged=phase1["converged"] if whole else int((moved < threshold).sum()),
+            tokens=len(train.ids) if whole else len(moved),
+            iterations=phase1["passes"],
+            max_iterations=maximum,
+            updates=phase1["updates"],
+            rank=rank["train_rank"],
+            untrained_rank=rank["train_rank_untrained"],
+            dims=dims,
+            cvfp=phase1["cvfp_mse"] if whole else float(moved.mean()),
+        ),
+        ValidationFacts(
+            converged=int((val_moved < threshold).sum()),
+            tokens=len(val_moved),
+            passes=params.checks.passes,
+            max_passes=params.checks.passes,
+            rank=rank["val_rank"],
+            dims=dims,
+            final_diff=still.final_diff,
+            threshold=params.checks.final_diff,
+        ),
+    )

@@ -1,0 +1,111 @@
+"""The steps of the pipeline as functions: phase 1 by either objective, settled contexts, texts with both."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lego.artifacts import ArtifactError, read_tensors
+from lego.cvfp.model import NewLLMResidual
+from lego.cvfp.passes import Settled, Telling, settle
+from lego.cvfp.phase1 import ContextTrainer, Iteration
+from lego.cvfp.phase2 import FixedText
+from lego.cvfp.predict import train_contexts
+from lego.cvfp.sections import ContextsParams, CvfpParams, ProgressParams
+from lego.cvfp.store import build
+from lego.cvfp.text import SPLITS, Text
+
+
+@dataclass(frozen=True)
+class FirstPhase:
+    """What phase 1 leaves: the network, as it is and as it was, its weight updates, and one row a pass or epoch."""
+
+    model: NewLLMResidual
+    untrained: NewLLMResidual
+    updates: int
+    rows: list[dict[str, Any]]
+    last: Iteration | None
+
+    def facts(self) -> dict[str, Any]:
+        """For metrics: the last row, and what the mandatory report needs."""
+        converged = None if self.last is None else self.last.converged
+        return dict(self.rows[-1]) | {"updates": self.updates, "passes": len(self.rows), "converged": converged}
+
+
+def telling(settings: ProgressParams) -> Telling:
+    return Telling(settings.progress_every, settings.warn_above)
+
+
+def first_phase(params: CvfpParams, text: Text, seed: int) -> FirstPhase:
+    """Trains contexts on the train ids by the objective that the parameters name.
+
+    Args:
+        params: all of them.
+        text: ids; only train is read.
+        seed: of initial weights and of training.
+
+    Raises:
+        FloatingPointError: a loss or a context is not finite.
+    """
+    model = build(params.model, params.phase1, text.vocab_size, seed)
+    untrained = copy.deepcopy(model).eval()
+    ids = text.ids["train"]
+    if params.phase1.objective == "predict":
+        clip = params.phase1.grad_clip
+        result = train_contexts(model, ids, params.predict, params.model.train_embedding, clip, seed)
+        rows: list[dict[str, Any]] = [
+            {"pass": number, "loss": loss, "contraction": fading, "vicreg": spread}
+            for number, (loss, fading, spread) in enumerate(
+                zip(result.loss, result.contraction, result.vicreg, strict=True), 1
+            )
+        ]
+        return FirstPhase(model.eval(), untrained, result.updates, rows, None)
+    trainer = ContextTrainer(model, model.embed(ids).detach(), params.phase1, telling(params.progress))
+    rows, last = [], None
+    for last in trainer.iterations():
+        print(last.line(params.phase1.max_iterations), flush=True)
+        if last.cvfp is not None:
+            rows.append(
+                {"pass": last.number, "cvfp_mse": last.cvfp, "diversity": last.diversity, "converged": last.converged}
+            )
+    if not rows:
+        rows = [{"pass": 0, "cvfp_mse": 0.0, "diversity": 0.0, "converged": 0}]
+    return FirstPhase(model.eval(), untrained, trainer.updates, rows, last)
+
+
+def settled(model: NewLLMResidual, text: Text, settings: ContextsParams) -> dict[str, Settled]:
+    """C* of each split, from start 0.
+
+    Raises:
+        NonFiniteContextError: a context is not finite.
+    """
+    found = {}
+    for split in SPLITS:
+        embeddings = model.embed(text.ids[split]).detach()
+        found[split] = settle(model, embeddings, settings.segments, settings.tolerance)
+        one = found[split]
+        print(f"{split}: {len(embeddings):,} tokens, {one.sweeps} sweeps, residual {one.residual:.2e}", flush=True)
+    return found
+
+
+def fixed_text(text: Text, split: str, folder: str | Path) -> FixedText:
+    """A split with the contexts that build_contexts wrote.
+
+    Raises:
+        ArtifactError: they are missing, damaged or of another text.
+    """
+    file = Path(folder) / f"{split}.safetensors"
+    contexts = read_tensors(file).get("contexts", torch.empty(0))
+    if len(contexts) != len(text.ids[split]):
+        raise ArtifactError(f"{file}: is not of this text; run dvc repro stages/cvfp/dvc.yaml")
+    return FixedText(text.ids[split], contexts)
+
+
+def bits_per_byte(loss: float, text: Text, split: str) -> float:
+    """A mean loss in nats a token as bits a byte of text."""
+    return loss / math.log(2) * (len(text.ids[split]) - 1) / text.bytes_of(split)

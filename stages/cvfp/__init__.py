@@ -1,0 +1,1 @@
+"""The pipeline of CVFP, one script per stage; parameters in stages/cvfp/params.yaml (docs/cvfp.md)."""

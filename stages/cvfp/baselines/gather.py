@@ -1,0 +1,24 @@
+"""All models' numbers in one file, which the page reads -> metrics/cvfp/contest.json.
+
+dvc repro stages/cvfp/baselines/dvc.yaml          (python -m stages.cvfp.baselines.gather)
+
+The file is no out of this pipeline: else the page, which depends on it, would make the default run train all of these.
+"""
+
+from lego.artifacts import read_json, write_json
+from lego.cvfp.sections import WRITTEN, load
+from lego.harness import Stage, exit_cleanly
+
+
+def main() -> None:
+    params = load()
+    with Stage("cvfp/baselines/gather"):
+        found = {
+            name: read_json(f"metrics/cvfp/baselines/{name}.json", "ppl", "bits_per_byte", "parameters")
+            for name in params.peers.lr
+        }
+        write_json("metrics/cvfp/contest.json", found)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main, WRITTEN)

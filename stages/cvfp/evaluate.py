@@ -1,0 +1,43 @@
+"""Held-out perplexity, what contexts are worth, ranks beside references, critical checks -> metrics/cvfp/evaluate.json.
+
+dvc repro stages/cvfp/dvc.yaml:evaluate          (python -m stages.cvfp.evaluate)
+"""
+
+from typing import Any
+
+from lego.artifacts import read_json, write_csv, write_json, write_text
+from lego.cvfp.evaluation import critical_checks, mandatory, ranks, worth
+from lego.cvfp.reports import report
+from lego.cvfp.run import fixed_text, telling
+from lego.cvfp.sections import WRITTEN, load
+from lego.cvfp.store import load_network, parameter_counts
+from lego.cvfp.text import SPLITS, read_text_ids
+from lego.harness import Stage, exit_cleanly
+
+
+def main() -> None:
+    params = load()
+    with Stage("cvfp/evaluate", params.seed, params.threads) as stage:
+        text = read_text_ids("data/cvfp/tokens")
+        phase1 = read_json("metrics/cvfp/train_phase1.json", "updates", "passes", "converged")
+        (model, _, _), (snapshot, _, _) = load_network("data/cvfp/phase2"), load_network("data/cvfp/phase2/snapshot")
+        untrained, _, _ = load_network("data/cvfp/untrained")
+        fixed = {split: fixed_text(text, split, "data/cvfp/contexts") for split in SPLITS}
+        metrics: dict[str, Any] = dict(worth(model, text, fixed["test"], fixed["validation"], stage.seed))
+        n, rank = params.checks.rank_tokens, dict[str, float]()
+        for prefix, split in (("train", "train"), ("val", "validation")):
+            rank |= ranks(snapshot, untrained, fixed[split].ids[:n], stage.seed, prefix)
+        quiet = telling(params.progress)
+        checks, changes = critical_checks(snapshot, fixed["train"], params, stage.seed, quiet)
+        facts = mandatory(snapshot, params, phase1, fixed["train"], fixed["validation"], rank, quiet)
+        metrics |= {"parameters": sum(parameter_counts(model).values()), "validation_is": text.validation}
+        write_json("metrics/cvfp/evaluate.json", metrics | rank | checks | {"updates": phase1["updates"]})
+        write_csv("metrics/cvfp/curves/convergence.csv", [{"pass": n, "l2": one} for n, one in enumerate(changes, 2)])
+        lines = report(*facts)
+        write_text("metrics/cvfp/report.txt", lines + "\n")
+        print(lines, flush=True)
+        stage.record |= {"counts": {"tokens": sum(len(one.ids) for one in fixed.values())}}
+
+
+if __name__ == "__main__":
+    exit_cleanly(main, WRITTEN)

@@ -1,0 +1,28 @@
+"""Text to the ids that CVFP learns and is judged on, with the n-gram references.
+
+dvc repro stages/cvfp/dvc.yaml:tokenize          (python -m stages.cvfp.tokenize)
+"""
+
+from lego.artifacts import atomic_folder, write_json
+from lego.cvfp.sections import WRITTEN, load
+from lego.cvfp.text import read_text_ids, write_text_ids
+from lego.harness import Stage, exit_cleanly
+from lego.ngram import references
+from lego.tokens import write_splits
+
+
+def main() -> None:
+    params = load()
+    with Stage("cvfp/tokenize", params.seed) as stage, atomic_folder("data/cvfp/tokens") as folder:
+        done = write_splits(params.data, params.text.block_length, None, folder)
+        counts = write_text_ids(folder, folder, done.encoder, params.text)
+        text = read_text_ids(folder)
+        ids = {split: one.numpy() for split, one in text.ids.items()}
+        per_byte = {split: (len(ids[split]) - 1) / text.bytes_of(split) for split in ids}
+        held_out = {split: ids[split] for split in ("validation", "test")}
+        write_json("metrics/cvfp/tokenize.json", counts | references(ids["train"], held_out, text.vocab_size, per_byte))
+        stage.record |= {"counts": {"tokens": sum(len(one) for one in ids.values())}}
+
+
+if __name__ == "__main__":
+    exit_cleanly(main, WRITTEN)
