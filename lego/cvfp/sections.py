@@ -269,17 +269,20 @@ def with_profile(params: CvfpParams, name: str, path: str | Path = PROFILES) -> 
 
 
 def changed(params: CvfpParams, changes: dict[str, Any], where: str) -> CvfpParams:
-    """The parameters with some keys, written as section.key, set to other values.
+    """The parameters with some keys, written as `seed` or section.key, set to other values.
 
     Raises:
         ParamsError: there is no such key, or the values are not valid; the message begins with `where`.
     """
     values = copy.deepcopy(params.model_dump())
     for key, value in changes.items():
-        section, _, last = key.partition(".")
-        if last not in values.get(section, {}):
+        *path, last = key.split(".")
+        place = values
+        for part in path:
+            place = place.get(part, {}) if isinstance(place, dict) else {}
+        if not isinstance(place, dict) or last not in place:
             raise ParamsError(f"{where}: {key} is no key of {PARAMS}")
-        values[section][last] = value
+        place[last] = value
     try:
         return CvfpParams.model_validate(values)
     except ValidationError as error:

@@ -1,0 +1,29 @@
+"""Prints a profile as options of `dvc exp run`: changes to stages/cvfp/params.yaml.
+
+dvc exp run stages/cvfp/dvc.yaml $(python -m stages.cvfp.profile seed)
+"""
+
+import json
+import sys
+
+from lego.cvfp.sections import PARAMS, load, profiles, with_profile
+from lego.params import ParamsError
+
+
+def main() -> int:
+    names = list(profiles())
+    if len(sys.argv) != 2 or sys.argv[1] not in names:
+        print(f"error: give one of the profiles {', '.join(names)}", file=sys.stderr)
+        return 1
+    try:
+        with_profile(load(), sys.argv[1])
+    except ParamsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    changes = profiles()[sys.argv[1]].items()
+    print(" ".join(f"-S {PARAMS}:{key}={json.dumps(value, separators=(',', ':'))}" for key, value in changes))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,126 @@
+"""CVFP's rivals: causal, of equal size, judged on every token once; and the contest between them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cvfp_models import PARAMS, SMALL
+from torch.nn import functional
+
+from lego.cvfp import peers
+from lego.cvfp.contest import OWN, compete, epochs_of, parameter_budget
+from lego.cvfp.sections import changed
+from lego.cvfp.text import Text
+
+NAMES = [name for name in PARAMS.peers.lr if name not in OWN]
+VOCAB = 40
+
+
+def peer(name: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return peers.make(name, VOCAB, 16, 24, 32).eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_peers_see_what_came_before_and_nothing_after(name):
+    model, ids = peer(name), torch.randint(VOCAB, (20, 3))
+    logits, _ = model(ids, None)
+    assert logits.shape == (20, 3, VOCAB)
+    other = ids.clone()
+    other[12] = (other[12] + 1) % VOCAB
+    after, _ = model(other, None)
+    torch.testing.assert_close(after[:12], logits[:12])
+    assert (after[12] - logits[12]).abs().max() > 1e-4
+    reach = int(name.removeprefix("mlp_")) if name.startswith("mlp") else 20
+    for lag in (1, 3):
+        changed_later = (after[12 + lag] - logits[12 + lag]).abs().max() > 1e-7
+        assert changed_later == (lag < reach), f"{name} {lag}"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "transformer"])
+def test_a_text_in_windows_is_the_text_as_a_whole(name):
+    model, ids = peer(name), torch.randint(VOCAB, (90,))
+    logits, _ = model(ids[:-1, None], None)
+    expected = functional.cross_entropy(logits[:, 0], ids[1:])
+    for window in (7, 32, 200):
+        assert peers.peer_loss(model, ids, window) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [5, 33, 34, 60, 90])
+def test_a_transformer_judges_every_token_once_with_half_a_window_before(tokens):
+    model, ids, seen = peer("transformer"), torch.randint(VOCAB, (tokens,)), []
+    forward = model.forward
+
+    def spy(rows, state):
+        seen.append(len(rows))
+        return forward(rows, state)
+
+    model.forward = spy
+    losses = []
+    real = functional.cross_entropy
+    peers.functional.cross_entropy = lambda a, b, reduction: losses.append(len(b)) or real(a, b, reduction=reduction)
+    try:
+        found = peers.peer_loss(model, ids, 32)
+    finally:
+        peers.functional.cross_entropy = real
+    assert sum(losses) == tokens - 1
+    assert math.isfinite(found)
+    assert max(seen) <= 32
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_widths_give_equal_parameters(name):
+    budget = 400_000
+    width = peers.width_for(name, budget, 1024, 64, 64)
+    sizes = [peers.count(peers.make(name, 1024, 64, one, 64)) for one in (width - 4, width, width + 4)]
+    assert abs(sizes[1] - budget) == min(abs(size - budget) for size in sizes)
+    assert sizes[1] == pytest.approx(budget, rel=0.05)
+
+
+def test_the_budget_is_that_of_sound():
+    assert parameter_budget(PARAMS, 1024) == 98_304 + 194_784 + 138_912 + 295_936
+    with pytest.raises(ValueError, match="there is no peer bert; there are mlp_1"):
+        peers.make("bert", 10, 8, 8, 8)
+
+
+def toy_text(tokens: int = 1500) -> Text:
+    """Every id follows from the two before it, most of the time."""
+    generator = torch.Generator().manual_seed(0)
+    ids = {}
+    for split, n in (("train", tokens), ("validation", 300), ("test", 300)):
+        made = [1, 2]
+        for draw in torch.rand(n - 2, generator=generator).tolist():
+            made.append((made[-1] + made[-2]) % 8 if draw < 0.9 else int(draw * 10**6) % 8)
+        ids[split] = torch.tensor(made)
+    return Text(ids, VOCAB, torch.ones(VOCAB, dtype=torch.long), "heldout_in_vocab")
+
+
+CONTEST = changed(
+    PARAMS,
+    SMALL
+    | {"predict.epochs": 2, "predict.streams": 4, "phase2.batch_tokens": 64, "peers.streams": 4, "peers.window": 16}
+    | {"contexts.segments": 4, "phase1.max_iterations": 3},
+    "test",
+)
+
+
+@pytest.mark.parametrize("name", ["sound", "untrained", "gru", "mlp_2", "transformer"])
+def test_a_contestant_learns_from_equal_tokens(name):
+    text = toy_text()
+    found = compete(name, CONTEST, text, seed=1, lr=0.01)
+    assert found["tokens"] == epochs_of(CONTEST) * 1500
+    assert found["ppl"] < 0.7 * VOCAB
+    assert found["bits_per_byte"] == pytest.approx(math.log2(found["ppl"]))  # a token is a byte here
+    assert ("ppl_zero_contexts" in found) == (name in OWN)
+    again = compete(name, CONTEST, text, seed=1, lr=0.01)
+    assert again == found
+
+
+def test_seed_brings_its_own_passes_beside(monkeypatch):
+    from conftest import ROOT
+
+    monkeypatch.chdir(ROOT)  # where the profiles lie
+    found = compete("seed", CONTEST, toy_text(300), seed=1, lr=0.01)
+    assert found["tokens"] == (epochs_of(CONTEST) + 2) * 300

@@ -1,0 +1,221 @@
+"""CVFP's pipelines: deps equal imports, which change reruns what, through real dvc; profiles; equal bytes twice."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from clones import Clone
+from conftest import ROOT
+from test_pipeline import names, transitive_imports
+
+from lego.artifacts import read_json, sha256
+from lego.cvfp.passes import sequential_pass
+from lego.cvfp.phase1 import ContextTrainer
+from lego.cvfp.reports import validate
+from lego.cvfp.sections import PARAMS, CvfpParams, changed, load, with_profile
+from lego.cvfp.store import build
+from lego.scratch import fingerprint, pipeline_entry
+
+STAGES = yaml.safe_load((ROOT / "stages/cvfp/dvc.yaml").read_text())["stages"]
+BASELINES = yaml.safe_load((ROOT / "stages/cvfp/baselines/dvc.yaml").read_text())["stages"]
+ENTRIES = {f"cvfp/{name}": entry for name, entry in STAGES.items()} | {
+    f"cvfp/baselines/{name}": entry.get("do", entry) for name, entry in BASELINES.items()
+}
+TINY = {
+    "data.vocab_size": 300,
+    "data.max_tokenizer_bytes": 200_000,
+    "data.max_train_tokens": 3000,
+    "data.max_validation_tokens": 800,
+    "data.max_calibration_tokens": 300,
+    "data.max_test_tokens": 800,
+    "text.block_length": 32,
+    "model.context_dim": 24,
+    "model.embed_dim": 16,
+    "model.hidden_dim": 40,
+    "predict.epochs": 1,
+    "predict.streams": 8,
+    "checks.rank_tokens": 200,
+    "checks.num_trials": 3,
+    "checks.passes": 3,
+    "threads": 1,
+}
+
+
+def declared(entry: dict) -> list[str]:
+    return [key for one in entry["params"] for keys in one.values() for key in keys]
+
+
+@pytest.mark.parametrize("stage", ENTRIES)
+def test_deps_equal_the_transitive_imports(stage):
+    found = {dep for dep in ENTRIES[stage]["deps"] if dep.endswith(".py")}
+    assert found == transitive_imports(stage)
+    assert ENTRIES[stage]["cmd"].removesuffix(" ${key}") == f"python -m stages.{stage.replace('/', '.')}"
+
+
+def test_every_section_is_declared_and_every_declared_key_exists():
+    keys = {key for entry in ENTRIES.values() for key in declared(entry)}
+    sections = {key.split(".")[0] for key in keys}
+    assert sections == set(CvfpParams.model_fields)
+    values = yaml.safe_load((ROOT / PARAMS).read_text())
+    for key in keys - {"peers.lr.${key}"}:
+        section, _, last = key.partition(".")
+        assert section in values
+        assert not last or last in values[section], key
+
+
+def test_what_a_stage_reads_an_earlier_one_writes_and_timing_is_no_dependency():
+    made: set[str] = set()
+    for entry in STAGES.values():
+        data = {dep for dep in entry["deps"] if dep.startswith(("data/", "metrics/"))}
+        assert data <= made | {"metrics/cvfp/contest.json"}
+        assert not any("timing" in dep for dep in data)
+        made |= {name for kind in ("outs", "metrics", "plots") for name in names(entry.get(kind, []))}
+
+
+def reruns(key: str) -> list[str]:
+    """Stages of the default pipeline that name a key."""
+    return [
+        stage
+        for stage, entry in STAGES.items()
+        if any(one in (key, key.split(".")[0]) for one in declared(entry)) and stage != "report"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "stages"),
+    [
+        ("data.vocab_size", ["tokenize"]),
+        ("phase1.dist_reg_weight", ["train_phase1"]),
+        ("phase1.convergence_threshold", ["train_phase1", "evaluate", "check_val_convergence"]),
+        ("predict.lr", ["train_phase1"]),
+        ("contexts.segments", ["build_contexts"]),
+        ("phase2.lr", ["train_phase2"]),
+        ("checks.lags", ["evaluate", "check_val_convergence"]),
+    ],
+)
+def test_a_key_reruns_the_stages_that_read_it(key, stages):
+    assert reruns(key) == stages
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Clone:
+    """A clone of this tree with tiny CVFP parameters, whose pipeline has run."""
+    clone = Clone.of_this_tree(tmp_path_factory.mktemp("cvfp"))
+    file = clone.folder / PARAMS
+    values = changed(load(ROOT / PARAMS), TINY, "tiny").model_dump()
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    (clone.folder / "metrics/cvfp").mkdir(parents=True)
+    (clone.folder / "metrics/cvfp/contest.json").write_text("{}\n")
+    clone.run("dvc", "init", "-q", "-f")
+    clone.output = clone.run("dvc", "repro", "stages/cvfp/dvc.yaml")  # type: ignore[attr-defined]
+    return clone
+
+
+def ran(output: str) -> list[str]:
+    return re.findall(r"^Running stage 'stages/cvfp/dvc\.yaml:(\w+)':$", output, re.M)
+
+
+def test_the_pipeline_runs_and_a_second_time_nothing_does(clone):
+    assert ran(clone.output) == list(STAGES)
+    assert ran(clone.run("dvc", "repro", "stages/cvfp/dvc.yaml")) == []
+    found = clone.json("metrics/cvfp/evaluate.json")
+    assert 1 < found["ppl"] < 300
+    assert found["validation_is"] == "heldout_in_vocab"
+    assert found["updates"] > 0
+    validate((clone.folder / "metrics/cvfp/report.txt").read_text())
+    page = (clone.folder / "metrics/cvfp/report.html").read_text()
+    assert "Not run yet" in page
+    assert page.count("<img") == 2
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert not (clone.folder / "data/tokens").exists()  # the root's pipeline did not run
+
+
+def test_a_changed_parameter_reruns_what_it_affects(clone):
+    file = clone.folder / PARAMS
+    before = file.read_text()
+    file.write_text(before.replace("  patience: 3", "  patience: 4"))
+    would = ran(clone.run("dvc", "repro", "--dry", "stages/cvfp/dvc.yaml"))
+    file.write_text(before)
+    assert would == ["train_phase2", "report"]  # and evaluate, once phase 2 has another output
+    assert "data/cvfp/phase2" in STAGES["evaluate"]["deps"]
+
+
+def stage(folder: Path, name: str, *arguments: str, fails: bool = False) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", f"stages.cvfp.{name}", *arguments]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a5_the_same_bytes_twice(clone, monkeypatch):
+    before = {name: sha256(clone.folder / f"data/cvfp/{name}") for name in ("tokens", "phase1", "contexts", "phase2")}
+    monkeypatch.chdir(clone.folder)
+    for name in ("train_phase1", "build_contexts", "train_phase2"):
+        importlib.import_module(f"stages.cvfp.{name}").main()
+    assert before == {name: sha256(clone.folder / f"data/cvfp/{name}") for name in before}
+
+
+def test_the_command_line_check_and_bad_input(clone, tmp_path):
+    said = clone.run("python", "-m", "stages.cvfp.check_val_convergence", "--num-trials", "4")
+    assert next(line for line in said.splitlines() if line.startswith("trial")) == "trial 1/4: N/A"
+    assert "verdict legacy" in said
+    refused = clone.run("python", "-m", "stages.cvfp.check_val_convergence", "--num-trials", "0", fails=True)
+    assert "error: --num-trials must be at least 1, got 0" in refused
+    (tmp_path / "stages/cvfp").mkdir(parents=True)
+    (tmp_path / PARAMS).write_text((clone.folder / PARAMS).read_text())
+    missing = stage(tmp_path, "train_phase1", fails=True)
+    assert "data/cvfp/tokens/text.json: is missing; run dvc repro stages/cvfp/dvc.yaml" in " ".join(missing.split())
+    assert "git checkout stages/cvfp/params.yaml" in missing
+    text = (tmp_path / PARAMS).read_text()
+    (tmp_path / PARAMS).write_text(text.replace("hidden_dim: 40", "hidden_dim: 41"))
+    assert "model.hidden_dim must be context_dim + embed_dim = 40, got 41" in stage(tmp_path, "tokenize", fails=True)
+
+
+def test_a6_the_legacy_profile_stops_after_one_step_with_contexts_of_before_it(clone):
+    params = changed(
+        with_profile(load(ROOT / PARAMS), "legacy_seed3", ROOT / "stages/cvfp/profiles.yaml"),
+        {"model.context_dim": 32, "model.embed_dim": 32, "model.hidden_dim": 64},
+        "test",
+    )
+    ids = torch.randint(200, (400,), generator=torch.Generator().manual_seed(0))
+    model = build(params.model, params.phase1, 200, 0)
+    embeddings = model.embed(ids).detach()
+    untrained = sequential_pass(model, embeddings)
+    trainer = ContextTrainer(model, embeddings, params.phase1)
+    iterations = list(trainer.iterations())
+    assert (len(iterations), trainer.updates, iterations[-1].converged) == (2, 1, 399)
+    returned = trainer.final(iterations[-1])
+    assert returned.weights_version == 0
+    assert (returned.values[1:] - untrained[1:]).abs().max() < 1e-4
+
+
+def test_profiles_are_options_of_dvc(clone):
+    options = clone.run("python", "-m", "stages.cvfp.profile", "seed").split()
+    assert options[0] == "-S"
+    assert 'stages/cvfp/params.yaml:phase1.objective="fixed_point"' in options
+    assert "give one of the profiles sound, seed, legacy_seed3" in clone.run(
+        "python", "-m", "stages.cvfp.profile", "nothing", fails=True
+    )
+
+
+def test_fingerprints_follow_the_siblings_own_parameters(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stages/cvfp").mkdir(parents=True)
+    text = (ROOT / PARAMS).read_text()
+    (tmp_path / PARAMS).write_text(text)
+    first = {one: fingerprint(f"cvfp/baselines/contest@{one}") for one in ("gru", "lstm")}
+    (tmp_path / PARAMS).write_text(text.replace("    gru: 4.0e-03", "    gru: 5.0e-03"))
+    second = {one: fingerprint(f"cvfp/baselines/contest@{one}") for one in ("gru", "lstm")}
+    assert first["gru"] != second["gru"]
+    assert first["lstm"] == second["lstm"]
+    assert pipeline_entry("cvfp/evaluate")["wdir"] == "../.."
+    assert read_json(ROOT / "metrics/cvfp/contest.json") is not None
