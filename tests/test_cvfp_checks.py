@@ -134,7 +134,7 @@ def test_b30_a_verdict_needs_a_level(losses, legacy, verdict):
     text = "\n".join(found.lines())
     assert verdict in text
     if losses:
-        assert f"initial {losses[0]:.6f}, final {losses[-1]:.6f}" in text
+        assert f"initial {losses[0]:.6g}, final {losses[-1]:.6g}" in text
 
 
 def test_lag_r2_finds_what_a_linear_memory_holds():

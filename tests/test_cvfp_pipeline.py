@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import subprocess
@@ -46,6 +47,9 @@ TINY = {
     "checks.num_trials": 3,
     "checks.passes": 3,
     "threads": 1,
+    "peers.seeds": 2,
+    "peers.lr_factors": [1.0, 2.0],
+    "peers.lr": {"sound": 0.01, "mlp_1": 0.01},
 }
 
 
@@ -219,3 +223,35 @@ def test_fingerprints_follow_the_siblings_own_parameters(tmp_path, monkeypatch):
     assert first["lstm"] == second["lstm"]
     assert pipeline_entry("cvfp/evaluate")["wdir"] == "../.."
     assert read_json(ROOT / "metrics/cvfp/contest.json") is not None
+
+
+@pytest.mark.slow
+def test_the_contest_runs_goes_on_after_a_kill_and_reaches_the_page(clone):
+    scratch = clone.folder / ".scratch/cvfp/baselines/contest@mlp_1"
+    clone.run("dvc", "repro", "stages/cvfp/baselines/dvc.yaml")
+    found = clone.json("metrics/cvfp/contest.json")
+    assert list(found) == ["mlp_1", "sound"]
+    for one in found.values():
+        assert one["ppl"] == pytest.approx((one["ppl_0"] + one["ppl_1"]) / 2)
+        assert one["lr"] in (0.01, 0.02)
+        assert one["rate_at_an_end"] is True
+    assert not scratch.exists()
+    runs = scratch / fingerprint_in(clone, "cvfp/baselines/contest@mlp_1") / "runs"
+    runs.mkdir(parents=True)  # as a killed run leaves it: the first rate of the first seed is done
+    made = {"val_loss": 0.5, "ppl": 2.0, "bits_per_byte": 1.0, "parameters": 3, "tokens": 4}
+    (runs / "0-0.01.json").write_text(json.dumps(made))
+    said = clone.run("python", "-m", "stages.cvfp.baselines.contest", "mlp_1")
+    assert said.count("seed 0, rate") == 1
+    assert clone.json("metrics/cvfp/baselines/mlp_1.json")["ppl_0"] == 2.0
+    clone.run("dvc", "repro", "-f", "stages/cvfp/baselines/dvc.yaml:contest@mlp_1")
+    clone.run("dvc", "repro", "stages/cvfp/dvc.yaml:report")
+    page = (clone.folder / "metrics/cvfp/report.md").read_text()
+    assert "On text that neither phase has seen, `sound` has a perplexity of" in page
+    assert "| mlp_1 |" in page
+    refused = clone.run("python", "-m", "stages.cvfp.baselines.contest", "bert", fails=True)
+    assert "error: give one of the models of peers.lr: sound, mlp_1" in refused
+
+
+def fingerprint_in(clone: Clone, stage: str) -> str:
+    script = f"from lego.scratch import fingerprint; print(fingerprint({stage!r}))"
+    return clone.run("python", "-c", script).strip().splitlines()[-1]

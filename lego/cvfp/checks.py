@@ -106,10 +106,13 @@ def frozen_passes(
 def convergence(
     model: NewLLMResidual, embeddings: Tensor, settings: ChecksParams, telling: Telling = QUIET
 ) -> Convergence:
-    """Whether frozen passes over the same text settle (section 5.3): the change falls and ends below final_diff."""
+    """Whether frozen passes over the same text settle (section 5.3): the change falls and ends below final_diff.
+
+    Below final_diff it need not fall further: there it is rounding.
+    """
     passes = frozen_passes(model, embeddings, settings.passes, True, telling)
     changes = [float((after - before).norm(dim=1).mean()) for before, after in itertools.pairwise(passes)]
-    falling = all(after <= before for before, after in itertools.pairwise(changes))
+    falling = all(after <= max(before, settings.final_diff) for before, after in itertools.pairwise(changes))
     return Convergence(changes, model.context_dim, falling and changes[-1] < settings.final_diff)
 
 
@@ -131,8 +134,8 @@ class Trend:
         reduction = 100 * (initial - final) / initial if initial else 0.0
         variation = 100 * self.std / mean if mean else 0.0
         return [
-            f"initial {initial:.6f}, final {final:.6f}, mean {mean:.6f}, std {self.std:.6f}, CV {variation:.1f}%, "
-            f"reduction {reduction:.1f}%, slope {self.slope:.6f}",
+            f"initial {initial:.6g}, final {final:.6g}, mean {mean:.6g}, std {self.std:.6g}, CV {variation:.1f}%, "
+            f"reduction {reduction:.1f}%, slope {self.slope:.6g}",
             f"verdict legacy {self.legacy}, with level test {self.verdict}",
         ]
 

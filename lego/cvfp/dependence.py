@@ -11,6 +11,7 @@ from lego.cvfp.model import NewLLMResidual
 from lego.cvfp.sections import ChecksParams
 
 PLACES, STEPS = 16, 512  # starts of the forgetting test, and tokens it follows each
+STRETCH = 64  # tokens in a row that a regression is fitted on, or judged on
 FOLLOWED = 500  # tokens of the Lyapunov exponent
 
 
@@ -92,7 +93,7 @@ def forgetting_time(
 
 
 def lag_r2(contexts: Tensor, embeddings: Tensor, lag: int, ridge: float) -> float:
-    """R² on the second half of a text of a ridge regression, fitted on the first, of E[t - lag] from context t.
+    """R² of a ridge regression of E[t - lag] from context t, fitted on every other stretch of a text, on the rest.
 
     Args:
         contexts, embeddings: (n, d) and (n, e).
@@ -100,14 +101,13 @@ def lag_r2(contexts: Tensor, embeddings: Tensor, lag: int, ridge: float) -> floa
         ridge: added to the diagonal, as a share of the contexts' mean variance times n.
     """
     x, y = contexts[lag:].double(), embeddings[: len(embeddings) - lag].double()
-    half = len(x) // 2
-    centre_x, centre_y = x[:half].mean(0), y[:half].mean(0)
-    x, y = x - centre_x, y - centre_y
-    gram = x[:half].T @ x[:half]
+    fitted = torch.arange(len(x)) // STRETCH % 2 == 0  # texts change on their way: halves would differ
+    x, y = x - x[fitted].mean(0), y - y[fitted].mean(0)
+    gram = x[fitted].T @ x[fitted]
     gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
-    weights = torch.linalg.solve(gram, x[:half].T @ y[:half])
-    left = (y[half:] - x[half:] @ weights).square().sum()
-    return float(1 - left / y[half:].square().sum())
+    weights = torch.linalg.solve(gram, x[fitted].T @ y[fitted])
+    left = (y[~fitted] - x[~fitted] @ weights).square().sum()
+    return float(1 - left / y[~fitted].square().sum())
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lego.cvfp.model import NewLLMResidual
+from lego.progress import track
 
 
 class NonFiniteContextError(FloatingPointError):
@@ -150,7 +151,7 @@ def settle(
     sweeps, residual = 0, 0.0
     while len(moving) and sweeps < (max_sweeps or segments):
         context = starts[moving]
-        for index in range(length):
+        for index in track(range(length), length, f"contexts, sweep {sweeps + 1}", "step"):
             context, _ = model(context=context, token=steps[index, moving])
             contexts[index, moving] = context
         sweeps += 1

@@ -20,6 +20,7 @@ from lego.cvfp.losses import BATCH, cvfp_loss
 from lego.cvfp.model import NewLLMResidual
 from lego.cvfp.passes import QUIET, Telling, parallel_pass, require_finite, sequential_pass, shifted
 from lego.cvfp.sections import Phase1Params
+from lego.progress import track
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class ContextTrainer:
         else:  # first all contexts, then the loss and its gradient in them, then chunk by chunk that of the weights
             parts = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
             with torch.no_grad():
-                views = torch.cat([forward(part) for part in parts], dim=1)
+                views = torch.cat([forward(part) for part in track(parts, len(parts), "contexts", "chunk")], dim=1)
             views.requires_grad_()
             cvfp, diversity = losses(views)
             self._update(cvfp, diversity, views, lambda gradient: self._backward(forward, parts, gradient))
@@ -197,7 +198,7 @@ class ContextTrainer:
 
     @staticmethod
     def _backward(forward: Callable[[slice], Tensor], parts: list[slice], gradient: Tensor) -> None:
-        for part in parts:
+        for part in track(parts, len(parts), "gradient", "chunk"):
             forward(part).backward(gradient[:, part])
 
     def _sequential_batch(self, number: int, previous: Tensor, target: Tensor) -> tuple[Tensor, float, float]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim import Adam
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lego.cvfp.model import NewLLMResidual
@@ -141,7 +141,8 @@ def train_head(
     model.embed_norm.requires_grad_(shared and not settings.freeze_context)
     model.token_output.requires_grad_(True)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer, generator = Adam(parameters, lr=settings.lr), torch.Generator().manual_seed(seed)
+    optimizer = AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+    generator = torch.Generator().manual_seed(seed)
     all_steps = settings.epochs * -(-train.predictions // (settings.batch_tokens or train.predictions))
     scheduler = build_scheduler(optimizer, settings.lr_schedule, 0, all_steps, 0.0)
     losses, scores, best, kept, updates = list[float](), list[Score](), 0, copy.deepcopy(model.state_dict()), 0
@@ -168,7 +169,7 @@ def _epoch(
     model: NewLLMResidual,
     text: FixedText,
     settings: Phase2Params,
-    optimizer: Adam,
+    optimizer: Optimizer,
     scheduler: LRScheduler,
     parameters: list[nn.Parameter],
     generator: torch.Generator,

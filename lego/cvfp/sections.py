@@ -154,6 +154,7 @@ class Phase2Params(Section):
     freeze_context: bool
     lr: Positive
     lr_schedule: Literal["constant", "cosine"]
+    weight_decay: NonNegative
     epochs: Count
     patience: Count
     batch_tokens: CountOrZero
@@ -164,6 +165,7 @@ class PeersParams(Section):
     """Other models at equal tokens and parameters (specification, section 12)."""
 
     seeds: Count
+    workers: Count
     streams: Count
     window: Annotated[int, at_least(8, 4096)]
     warmup_steps: CountOrZero

@@ -29,7 +29,7 @@ def main() -> None:
         threshold = params.phase1.convergence_threshold
         found = validation_trend(model, model.embed(ids).detach(), threshold, settings, telling(params.progress))
         for trial, loss in enumerate([None, *found.losses], 1):
-            print(f"trial {trial}/{trials}: {'N/A' if loss is None else f'MSE {loss:.6f}'}", flush=True)
+            print(f"trial {trial}/{trials}: {'N/A' if loss is None else f'MSE {loss:.6g}'}", flush=True)
         print("\n".join(found.lines()), flush=True)
         if asked.num_trials is None:
             facts = {"slope": found.slope, "std": found.std, "legacy": found.legacy, "verdict": found.verdict}

@@ -149,7 +149,8 @@ def build(params: CvfpParams, figures: dict[str, Figure], found: dict[str, dict[
     page.heading("Made with")
     versions = {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}}
     page.code("\n".join(f"{name} {number}" for name, number in versions.items()))
-    page.code(json.dumps(params.model_dump(exclude={"threads", "progress"}), indent=1))
+    values = params.model_dump(exclude={"threads", "progress"})
+    page.code("\n".join(f"{section} {json.dumps(one)}" for section, one in values.items()))
     return page
 
 

@@ -23,9 +23,9 @@ from stages.evidence import graph, tables, wording
 from stages.evidence.graph import FULL, load_suites
 from stages.evidence.pictures import hard_against_random, regime_map, routed_against_cost, training_curves
 from stages.evidence.quality import criterion_rows, load_table
-from stages.evidence.run import outdated
 from stages.evidence.summary import Suite, by_regime
 from stages.evidence.token_pictures import confidences, hard_by_class, sample
+from stages.evidence.wanted import outdated
 
 SETTING, SATURATED, SAMPLED = "default", "tokens_5500k", 900
 NOT_RUN = "Not run yet: `python -m stages.evidence.run --full`."

@@ -54,10 +54,10 @@ def main() -> None:
         read_json("data/cvfp/tokens/text.json", "counts")
         work, base = partial(one_run, name, params), params.peers.lr[name]
         rates = [base * factor for factor in params.peers.lr_factors]
-        first = kept(stage, work, [(0, lr) for lr in rates], params.threads)
+        first = kept(stage, work, [(0, lr) for lr in rates], params.peers.workers)
         best = min(range(len(rates)), key=lambda number: first[number]["val_loss"])
         runs = [(seed, rates[best]) for seed in range(1, params.peers.seeds)]
-        found = [first[best], *kept(stage, work, runs, params.threads)]
+        found = [first[best], *kept(stage, work, runs, params.peers.workers)]
         metrics: dict[str, Any] = {"lr": rates[best], "rate_at_an_end": best in (0, len(rates) - 1) and len(rates) > 1}
         for key in ("ppl", "bits_per_byte"):
             interval = mean_interval([one[key] for one in found])
