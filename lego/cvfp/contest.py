@@ -75,16 +75,20 @@ def _peer(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> di
 
 
 def _own(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> dict[str, Any]:
-    phase2 = params.phase2
+    phase2, whole, first = params.phase2, text.ids["train"], text
     if name == "sound":
         params = params.model_copy(update={"predict": params.predict.model_copy(update={"lr": lr})})
-    else:  # what `sound` spends on contexts goes into the head
+    elif name == "untrained":  # what `sound` spends on contexts goes into the head
         phase2 = phase2.model_copy(update={"lr": lr, "epochs": epochs_of(params), "patience": epochs_of(params)})
-        params = with_profile(params, "seed") if name == "seed" else params
-    model, passes = build(params.model, params.phase1, text.vocab_size, seed).eval(), 0
+    else:  # as many tokens as `sound` reads in phase 1, in passes over less text
+        phase2, budget = phase2.model_copy(update={"lr": lr}), params.predict.epochs * len(whole)
+        params = with_profile(params, "seed")
+        part = whole[: budget // params.phase1.max_iterations]
+        first = Text(text.ids | {"train": part}, text.vocab_size, text.token_bytes, text.validation)
+    model, spent = build(params.model, params.phase1, text.vocab_size, seed).eval(), 0
     if name != "untrained":
-        done = first_phase(params, text, seed)
-        model, passes = done.model, len(done.rows)
+        done = first_phase(params, first, seed)
+        model, spent = done.model, done.passes * len(first.ids["train"])
     found = settled(model, text, params.contexts)
     fixed = {split: FixedText(text.ids[split], found[split].contexts) for split in SPLITS}
     after, result = train_head(model, fixed["train"], fixed["validation"], phase2, seed)
@@ -94,7 +98,7 @@ def _own(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> dic
         "ppl": test.ppl,
         "bits_per_byte": bits_per_byte(test.loss, text, "test"),
         "parameters": sum(parameter_counts(after).values()),
-        "tokens": (passes + len(result.train)) * len(text.ids["train"]),
+        "tokens": spent + len(result.train) * len(whole),
         "ppl_zero_contexts": score(after, zeroed(fixed["test"])).ppl,
         "ppl_shuffled_contexts": score(after, shuffled(fixed["test"], seed)).ppl,
     }

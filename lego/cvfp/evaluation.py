@@ -116,7 +116,7 @@ def mandatory(
     still = convergence(snapshot, snapshot.embed(validation.ids[:n]).detach(), params.checks, telling)
     trials = frozen_passes(snapshot, snapshot.embed(validation.ids[:n]).detach(), 2, True, telling)
     val_moved = (trials[1] - trials[0]).square().mean(1)
-    maximum = params.phase1.max_iterations - 1 if whole else params.predict.epochs
+    maximum = params.phase1.max_iterations if whole else params.predict.epochs
     return (
         TrainFacts(
             converged=phase1["converged"] if whole else int((moved < threshold).sum()),

@@ -6,10 +6,13 @@ the statistics that the layers own: see `lego.cvfp.model`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+CENTRE = 0.1  # weight of the centre's norm in oacd
 
 
 def cvfp_loss(contexts: Tensor, target: Tensor) -> Tensor:
@@ -29,7 +32,7 @@ def centroid_batch(contexts: Tensor) -> Tensor:
 
 def oacd(contexts: Tensor) -> Tensor:
     """centroid_batch and a tenth of the squared norm of the centre: what the project chose last."""
-    return centroid_batch(contexts) + 0.1 * contexts.mean(0).square().sum()
+    return centroid_batch(contexts) + CENTRE * contexts.mean(0).square().sum()
 
 
 def vicreg(contexts: Tensor) -> Tensor:
@@ -62,7 +65,7 @@ def diversity_of(contexts: Tensor, kind: str, normalize: str) -> Tensor:
     value = BATCH[kind](contexts)
     if normalize == "per_token" and kind in ("centroid_batch", "oacd"):
         n, d = contexts.shape
-        return value * (n / d) ** 0.5
+        return value * math.sqrt(n / d)
     return value
 
 

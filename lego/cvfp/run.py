@@ -34,7 +34,12 @@ class FirstPhase:
     def facts(self) -> dict[str, Any]:
         """For metrics: the last row, and what the mandatory report needs."""
         converged = None if self.last is None else self.last.converged
-        return dict(self.rows[-1]) | {"updates": self.updates, "passes": len(self.rows), "converged": converged}
+        return dict(self.rows[-1]) | {"updates": self.updates, "passes": self.passes, "converged": converged}
+
+    @property
+    def passes(self) -> int:
+        """Over the text: epochs, or iterations with the one that trains nothing."""
+        return len(self.rows) if self.last is None else self.last.number + 1
 
 
 def telling(settings: ProgressParams) -> Telling:

@@ -74,10 +74,11 @@ def contest(page: Page, found: dict[str, dict[str, Any]], tokens: dict[str, Any]
         ppl, bits = tokens[f"test_{name}_ppl"], tokens[f"test_{name}_bits_per_byte"]
         rows.append([name, f"{ppl:.2f}", f"{bits:.3f}", "", "", ""])
     header = ["model", "held-out perplexity", "bits per byte", "parameters", "tokens in training", "rate"]
-    page.table(header, rows, "Held-out text, mean and 95 % interval over seeds; `seed` takes its ten passes beside.")
+    page.table(header, rows, "Held-out text, mean and 95 % interval over seeds; every model reads as many tokens.")
     page.text(
         "`untrained` is the same network with the weights it began with, and the same head: what training contexts is "
-        "worth is the difference. `seed` trains contexts by the rulings of the founding notes, its head as `sound`'s."
+        "worth is the difference. `seed` trains contexts by the rulings of the founding notes, its head as `sound`'s; "
+        "it reads as many tokens, in ten passes over a fifth of the text."
     )
 
 

@@ -26,7 +26,11 @@ def one_run(name: str, params: CvfpParams, run: tuple[int, float]) -> dict[str, 
     torch.set_num_threads(1)
     torch.set_deterministic_debug_mode("error")
     seed, lr = run
-    return compete(name, params, read_text_ids("data/cvfp/tokens"), derived_seed(params.seed, f"{name}/{seed}"), lr)
+    text, own = read_text_ids("data/cvfp/tokens"), derived_seed(params.seed, f"{name}/{seed}")
+    try:
+        return compete(name, params, text, own, lr)
+    except FloatingPointError as error:  # of a rate that is too high; the search takes another
+        return {"val_loss": sys.float_info.max, "diverged": str(error)}
 
 
 def kept(
@@ -39,9 +43,8 @@ def kept(
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         for (file, (seed, lr)), found in zip(missing, pool.map(work, [run for _, run in missing]), strict=True):
             write_json(file, found)
-            print(
-                f"seed {seed}, rate {lr:g}: validation loss {found['val_loss']:.4f}, ppl {found['ppl']:.2f}", flush=True
-            )
+            said = found.get("diverged") or f"validation loss {found['val_loss']:.4f}, ppl {found['ppl']:.2f}"
+            print(f"seed {seed}, rate {lr:g}: {said}", flush=True)
     return [json.loads(file.read_text()) for file in files]
 
 
@@ -58,6 +61,8 @@ def main() -> None:
         best = min(range(len(rates)), key=lambda number: first[number]["val_loss"])
         runs = [(seed, rates[best]) for seed in range(1, params.peers.seeds)]
         found = [first[best], *kept(stage, work, runs, params.peers.workers)]
+        if diverged := [number for number, one in enumerate(found) if "diverged" in one]:
+            raise StageError(f"{name}: seed {diverged[0]} diverged at rate {rates[best]:g}; lower peers.lr.{name}")
         metrics: dict[str, Any] = {"lr": rates[best], "rate_at_an_end": best in (0, len(rates) - 1) and len(rates) > 1}
         for key in ("ppl", "bits_per_byte"):
             interval = mean_interval([one[key] for one in found])
@@ -65,7 +70,7 @@ def main() -> None:
             metrics |= {f"{key}_{seed}": one[key] for seed, one in enumerate(found)}
         metrics |= {key: sum(one[key] for one in found) / len(found) for key in found[0] if key not in metrics}
         write_json(f"metrics/cvfp/baselines/{name}.json", metrics)
-        stage.record |= {"counts": {"tokens": sum(one["tokens"] for one in (*first, *found[1:]))}}
+        stage.record |= {"counts": {"tokens": sum(one.get("tokens", 0) for one in (*first, *found[1:]))}}
 
 
 if __name__ == "__main__":
