@@ -1,4 +1,4 @@
-"""Fails if the root dvc.lock was not made by this code, these parameters and these commands, or if metrics differ.
+"""Fails if a dvc.lock was not made by this code, these parameters and these commands, or if metrics differ.
 
 In a fresh clone the data is absent, which `dvc status` reports as deleted or not in cache; all else is a mismatch.
 """
@@ -6,7 +6,10 @@ In a fresh clone the data is absent, which `dvc status` reports as deleted or no
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
+
+PIPELINES = ("dvc.yaml", "stages/cvfp/dvc.yaml")  # the baselines run when someone asks for them
 
 
 def mismatches(entry: Any, place: str = "") -> list[str]:
@@ -20,13 +23,14 @@ def mismatches(entry: Any, place: str = "") -> list[str]:
 
 
 def main() -> int:
-    done = subprocess.run([sys.executable, "-m", "dvc", "status", "--json", "dvc.yaml"], capture_output=True, text=True)
+    ran = [file for file in PIPELINES if Path(file).with_suffix(".lock").exists()]
+    done = subprocess.run([sys.executable, "-m", "dvc", "status", "--json", *ran], capture_output=True, text=True)
     if done.returncode:
         print(done.stderr, file=sys.stderr)
         return 1
     found = mismatches(json.loads(done.stdout))
     for line in found:
-        print(f"dvc.lock: {line}; run dvc repro and commit dvc.lock and metrics/", file=sys.stderr)
+        print(f"dvc.lock: {line}; run dvc repro (with {PIPELINES[1]}) and commit dvc.lock and metrics/", file=sys.stderr)
     return 1 if found else 0
 
 

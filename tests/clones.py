@@ -53,7 +53,7 @@ class Clone:
             ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True
         )
         for name in files.stdout.splitlines():
-            if name.split("/")[0] in COPIED:
+            if name.split("/")[0] in COPIED and not name.endswith("dvc.lock"):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(ROOT / name, folder / name)
         text = (folder / "params.yaml").read_text()

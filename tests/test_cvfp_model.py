@@ -12,6 +12,7 @@ from torch.nn import functional
 from lego.cvfp.model import LLM, CVFPBlock, CVFPLayer, NewLLMResidual
 from lego.cvfp.moments import RunningMoments
 from lego.cvfp.passes import parallel_pass, sequential_pass
+from lego.cvfp.phase1 import ContextTrainer
 
 
 def layer(**changes) -> CVFPLayer:
@@ -93,16 +94,22 @@ def test_b10_two_blocks_and_two_tokens_by_hand():
             block.layers[0].fnn.weight.copy_(torch.tensor([[a, b], [c, d]]))
             block.layers[0].fnn.bias.zero_()
 
-    def run(context, token):
-        for block in blocks:
-            context, token = block(context=context, token=token)
-        return context, token
+    params = seed_params(
+        model__context_dim=1,
+        model__embed_dim=1,
+        model__hidden_dim=2,
+        model__layer_structure=[1, 1],
+        model__layernorm_mix=0.0,
+    )
+    model = network(params)
+    for mine, block in zip(model.blocks, blocks, strict=True):
+        mine.load_state_dict(block.state_dict())
 
     # token 1: c 0, t 1 -> block 1: u = (2, 0): c 2, t 1 -> block 2: u = (1, 4): c 3, t 5
-    context, token = run(torch.tensor([[0.0]]), torch.tensor([[1.0]]))
+    context, token = model(context=torch.tensor([[0.0]]), token=torch.tensor([[1.0]]))
     assert (context.item(), token.item()) == (3.0, 5.0)
     # token 2 restarts from its embedding 2: u = (3 + 4, 1.5 - 2 < 0): c 10, t 2 -> u = (2, 20): c 12, t 22
-    context, token = run(context, torch.tensor([[2.0]]))
+    context, token = model(context=context, token=torch.tensor([[2.0]]))
     assert (context.item(), token.item()) == (12.0, 22.0)
 
 
@@ -137,6 +144,9 @@ def test_b20_the_head_is_zero_and_frozen_before_phase_2():
     model = network(seed_params())
     assert all(not p.any() and not p.requires_grad for p in model.token_output.parameters())
     assert not model.token_embedding.weight.requires_grad
+    trainer = ContextTrainer(model, model.embed(text(9)).detach(), seed_params().phase1)
+    head = {id(one) for one in (*model.token_output.parameters(), model.token_embedding.weight)}
+    assert not head & {id(one) for group in trainer.optimizer.param_groups for one in group["params"]}
     logits = model.logits(context=torch.randn(3, 24), token=torch.randn(3, 16))
     loss = functional.cross_entropy(logits, torch.tensor([1, 2, 3]))
     assert math.exp(loss) == pytest.approx(VOCAB)

@@ -142,7 +142,7 @@ def test_patience_keeps_the_best_epoch():
 def test_sound_contexts_predict_and_say_more_than_zero_or_shuffled_ones():
     params = changed(SOUND, {"predict.epochs": 6, "predict.lr": 0.01, "phase2.epochs": 4}, "test")
     model, ids = network(params), learnable(2400)
-    result = train_contexts(model, ids, params.predict, True, params.phase1.grad_clip, 0)
+    result = train_contexts(model, ids, params.predict, params.phase1, True, 0)
     assert result.loss[-1] < result.loss[0] - 0.3
     assert result.updates == pytest.approx(6 * 599 / 32, abs=6)
     model.eval()
@@ -181,7 +181,7 @@ def test_infonce_is_cross_entropy_over_the_ids_of_the_batch():
         {"predict.loss": "infonce", "predict.keep_reader": False, "predict.epochs": 4, "predict.lr": 0.01},
         "test",
     )
-    result = train_contexts(network(params), learnable(2000), params.predict, True, 1.0, 0)
+    result = train_contexts(network(params), learnable(2000), params.predict, params.phase1, True, 0)
     assert result.loss[-1] < result.loss[0]
 
 
@@ -189,9 +189,13 @@ def test_the_contraction_term_falls_where_it_counts():
     """Without it a network with strong recurrence stays apart; with it two starts come closer."""
     losses = []
     for weight in (0.0, 10.0):
-        params = changed(SOUND, {"predict.contraction_weight": weight, "predict.contraction_gamma": 0.05}, "test")
+        params = changed(
+            SOUND,
+            {"predict.regularizer_weight": weight, "predict.contraction_gamma": 0.05, "phase1.dist_reg_weight": 0.0},
+            "test",
+        )
         model = network(params)
-        losses.append(train_contexts(model, learnable(1500), params.predict, False, 1.0, 0).contraction[-1])
+        losses.append(train_contexts(model, learnable(1500), params.predict, params.phase1, False, 0).contraction[-1])
     assert losses[1] < 0.5 * losses[0]
     start, contexts = torch.randn(1, 24), torch.randn(3, 1, 24)
     alone = two_starts(network(SOUND), start, contexts, text(3)[:, None], 0.5, torch.Generator())

@@ -69,11 +69,16 @@ def identity(
 
 @dataclass(frozen=True)
 class Convergence:
-    """Mean L2 norm, over tokens, of the change between successive frozen passes."""
+    """Mean L2 norm, over tokens, of the change between successive frozen passes; MSE by token (n,) of the last one."""
 
     differences: list[float]
     dims: int
     passed: bool
+    moved: Tensor
+
+    def converged(self, threshold: float) -> int:
+        """Tokens that moved less than a mean square."""
+        return int((self.moved < threshold).sum())
 
     @property
     def final_diff(self) -> float:
@@ -113,7 +118,8 @@ def convergence(
     passes = frozen_passes(model, embeddings, settings.passes, True, telling)
     changes = [float((after - before).norm(dim=1).mean()) for before, after in itertools.pairwise(passes)]
     falling = all(after <= max(before, settings.final_diff) for before, after in itertools.pairwise(changes))
-    return Convergence(changes, model.context_dim, falling and changes[-1] < settings.final_diff)
+    moved = (passes[-1] - passes[-2]).square().mean(dim=1)
+    return Convergence(changes, model.context_dim, falling and changes[-1] < settings.final_diff, moved)
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,7 @@ def trend(losses: Sequence[float], threshold: float, variance: float, settings: 
         legacy = "CONVERGED"
     else:
         legacy = "DIVERGING" if slope > settings.slope else "UNSTABLE"
-    low = values[-1] < threshold and values[-1] <= settings.level_share * 2 * variance
+    low = values[-1] < threshold and (values[-1] < settings.level_share * 2 * variance)
     verdict = "NOT_CONVERGED" if legacy in ("CONVERGED", "CONVERGING") and not low else legacy
     return Trend(values, slope, std, legacy, verdict)
 

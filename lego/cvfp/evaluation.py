@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lego.cvfp.checks import convergence, frozen_passes, identity
+from lego.cvfp.checks import convergence, identity
 from lego.cvfp.dependence import dependence
 from lego.cvfp.model import NewLLMResidual
 from lego.cvfp.passes import Telling, sequential_pass
@@ -111,32 +111,31 @@ def mandatory(
     """
     n, threshold, dims = params.checks.rank_tokens, params.phase1.convergence_threshold, snapshot.context_dim
     whole = phase1["converged"] is not None  # counted while training, over all tokens
-    passes = frozen_passes(snapshot, snapshot.embed(train.ids[:n]).detach(), 2, True, telling)
-    moved = (passes[1] - passes[0]).square().mean(1)
-    still = convergence(snapshot, snapshot.embed(validation.ids[:n]).detach(), params.checks, telling)
-    trials = frozen_passes(snapshot, snapshot.embed(validation.ids[:n]).detach(), 2, True, telling)
-    val_moved = (trials[1] - trials[0]).square().mean(1)
+    still, val_still = (
+        convergence(snapshot, snapshot.embed(one.ids[:n]).detach(), params.checks, telling)
+        for one in (train, validation)
+    )
     maximum = params.phase1.max_iterations if whole else params.predict.epochs
     return (
         TrainFacts(
-            converged=phase1["converged"] if whole else int((moved < threshold).sum()),
-            tokens=len(train.ids) if whole else len(moved),
+            converged=phase1["converged"] if whole else still.converged(threshold),
+            tokens=phase1["tokens"] if whole else len(still.moved),
             iterations=phase1["passes"],
             max_iterations=maximum,
             updates=phase1["updates"],
             rank=rank["train_rank"],
             untrained_rank=rank["train_rank_untrained"],
             dims=dims,
-            cvfp=phase1["cvfp_mse"] if whole else float(moved.mean()),
+            cvfp=phase1["cvfp_mse"] if whole else float(still.moved.mean()),
         ),
         ValidationFacts(
-            converged=int((val_moved < threshold).sum()),
-            tokens=len(val_moved),
+            converged=val_still.converged(threshold),
+            tokens=len(val_still.moved),
             passes=params.checks.passes,
             max_passes=params.checks.passes,
             rank=rank["val_rank"],
             dims=dims,
-            final_diff=still.final_diff,
+            final_diff=val_still.final_diff,
             threshold=params.checks.final_diff,
         ),
     )

@@ -30,11 +30,6 @@ def centroid_batch(contexts: Tensor) -> Tensor:
     return -(contexts - contexts.mean(0)).norm() / len(contexts)
 
 
-def oacd(contexts: Tensor) -> Tensor:
-    """centroid_batch and a tenth of the squared norm of the centre: what the project chose last."""
-    return centroid_batch(contexts) + CENTRE * contexts.mean(0).square().sum()
-
-
 def vicreg(contexts: Tensor) -> Tensor:
     """Variance hinge and off-diagonal covariance (Bardes et al. 2022, arXiv 2105.04906): rank 1 is costly."""
     n, d = contexts.shape
@@ -45,11 +40,16 @@ def vicreg(contexts: Tensor) -> Tensor:
     return torch.relu(1 - deviation).mean() + off_diagonal / d
 
 
+def centre(contexts: Tensor) -> Tensor:
+    """A tenth of the squared norm of the centre: with centroid_batch, `oacd`, what the project chose last."""
+    return CENTRE * contexts.mean(0).square().sum()
+
+
 BATCH: dict[str, Callable[[Tensor], Tensor]] = {
     "dist_batch": dist_batch,
     "centroid_batch": centroid_batch,
-    "oacd": oacd,
     "vicreg": vicreg,
+    "oacd": lambda contexts: centroid_batch(contexts) + centre(contexts),
 }
 
 
@@ -59,14 +59,14 @@ def diversity_of(contexts: Tensor, kind: str, normalize: str) -> Tensor:
     Args:
         contexts: of n tokens.
         kind: a key of BATCH.
-        normalize: `none`, or `per_token`: the centroid kinds are multiplied by sqrt(n / d), which makes them
+        normalize: `none`, or `per_token`: the centroid's part is multiplied by sqrt(n / d), which makes it
             independent of n and d.
     """
-    value = BATCH[kind](contexts)
     if normalize == "per_token" and kind in ("centroid_batch", "oacd"):
         n, d = contexts.shape
-        return value * math.sqrt(n / d)
-    return value
+        value = centroid_batch(contexts) * math.sqrt(n / d)
+        return value + centre(contexts) if kind == "oacd" else value
+    return BATCH[kind](contexts)
 
 
 def contraction(moved: Tensor, apart: Tensor, gamma: float) -> Tensor:

@@ -156,9 +156,10 @@ def settle(
             contexts[index, moving] = context
         sweeps += 1
         found = torch.cat([starts[:1], contexts[-1, :-1]])
-        change = (found - starts).abs().amax(dim=1)  # (S,)
-        starts, residual = found, float(change.max())
+        change = (found - starts).abs().amax(dim=1)  # (S,) from what each segment was last run with
+        residual = float(change.max())
         moving = (change > tolerance).nonzero()[:, 0]
+        starts[moving] = found[moving]
     contexts = contexts.transpose(0, 1).reshape(segments * length, d)[:n]
     require_finite(contexts, "contexts")
     return Settled(contexts, sweeps, residual)

@@ -20,6 +20,7 @@ from lego.cvfp.losses import BATCH, cvfp_loss
 from lego.cvfp.model import NewLLMResidual
 from lego.cvfp.passes import QUIET, Telling, parallel_pass, require_finite, sequential_pass, shifted
 from lego.cvfp.sections import Phase1Params
+from lego.params import ParamsError
 from lego.progress import track
 
 
@@ -60,7 +61,7 @@ NEED_A_PAST = ("centroid_ema", "ema_target")  # diversities that are 0 for the v
 LATEST = 2  # weight updates after which every loss must have had a gradient
 
 
-class ZeroGradientError(ValueError):
+class ZeroGradientError(ParamsError):
     """A loss with a weight above 0 that trains nothing (B5)."""
 
 
@@ -85,10 +86,10 @@ class ContextTrainer:
 
     def __post_init__(self) -> None:
         if len(self.embeddings) < 2:
-            raise ValueError(f"phase 1 needs at least 2 tokens, got {len(self.embeddings)}")
+            raise ParamsError(f"phase 1 needs at least 2 tokens, got {len(self.embeddings)}")
         chunked = self.settings.mode == "parallel" and len(self.embeddings) > self.settings.chunk_tokens
         if chunked and self._from_statistics:
-            raise ValueError(
+            raise ParamsError(
                 f"phase1.chunk_tokens must be at least {len(self.embeddings)} for diversity {self.settings.diversity}, "
                 "whose statistics need all tokens at once"
             )

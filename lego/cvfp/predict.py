@@ -18,7 +18,7 @@ from torch.nn import functional
 from lego.cvfp.losses import contraction, vicreg
 from lego.cvfp.model import NewLLMResidual
 from lego.cvfp.passes import require_finite
-from lego.cvfp.sections import PredictParams
+from lego.cvfp.sections import Phase1Params, PredictParams
 from lego.progress import track
 from lego.steps import build_scheduler
 
@@ -113,7 +113,7 @@ def two_starts(
 
 
 def train_contexts(
-    model: NewLLMResidual, ids: Tensor, settings: PredictParams, train_embedding: bool, grad_clip: float, seed: int
+    model: NewLLMResidual, ids: Tensor, settings: PredictParams, phase1: Phase1Params, train_embedding: bool, seed: int
 ) -> PredictResult:
     """Trains the blocks, embed_norm and, if asked, the embedding, in place.
 
@@ -121,8 +121,8 @@ def train_contexts(
         model: its head stays as it is, unless keep_reader makes it the reader that was trained here.
         ids: train text (n,).
         settings: section `predict`.
+        phase1: of which dist_reg_weight and grad_clip count.
         train_embedding: whether embeddings learn too.
-        grad_clip: largest gradient norm.
         seed: of the borders of windows, the pairs that are compared and the reading head.
 
     Raises:
@@ -136,7 +136,8 @@ def train_contexts(
     modules = [*model.blocks, model.embed_norm, model.token_embedding, predictor]
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
-    weights = torch.tensor([1.0, settings.contraction_weight, settings.vicreg_weight])
+    w = phase1.dist_reg_weight
+    weights = torch.tensor([1.0, settings.regularizer_weight * (1 - w), settings.regularizer_weight * w])
     total = len(text) - 1
     steps = settings.epochs * (-(-total // settings.bptt_len) + 1)
     scheduler = build_scheduler(optimizer, "cosine", settings.warmup_steps, steps, 0.0)
@@ -157,7 +158,7 @@ def train_contexts(
                 raise FloatingPointError(f"the loss of phase 1 is {objective.item()}; lower predict.lr")
             optimizer.zero_grad(set_to_none=True)
             objective.backward()
-            nn.utils.clip_grad_norm_(parameters, grad_clip)
+            nn.utils.clip_grad_norm_(parameters, phase1.grad_clip)
             optimizer.step()
             scheduler.step()
             context, updates = contexts[-1].detach(), updates + 1

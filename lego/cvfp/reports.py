@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from lego.artifacts import ArtifactError
+
 BANNED = re.compile(
     r"\b(good|excellent|great|moderate|improved?|better|worse|bad|poor|strong|weak|perfect|acceptable|healthy|"
     r"significant(ly)?|successful(ly)?|high|low|very|well|nice|stable|unstable)\b",
@@ -25,7 +27,7 @@ VALIDATION = re.compile(
 )
 
 
-class ReportError(ValueError):
+class ReportError(ArtifactError):
     """A report that lacks a number or passes judgement; the message says where."""
 
 

@@ -34,7 +34,9 @@ class FirstPhase:
     def facts(self) -> dict[str, Any]:
         """For metrics: the last row, and what the mandatory report needs."""
         converged = None if self.last is None else self.last.converged
-        return dict(self.rows[-1]) | {"updates": self.updates, "passes": self.passes, "converged": converged}
+        tokens = None if self.last is None else len(self.last.contexts.values)
+        counts = {"updates": self.updates, "passes": self.passes, "converged": converged, "tokens": tokens}
+        return dict(self.rows[-1]) | counts
 
     @property
     def passes(self) -> int:
@@ -61,8 +63,7 @@ def first_phase(params: CvfpParams, text: Text, seed: int) -> FirstPhase:
     untrained = copy.deepcopy(model).eval()
     ids = text.ids["train"]
     if params.phase1.objective == "predict":
-        clip = params.phase1.grad_clip
-        result = train_contexts(model, ids, params.predict, params.model.train_embedding, clip, seed)
+        result = train_contexts(model, ids, params.predict, params.phase1, params.model.train_embedding, seed)
         rows: list[dict[str, Any]] = [
             {"pass": number, "loss": loss, "contraction": fading, "vicreg": spread}
             for number, (loss, fading, spread) in enumerate(

@@ -135,9 +135,8 @@ class PredictParams(Section):
     lr: Positive
     warmup_steps: CountOrZero
     weight_decay: NonNegative
-    contraction_weight: NonNegative
+    regularizer_weight: NonNegative
     contraction_gamma: Annotated[Number, within("(0, 1)")]
-    vicreg_weight: NonNegative
 
 
 class ContextsParams(Section):

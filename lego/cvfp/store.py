@@ -16,7 +16,7 @@ from lego.cvfp.sections import CvfpParams, ModelParams, Phase1Params
 GPT2 = "gpt2"  # its name on the hub
 
 
-class EmbeddingError(ValueError):
+class EmbeddingError(ArtifactError):
     """An embedding that cannot be loaded or does not fit; nothing else is put in its place."""
 
 
@@ -79,7 +79,7 @@ def from_weights(weights: dict[str, Tensor], settings: CvfpParams) -> NewLLMResi
     """A network with given weights, named as `lego.cvfp.model` says; sizes follow from them.
 
     Args:
-        weights: state dict of plain tensors; the head may be missing (it is then 0).
+        weights: state dict of plain tensors; head (0) and statistics may be missing.
         settings: what the weights do not say: mix, update, losses.
 
     Raises:
@@ -98,9 +98,10 @@ def from_weights(weights: dict[str, Tensor], settings: CvfpParams) -> NewLLMResi
         "token_structure": _structure(weights, "token_blocks"),
     }
     network = NewLLMResidual(**_arguments(settings.model, settings.phase1) | sizes, vocab_size=vocab_size)
-    with_head = {name: tensor for name, tensor in network.state_dict().items() if name.startswith("token_output.")}
+    own = network.state_dict()
+    optional = {name: own[name] for name in own if name.startswith("token_output.") or ".statistics." in name}
     try:
-        network.load_state_dict(with_head | weights)
+        network.load_state_dict(optional | weights)
     except RuntimeError as error:
         raise ArtifactError(f"the weights do not fit: {' '.join(str(error).split())}") from None
     return network

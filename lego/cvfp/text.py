@@ -24,7 +24,7 @@ SPLITS = ("train", "validation", "test")
 MODES = "heldout_in_vocab or val_from_train"
 
 
-class UnseenIdError(ValueError):
+class UnseenIdError(CorpusError):
     """Validation has ids that train never shows; the message counts them."""
 
 

@@ -90,7 +90,9 @@ def contexts(page: Page, facts: dict[str, Any], found: dict[str, dict[str, Any]]
         if "ppl_zero_contexts" in one:
             rows.append([name, *(f"{one[k]:.2f}" for k in ("ppl", "ppl_zero_contexts", "ppl_shuffled_contexts"))])
     page.table(
-        header, rows, "Held-out perplexity with contexts taken away; one seed for this run, means of the others."
+        header,
+        rows,
+        "Held-out perplexity where the finished head gets other contexts: what it relies on.",
     )
     page.figure(figures["memory"], FOLDER)
     forgets = "not within the tokens tried" if facts["forgetting"] is None else f"{facts['forgetting']} tokens"
@@ -104,7 +106,8 @@ def contexts(page: Page, facts: dict[str, Any], found: dict[str, dict[str, Any]]
     )
 
 
-def checks(page: Page, facts: dict[str, Any], trend: dict[str, Any], figures: dict[str, Figure]) -> None:
+def checks(page: Page, params: CvfpParams, facts: dict[str, Any], figures: dict[str, Figure]) -> None:
+    trend = read_json(FOLDER / "check_val_convergence.json")
     page.heading("Critical checks")
     lines = (FOLDER / "report.txt").read_text().strip()
     validate(lines)
@@ -114,6 +117,7 @@ def checks(page: Page, facts: dict[str, Any], trend: dict[str, Any], figures: di
     for prefix, name in (("train", "train"), ("val", "validation")):
         keys = ("rank", "rank_untrained", "rank_embeddings", "rank_gaussian", "centred_rank", "participation")
         rows.append([name, *(f"{facts[f'{prefix}_{key}']:.1f}" for key in keys)])
+        rows[-1][3] += f" of {params.model.embed_dim}"
     n, d = facts["train_tokens"], facts["train_dims"]
     page.table(
         header, rows, f"Of {n:,.0f} tokens and {d:.0f} dimensions each; rank grows with tokens, hence the references."
@@ -137,7 +141,7 @@ def build(params: CvfpParams, figures: dict[str, Figure], found: dict[str, dict[
     page.text(answer(found), lead=True)
     contest(page, found, tokens, figures)
     contexts(page, facts, found, figures)
-    checks(page, facts, read_json(FOLDER / "check_val_convergence.json"), figures)
+    checks(page, params, facts, figures)
     page.heading("Threats to validity")
     page.points(
         [
