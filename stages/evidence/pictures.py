@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as PlotFigure
-from matplotlib.ticker import ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter, SymmetricalLogLocator
 
 from lego.page import Figure
 from lego.pictures import COLOURS, look, picture
@@ -114,8 +114,10 @@ def regime_map(folder: Path, suite: Suite) -> Figure:
         axes.set_xscale("log")
         axes.set_yscale("symlog", linthresh=1)
         axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.yaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=1, subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # all ten would run into each other
         axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("tokens of phase 1 per parameter of block 1")
         axes.set_ylabel("ASHEM less the other, test perplexity\n(below 0: ASHEM is better)")
         legend_below(axes)
