@@ -12,6 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from workflow import LINES
 
 from lego.artifacts import read_json
+from lego.cvfp.sections import PARAMS, CvfpParams
 from lego.evaluation import comparison_lines
 from lego.params import Params
 from stages.evidence.summary import Suite
@@ -25,10 +26,14 @@ COMMANDS = sorted(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_experiment_in_the_pages_is_valid(command):
-    values = yaml.safe_load((ROOT / "params.yaml").read_text())
     words = shlex.split(command, comments=True)
     overrides = [words[i + 1] for i, word in enumerate(words) if word == "-S"]
     assert overrides
+    file, shape = "params.yaml", Params
+    if all(one.startswith(f"{PARAMS}:") for one in overrides):  # a key of a sibling's own file
+        file, shape = PARAMS, CvfpParams
+        overrides = [one.removeprefix(f"{PARAMS}:") for one in overrides]
+    values = yaml.safe_load((ROOT / file).read_text())
     for override in OverridesParser.create().parse_overrides(overrides):
         *path, key = override.key_or_group.split(".")
         section = values
@@ -39,8 +44,8 @@ def test_every_experiment_in_the_pages_is_valid(command):
         for choice in choices:
             section[key] = getattr(choice, "text", choice)  # a quoted string
             if len(choices) > 1:
-                Params.model_validate(values)
-    params = Params.model_validate(values)
+                shape.model_validate(values)
+    params = shape.model_validate(values)
     if "split_on" in command:
         assert re.match(params.data.split_on or "", " = Title = ")
 
