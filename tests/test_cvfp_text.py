@@ -172,6 +172,7 @@ def test_every_profile_is_valid_and_changes_what_it_says():
     [
         ("model.hidden_dim", 300, r"hidden_dim must be context_dim \+ embed_dim = 288, got 300"),
         ("model.embedding", "pretrained", "embedding_from must name a folder"),
+        ("model.embedding", "gpt2", "data.tokenizer must be pretrained, of that model"),
         ("model.token_structure", [], "token_structure must name at least one block"),
         ("phase1.lr_step_factors", [1.0], "lr_step_factors must have one factor more"),
         ("phase1.nonsense", 1, "phase1.nonsense is no key of stages/cvfp/params.yaml"),
@@ -188,6 +189,7 @@ def test_embeddings_come_from_a_folder_or_are_refused_and_never_made_up(tmp_path
     matrix = torch.randn(60, 16)
     save_file({"weight": matrix, "bias": torch.zeros(3)}, tmp_path / "e.safetensors")
     small = {"model.context_dim": 24, "model.embed_dim": 16, "model.hidden_dim": 40}
+    small |= {"data.tokenizer": "pretrained", "data.pretrained": str(tmp_path)}
     params = changed(PARAMS, small | {"model.embedding": "pretrained", "model.embedding_from": str(tmp_path)}, "test")
     found = build(params.model, params.phase1, 50, 0)
     assert torch.equal(found.token_embedding.weight, matrix[:50])

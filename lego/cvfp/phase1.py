@@ -74,6 +74,9 @@ class ContextTrainer:
         embeddings: of the tokens (N, e), computed once and without gradient.
         settings: section `phase1`.
         telling: what sequential passes print.
+
+    Without `recompute_contexts`, `weights_before` holds the weights of before the last step: those that made the
+    contexts which are returned.
     """
 
     model: NewLLMResidual
@@ -82,6 +85,7 @@ class ContextTrainer:
     telling: Telling = QUIET
     updates: int = 0
     skipped: int = 0
+    weights_before: dict[str, Tensor] = field(default_factory=dict)
     _has_gradient: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -278,6 +282,8 @@ class ContextTrainer:
                 backward(torch.autograd.grad(loss, leaf)[0])
             norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
             if torch.isfinite(norm):
+                if not self.settings.recompute_contexts:
+                    self.weights_before = {name: one.clone() for name, one in self.model.state_dict().items()}
                 self.optimizer.step()
                 self.updates += 1
                 return

@@ -81,6 +81,8 @@ def first_phase(params: CvfpParams, text: Text, seed: int) -> FirstPhase:
             )
     if not rows:
         rows = [{"pass": 0, "cvfp_mse": 0.0, "diversity": 0.0, "converged": 0}]
+    if trainer.weights_before:  # the returned contexts are of before the last step, and so is the network
+        model.load_state_dict(trainer.weights_before)
     return FirstPhase(model.eval(), untrained, trainer.updates, rows, last)
 
 

@@ -216,6 +216,15 @@ class CvfpParams(Section):
     progress: ProgressParams
 
     @model_validator(mode="after")
+    def _ids_are_those_of_the_embedding(self) -> CvfpParams:
+        if self.model.embedding != "random_frozen" and self.data.tokenizer != "pretrained":
+            raise ValueError(
+                f"data.tokenizer must be pretrained, of that model, when model.embedding is {self.model.embedding}; "
+                f"its rows are of other ids; got {self.data.tokenizer}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _reader_fits(self) -> CvfpParams:
         if self.predict.keep_reader and self.predict.loss != "ce":
             raise ValueError(f"predict.keep_reader must be false when predict.loss is {self.predict.loss}, got true")
