@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lego.cvfp import peers
-from lego.cvfp.phase2 import FixedText, Score, score, shuffled, train_head, zeroed
+from lego.cvfp.phase2 import FixedText, Score, ppl, score, shuffled, train_head, zeroed
 from lego.cvfp.run import bits_per_byte, first_phase, settled
 from lego.cvfp.sections import CvfpParams, with_profile
 from lego.cvfp.store import build, parameter_counts
@@ -67,7 +67,7 @@ def _peer(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> di
     loss = peers.peer_loss(model, text.ids["test"], settings.window)
     return {
         "val_loss": validation[-1],
-        "ppl": peers.ppl(loss),
+        "ppl": ppl(loss),
         "bits_per_byte": bits_per_byte(loss, text, "test"),
         "parameters": peers.count(model),
         "tokens": epochs * len(text.ids["train"]),

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lego.cvfp.checks import convergence, identity
+from lego.cvfp.checks import Convergence, convergence, identity
 from lego.cvfp.dependence import dependence
 from lego.cvfp.model import NewLLMResidual
 from lego.cvfp.passes import Telling, sequential_pass
@@ -64,8 +64,8 @@ def ranks(
 
 def critical_checks(
     snapshot: NewLLMResidual, train: FixedText, params: CvfpParams, seed: int, telling: Telling
-) -> tuple[dict[str, Any], list[float]]:
-    """Identity, convergence and dependence on the first tokens of train; and R² by lag.
+) -> tuple[dict[str, Any], Convergence]:
+    """Identity, convergence and dependence on the first tokens of train, R² by lag; and the convergence itself.
 
     Args:
         snapshot: of phase 1.
@@ -87,14 +87,14 @@ def critical_checks(
     }
     facts |= {key: value for key, value in asdict(found).items() if key != "lag_r2"}
     facts |= {f"r2_lag_{lag}": value for lag, value in enumerate(found.lag_r2)}
-    return facts, still.differences
+    return facts, still
 
 
 def mandatory(
     snapshot: NewLLMResidual,
     params: CvfpParams,
     phase1: dict[str, Any],
-    train: FixedText,
+    still: Convergence,
     validation: FixedText,
     rank: dict[str, float],
     telling: Telling,
@@ -105,16 +105,14 @@ def mandatory(
         snapshot: of phase 1.
         params: thresholds and numbers of passes.
         phase1: metrics of train_phase1.
-        train, validation: ids and C*.
+        still: convergence of train text, as `critical_checks` found it.
+        validation: ids and C*.
         rank: what `ranks` found of both, prefixes `train` and `val`.
         telling: what passes print.
     """
     n, threshold, dims = params.checks.rank_tokens, params.phase1.convergence_threshold, snapshot.context_dim
     whole = phase1["converged"] is not None  # counted while training, over all tokens
-    still, val_still = (
-        convergence(snapshot, snapshot.embed(one.ids[:n]).detach(), params.checks, telling)
-        for one in (train, validation)
-    )
+    val_still = convergence(snapshot, snapshot.embed(validation.ids[:n]).detach(), params.checks, telling)
     maximum = params.phase1.max_iterations if whole else params.predict.epochs
     return (
         TrainFacts(

@@ -6,8 +6,7 @@ from window to window.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -191,7 +190,8 @@ def train_peer(
         first = int(torch.randint(1, settings.window + 1, (1,), generator=generator))
         state: State = None
         model.train()
-        for part in track(_parts(total, settings.window, first), None, f"epoch {epoch + 1}/{epochs}", "window"):
+        parts = list(windows(total, settings.window, first))
+        for part in track(parts, len(parts), f"epoch {epoch + 1}/{epochs}", "window"):
             logits, state = model(text[part], state)
             loss = functional.cross_entropy(logits.flatten(0, 1), text[part.start + 1 : part.stop + 1].flatten())
             if not torch.isfinite(loss):
@@ -202,10 +202,6 @@ def train_peer(
             optimizer.step()
             scheduler.step()
         after_epoch(epoch)
-
-
-def _parts(total: int, window: int, first: int) -> Iterator[slice]:
-    return windows(total, window, first)
 
 
 @torch.no_grad()
@@ -236,7 +232,3 @@ def _overlapping(model: nn.Module, ids: Tensor, window: int) -> float:
         wanted = ids[start + 1 + judged : stop + 1]
         total += float(functional.cross_entropy(logits[judged:, 0], wanted, reduction="sum"))
     return total / n
-
-
-def ppl(loss: float) -> float:
-    return math.exp(min(loss, 700.0))

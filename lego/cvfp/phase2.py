@@ -78,6 +78,11 @@ def positions(count: int, batch: int, generator: torch.Generator | None) -> Iter
     yield from order.split(batch or count)
 
 
+def ppl(loss: float) -> float:
+    """Perplexity of a mean loss in nats, kept finite."""
+    return math.exp(min(loss, 700.0))
+
+
 @dataclass(frozen=True)
 class Score:
     """Mean loss in nats and accuracy of the predicted tokens."""
@@ -87,7 +92,7 @@ class Score:
 
     @property
     def ppl(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        return ppl(self.loss)
 
 
 @torch.no_grad()

@@ -60,9 +60,9 @@ def validation_from_train(train: np.ndarray, share: float, encoder: TextEncoder)
         UnseenIdError: tokenizing again gave ids that train does not have, as borders of tokens may move.
     """
     last = train[len(train) - max(2, round(share * len(train))) :]
-    pieces = "".join(encoder.fast.decode(part, skip_special_tokens=False) for part in [last.tolist()])
+    spelled = encoder.fast.decode(last.tolist(), skip_special_tokens=False)
     encoder.fast.encode_special_tokens = False  # end-of-text, which decoding spelled out, is one token again
-    again = np.array(encoder.fast.encode(pieces, add_special_tokens=False).ids, dtype=np.int64)
+    again = np.array(encoder.fast.encode(spelled, add_special_tokens=False).ids, dtype=np.int64)
     encoder.fast.encode_special_tokens = True
     require_seen(again, train, "validation from train")
     return again

@@ -27,12 +27,15 @@ def main() -> None:
         n, rank = params.checks.rank_tokens, dict[str, float]()
         for prefix, split in (("train", "train"), ("val", "validation")):
             rank |= ranks(snapshot, untrained, fixed[split].ids[:n], stage.seed, prefix)
-        quiet = telling(params.progress)
-        checks, changes = critical_checks(snapshot, fixed["train"], params, stage.seed, quiet)
-        facts = mandatory(snapshot, params, phase1, fixed["train"], fixed["validation"], rank, quiet)
+        told = telling(params.progress)
+        checks, still = critical_checks(snapshot, fixed["train"], params, stage.seed, told)
+        facts = mandatory(snapshot, params, phase1, still, fixed["validation"], rank, told)
         metrics |= {"parameters": sum(parameter_counts(model).values()), "validation_is": text.validation}
         write_json("metrics/cvfp/evaluate.json", metrics | rank | checks | {"updates": phase1["updates"]})
-        write_csv("metrics/cvfp/curves/convergence.csv", [{"pass": n, "l2": one} for n, one in enumerate(changes, 2)])
+        write_csv(
+            "metrics/cvfp/curves/convergence.csv",
+            [{"pass": n, "l2": one} for n, one in enumerate(still.differences, 2)],
+        )
         lines = report(*facts)
         write_text("metrics/cvfp/report.txt", lines + "\n")
         print(lines, flush=True)

@@ -3,7 +3,6 @@
 dvc repro stages/cvfp/baselines/dvc.yaml          (python -m stages.cvfp.baselines.contest gru)
 """
 
-import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -18,7 +17,6 @@ from lego.cvfp.contest import compete
 from lego.cvfp.sections import WRITTEN, CvfpParams, load
 from lego.cvfp.text import read_text_ids
 from lego.harness import Stage, StageError, exit_cleanly
-from lego.stats import mean_interval
 
 
 def one_run(name: str, params: CvfpParams, run: tuple[int, float]) -> dict[str, Any]:
@@ -45,7 +43,7 @@ def kept(
             write_json(file, found)
             said = found.get("diverged") or f"validation loss {found['val_loss']:.4f}, ppl {found['ppl']:.2f}"
             print(f"seed {seed}, rate {lr:g}: {said}", flush=True)
-    return [json.loads(file.read_text()) for file in files]
+    return [read_json(file, "val_loss") for file in files]
 
 
 def main() -> None:
@@ -65,8 +63,6 @@ def main() -> None:
             raise StageError(f"{name}: seed {diverged[0]} diverged at rate {rates[best]:g}; lower peers.lr.{name}")
         metrics: dict[str, Any] = {"lr": rates[best], "rate_at_an_end": best in (0, len(rates) - 1) and len(rates) > 1}
         for key in ("ppl", "bits_per_byte"):
-            interval = mean_interval([one[key] for one in found])
-            metrics |= {key: interval.mean}
             metrics |= {f"{key}_{seed}": one[key] for seed, one in enumerate(found)}
         metrics |= {key: sum(one[key] for one in found) / len(found) for key in found[0] if key not in metrics}
         write_json(f"metrics/cvfp/baselines/{name}.json", metrics)
