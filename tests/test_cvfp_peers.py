@@ -10,17 +10,23 @@ from conftest import ROOT
 from cvfp_models import PARAMS, SMALL
 from torch.nn import functional
 
-from lego.cvfp import peers
-from lego.cvfp.contest import OWN, compete, epochs_of, parameter_budget
+from lego.cvfp import forms, peers, rivals
+from lego.cvfp.contest import epochs_of, made_of, size_on_paper
 from lego.cvfp.sections import changed
+from lego.cvfp.store import build
 from lego.cvfp.text import Text
 
-NAMES = [name for name in PARAMS.peers.lr if name not in OWN]
+OWN, NAMES = PARAMS.contest.own, list(PARAMS.contest.peers)
+SIZED = [name for name in NAMES if name != "end_to_end"]
 VOCAB = 40
 
 
 def peer(name: str) -> torch.nn.Module:
     torch.manual_seed(0)
+    if name == "end_to_end":
+        network = build(changed(PARAMS, SMALL, "test").model, PARAMS.phase1, VOCAB, 0)
+        torch.nn.init.normal_(network.token_output.weight)
+        return peers.EndToEnd(network).eval()
     return peers.make(name, VOCAB, 16, 24, 32).eval()
 
 
@@ -44,9 +50,9 @@ def test_peers_see_what_came_before_and_nothing_after(name):
 def test_a_text_in_windows_is_the_text_as_a_whole(name):
     model, ids = peer(name), torch.randint(VOCAB, (90,))
     logits, _ = model(ids[:-1, None], None)
-    expected = functional.cross_entropy(logits[:, 0], ids[1:])
+    expected = functional.cross_entropy(logits[:, 0], ids[1:]).detach()
     for window in (7, 32, 200):
-        assert peers.peer_loss(model, ids, window) == pytest.approx(float(expected), rel=1e-5)
+        assert rivals.peer_loss(model, ids, window) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize("tokens", [5, 33, 34, 60, 90])
@@ -61,27 +67,27 @@ def test_a_transformer_judges_every_token_once_with_half_a_window_before(tokens)
     model.forward = spy
     losses = []
     real = functional.cross_entropy
-    peers.functional.cross_entropy = lambda a, b, reduction: losses.append(len(b)) or real(a, b, reduction=reduction)
+    rivals.functional.cross_entropy = lambda a, b, reduction: losses.append(len(b)) or real(a, b, reduction=reduction)
     try:
-        found = peers.peer_loss(model, ids, 32)
+        found = rivals.peer_loss(model, ids, 32)
     finally:
-        peers.functional.cross_entropy = real
+        rivals.functional.cross_entropy = real
     assert sum(losses) == tokens - 1
     assert math.isfinite(found)
     assert max(seen) <= 32
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SIZED)
 def test_widths_give_equal_parameters(name):
     budget = 400_000
-    width = peers.width_for(name, budget, 1024, 64, 64)
-    sizes = [peers.count(peers.make(name, 1024, 64, one, 64)) for one in (width - 4, width, width + 4)]
+    width = rivals.width_for(name, budget, 1024, 64, 64)
+    sizes = [rivals.count(peers.make(name, 1024, 64, one, 64)) for one in (width - 4, width, width + 4)]
     assert abs(sizes[1] - budget) == min(abs(size - budget) for size in sizes)
     assert sizes[1] == pytest.approx(budget, rel=0.05)
 
 
 def test_the_budget_is_that_of_sound():
-    assert parameter_budget(PARAMS, 1024) == 98_304 + 194_784 + 138_912 + 295_936
+    assert size_on_paper(PARAMS, 1024) == 98_304 + 194_784 + 138_912 + 295_936
     with pytest.raises(ValueError, match="there is no peer bert; there are mlp_1"):
         peers.make("bert", 10, 8, 8, 8)
 
@@ -107,20 +113,52 @@ CONTEST = changed(
 )
 
 
-@pytest.mark.parametrize("name", ["sound", "untrained", "gru", "mlp_2", "transformer"])
+@pytest.mark.parametrize("name", ["sound", "sound_reservoir", "untrained", "end_to_end", "gru", "mlp_2", "transformer"])
 def test_a_contestant_learns_from_equal_tokens(name):
-    text = toy_text()
+    text, compete = toy_text(), (forms if name in OWN else rivals).compete
     found = compete(name, CONTEST, text, seed=1, lr=0.01)
     assert found["tokens"] == epochs_of(CONTEST) * 1500
     assert found["ppl"] < 0.7 * VOCAB
     assert found["bits_per_byte"] == pytest.approx(math.log2(found["ppl"]))  # a token is a byte here
     assert ("ppl_zero_contexts" in found) == (name in OWN)
+    assert ("ppl_trained_zero_contexts" in found) == (name == "sound")
+    assert 0 < found["parameters_without_embeddings"] < found["parameters"]
     again = compete(name, CONTEST, text, seed=1, lr=0.01)
     assert again == found
 
 
-def test_seed_reads_as_many_tokens_in_passes_over_less_text(monkeypatch):
+def test_seed_has_as_many_parameters_and_reads_as_many_tokens_in_passes_over_less_text(monkeypatch):
     monkeypatch.chdir(ROOT)  # where the profiles lie
     params = changed(CONTEST, {"phase1.early_stop": False, "phase1.max_iterations": 4}, "test")
-    found = compete("seed", params, toy_text(400), seed=1, lr=0.01)
+    scaled = forms.seed_of_equal_size(PARAMS, 1024)
+    budget, size = size_on_paper(PARAMS, 1024), size_on_paper(scaled, 1024)
+    assert size == pytest.approx(budget, rel=0.05)
+    assert scaled.model.layer_structure == [1] * 6
+    found = forms.compete("seed", params, toy_text(400), seed=1, lr=0.01)
     assert found["tokens"] == epochs_of(params) * 400
+    untrained = forms.compete("seed_untrained", params, toy_text(400), seed=1, lr=0.01)
+    assert untrained["tokens"] == epochs_of(params) * 400
+    assert untrained["parameters"] == found["parameters"]
+
+
+def test_a_reservoir_trains_its_embedding_and_no_block():
+    text, before = toy_text(), build(CONTEST.model, CONTEST.phase1, VOCAB, 1).state_dict()
+    model, spent = forms._contexts("sound_reservoir", CONTEST, text, 1)
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert {name.split(".")[0] for name in moved} == {"token_embedding", "embed_norm", "token_output"}
+    assert spent == CONTEST.predict.epochs * 1500
+
+
+def test_the_digest_of_a_row_follows_what_it_is_made_of():
+    text = toy_text().digests()
+
+    def of(name: str, **changes: object) -> str:
+        return made_of(name, changed(PARAMS, {key.replace("__", "."): one for key, one in changes.items()}, "t"), text)
+
+    assert of("gru") == of("gru", phase1__lr=0.5) == of("gru", contest__workers=1, checks__lags=3)
+    assert of("gru") != of("gru", peers__window=32)
+    assert of("gru") != of("gru", phase2__epochs=2)
+    assert of("gru") != of("gru", **{"contest__peers__gru": 0.1})
+    assert of("sound") == of("sound", peers__window=32)
+    assert of("sound") != of("sound", phase1__dist_reg_weight=0.5)
+    assert of("sound") != made_of("sound", PARAMS, text | {"train": "other"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -36,7 +37,7 @@ def learnable(tokens: int, seed: int = 0) -> torch.Tensor:
 def test_the_first_epoch_begins_at_the_perplexity_of_the_vocabulary(params):
     model = network(params)
     found = fixed(model)
-    assert score(model, found).ppl == pytest.approx(VOCAB, rel=1e-4)
+    assert score(model, found, "v2").ppl == pytest.approx(VOCAB, rel=1e-4)
     _, result = train_head(model, found, fixed(model, 40, 2), params.phase2.model_copy(update={"batch_tokens": 0}), 0)
     assert math.exp(result.train[0]) == pytest.approx(VOCAB, rel=1e-4)
 
@@ -51,7 +52,7 @@ def test_positions_are_independent_given_the_contexts(params):
     alone = torch.cat([logits_at(model, found, before, torch.tensor([i]))[0] for i in range(79)])
     torch.testing.assert_close(together, alone)
     torch.testing.assert_close(
-        nll(model, found, 7)[0], functional.cross_entropy(together, found.ids[1:], reduction="none")
+        nll(model, found, "v2", 7)[0], functional.cross_entropy(together, found.ids[1:], reduction="none")
     )
 
 
@@ -124,8 +125,30 @@ def test_9_10_the_older_forms_of_phase_2_learn_too(mode):
     model = network(params)
     ids = learnable(120)
     train = FixedText(ids, sequential_pass(model, model.embed(ids).detach()))
-    _, result = train_head(model, train, train, params.phase2, 0)
+    after, result = train_head(model, train, train, params.phase2, 0)
     assert result.train[-1] < result.train[0]
+    judged = score(after, zeroed(train), mode)  # as it was trained: C* is not read
+    assert judged.loss == pytest.approx(min(one.loss for one in result.validation), rel=1e-5)
+    with torch.no_grad():  # token by token, by hand
+        context, losses = torch.zeros(1, 24), []
+        for here, following in itertools.pairwise(ids):
+            context, token = after(context=context, token=after.embed(here[None]))
+            seen = context if mode == "v1_mse" else torch.zeros_like(context)
+            losses.append(functional.cross_entropy(after.logits(context=seen, token=token), following[None]))
+    assert judged.loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["v2", "v1_mse", "propagate"])
+def test_a_step_in_chunks_is_the_step_as_a_whole(mode):
+    found = []
+    for chunk in (8192, 7):
+        params = seed_params(phase2__mode=mode, phase2__epochs=3, phase2__chunk_tokens=chunk)
+        model = network(params)
+        after, result = train_head(model, fixed(model), fixed(model, 40, 2), params.phase2, 0)
+        found.append((result.train, after.state_dict()["token_output.weight"]))
+        assert result.updates == 3
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-5)
 
 
 def test_patience_keeps_the_best_epoch():
@@ -135,7 +158,7 @@ def test_patience_keeps_the_best_epoch():
     assert len(result.validation) == result.best + 2
     losses = [one.loss for one in result.validation]
     assert losses.index(min(losses)) == result.best - 1
-    assert score(after, fixed(model, 40, 2)).loss == pytest.approx(min(losses), abs=1e-5)
+    assert score(after, fixed(model, 40, 2), "v2").loss == pytest.approx(min(losses), abs=1e-5)
     assert Score(10_000.0, 0.0).ppl < math.inf
 
 
@@ -150,7 +173,7 @@ def test_sound_contexts_predict_and_say_more_than_zero_or_shuffled_ones():
         FixedText(one, sequential_pass(model, model.embed(one).detach())) for one in (ids, learnable(600, 1))
     )
     after, _ = train_head(model, train, held_out, params.phase2, 0)
-    losses = [score(after, one).loss for one in (held_out, zeroed(held_out), shuffled(held_out, 0))]
+    losses = [score(after, one, "v2").loss for one in (held_out, zeroed(held_out), shuffled(held_out, 0))]
     assert losses[0] < losses[1] - 0.3
     assert losses[0] < losses[2] - 0.3
 

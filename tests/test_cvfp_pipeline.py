@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -17,14 +18,14 @@ from clones import Clone
 from conftest import ROOT
 from test_pipeline import names, transitive_imports
 
-from lego.artifacts import read_json, sha256
+from lego.artifacts import read_json, sha256, write_json
 from lego.cvfp.passes import sequential_pass
 from lego.cvfp.phase1 import ContextTrainer
 from lego.cvfp.reports import validate
 from lego.cvfp.run import first_phase
 from lego.cvfp.sections import PARAMS, CvfpParams, changed, load, with_profile
 from lego.cvfp.store import build
-from lego.cvfp.text import Text
+from lego.cvfp.text import SPLITS, Text, digest, stream
 from lego.scratch import fingerprint, pipeline_entry
 
 STAGES = yaml.safe_load((ROOT / "stages/cvfp/dvc.yaml").read_text())["stages"]
@@ -49,9 +50,10 @@ TINY = {
     "checks.num_trials": 3,
     "checks.passes": 3,
     "threads": 1,
-    "peers.seeds": 2,
-    "peers.lr_factors": [1.0, 2.0],
-    "peers.lr": {"sound": 0.01, "mlp_1": 0.01},
+    "contest.seeds": 2,
+    "contest.lr_factors": [1.0, 2.0],
+    "contest.own": {"sound": 0.01},
+    "contest.peers": {"mlp_1": 0.01},
 }
 
 
@@ -71,10 +73,16 @@ def test_every_section_is_declared_and_every_declared_key_exists():
     sections = {key.split(".")[0] for key in keys}
     assert sections == set(CvfpParams.model_fields)
     values = yaml.safe_load((ROOT / PARAMS).read_text())
-    for key in keys - {"peers.lr.${key}"}:
+    for key in {key.removesuffix(".${key}") for key in keys}:
         section, _, last = key.partition(".")
         assert section in values
         assert not last or last in values[section], key
+
+
+def test_a_peer_does_not_rerun_for_what_only_cvfp_reads():
+    own, peers = (set(declared(BASELINES[group]["do"])) for group in ("own", "peers"))
+    assert own - peers == {"phase1", "predict", "contexts", "phase2", "contest.own.${key}"}
+    assert peers - own == {"predict.epochs", "phase2.epochs", "peers", "contest.peers.${key}"}
 
 
 def test_what_a_stage_reads_an_earlier_one_writes_and_timing_is_no_dependency():
@@ -209,6 +217,48 @@ def test_a6_the_legacy_profile_stops_after_one_step_with_contexts_of_before_it(c
     assert (done.updates, done.facts()["converged"], done.facts()["tokens"]) == (1, 399, 400)
 
 
+@pytest.mark.parametrize("profile", ["seed", "legacy_seed3"])
+def test_the_profiles_of_the_notes_run_through_all_stages(profile, tmp_path, monkeypatch, capsys):
+    params = with_profile(load(ROOT / PARAMS), profile, ROOT / "stages/cvfp/profiles.yaml")
+    assert (params.data.max_train_tokens, params.text.validation, params.model.context_dim) == (
+        6400,
+        "val_from_train",
+        768,
+    )
+    sizes = {"model.context_dim": 24, "model.embed_dim": 24, "model.hidden_dim": 48, "data.max_train_tokens": 1600}
+    small = {key: value for key, value in TINY.items() if key.split(".")[0] in ("data", "text", "checks")}
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stages/cvfp").mkdir(parents=True)
+    values = changed(params, small | sizes, "test").model_dump()
+    (tmp_path / PARAMS).write_text(yaml.safe_dump(values, sort_keys=False))
+    write_json("metrics/cvfp/contest.json", {})
+    monkeypatch.setattr(sys, "argv", ["stage"])
+    for name in STAGES:
+        importlib.import_module(f"stages.cvfp.{name}").main()
+    found = read_json("metrics/cvfp/evaluate.json")
+    assert found["validation_is"] == "val_from_train (train-subset, not generalization)"
+    assert found["untrained_converged_share"] == pytest.approx(1, abs=0.2)
+    assert found["updates"] == (1 if profile == "legacy_seed3" else found["updates"])
+    if profile == "legacy_seed3":  # the contexts that are judged are those of before the one step
+        assert found["train_rank"] == pytest.approx(found["train_rank_untrained"], rel=1e-6)
+    assert found["is_identity"] is False
+    said = capsys.readouterr().out
+    assert "iteration 1: 100/1,569 tokens (6 %)" in said
+    assert "train-subset, not generalization" in (tmp_path / "metrics/cvfp/report.md").read_text()
+
+
+def test_b22_no_document_is_in_two_splits(clone):
+    """Documents are between end-of-text ids; identical ones are one document."""
+    found = {}
+    for split in SPLITS:
+        ids = stream(clone.folder / "data/cvfp/tokens", split)
+        documents = np.split(ids, np.flatnonzero(ids == 0))
+        found[split] = {digest(one) for one in documents if len(one) > 20}
+    assert all(found.values())
+    assert not found["train"] & (found["validation"] | found["test"])
+    assert not found["validation"] & found["test"]
+
+
 def test_profiles_are_options_of_dvc(clone):
     options = clone.run("python", "-m", "stages.cvfp.profile", "seed").split()
     assert options[0] == "-S"
@@ -223,9 +273,9 @@ def test_fingerprints_follow_the_siblings_own_parameters(tmp_path, monkeypatch):
     (tmp_path / "stages/cvfp").mkdir(parents=True)
     text = (ROOT / PARAMS).read_text()
     (tmp_path / PARAMS).write_text(text)
-    first = {one: fingerprint(f"cvfp/baselines/contest@{one}") for one in ("gru", "lstm")}
+    first = {one: fingerprint(f"cvfp/baselines/peers@{one}") for one in ("gru", "lstm")}
     (tmp_path / PARAMS).write_text(text.replace("    gru: 4.0e-03", "    gru: 5.0e-03"))
-    second = {one: fingerprint(f"cvfp/baselines/contest@{one}") for one in ("gru", "lstm")}
+    second = {one: fingerprint(f"cvfp/baselines/peers@{one}") for one in ("gru", "lstm")}
     assert first["gru"] != second["gru"]
     assert first["lstm"] == second["lstm"]
     assert pipeline_entry("cvfp/evaluate")["wdir"] == "../.."
@@ -234,29 +284,41 @@ def test_fingerprints_follow_the_siblings_own_parameters(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_contest_runs_goes_on_after_a_kill_and_reaches_the_page(clone):
-    scratch = clone.folder / ".scratch/cvfp/baselines/contest@mlp_1"
+    scratch = clone.folder / ".scratch/cvfp/baselines/peers@mlp_1"
     clone.run("dvc", "repro", "stages/cvfp/baselines/dvc.yaml")
     found = clone.json("metrics/cvfp/contest.json")
-    assert list(found) == ["mlp_1", "sound"]
+    assert set(found) == {"mlp_1", "sound"}
     for one in found.values():
         assert one["ppl"] == pytest.approx((one["ppl_0"] + one["ppl_1"]) / 2)
         assert one["lr"] in (0.01, 0.02)
         assert one["rate_at_an_end"] is True
     assert not scratch.exists()
-    runs = scratch / fingerprint_in(clone, "cvfp/baselines/contest@mlp_1") / "runs"
+    runs = scratch / fingerprint_in(clone, "cvfp/baselines/peers@mlp_1") / "runs"
     runs.mkdir(parents=True)  # as a killed run leaves it: the first rate of the first seed is done
-    made = {"val_loss": 0.5, "ppl": 2.0, "bits_per_byte": 1.0, "parameters": 3, "tokens": 4}
+    made = {"val_loss": 0.5, "ppl": 2.0, "bits_per_byte": 1.0, "parameters": 3, "tokens": 4, "seconds": 5.0}
+    made |= {"parameters_without_embeddings": 2}
     (runs / "0-0.01.json").write_text(json.dumps(made))
-    said = clone.run("python", "-m", "stages.cvfp.baselines.contest", "mlp_1")
+    said = clone.run("python", "-m", "stages.cvfp.baselines.peers", "mlp_1")
     assert said.count("seed 0, rate") == 1
     assert clone.json("metrics/cvfp/baselines/mlp_1.json")["ppl_0"] == 2.0
-    clone.run("dvc", "repro", "-f", "stages/cvfp/baselines/dvc.yaml:contest@mlp_1")
+    clone.run("dvc", "repro", "-f", "stages/cvfp/baselines/dvc.yaml:peers@mlp_1")
     clone.run("dvc", "repro", "stages/cvfp/dvc.yaml:report")
     page = (clone.folder / "metrics/cvfp/report.md").read_text()
     assert "On text that neither phase has seen, `sound` has a perplexity of" in page
     assert "| mlp_1 |" in page
-    refused = clone.run("python", "-m", "stages.cvfp.baselines.contest", "bert", fails=True)
-    assert "error: give one of the models of peers.lr: sound, mlp_1" in refused
+    assert "outdated" not in page
+    refused = clone.run("python", "-m", "stages.cvfp.baselines.peers", "bert", fails=True)
+    assert "error: give one of the models of contest.peers: mlp_1" in refused
+    file = clone.folder / PARAMS
+    before = file.read_text()
+    file.write_text(before.replace("regularizer_weight: 0.02", "regularizer_weight: 0.03"))
+    clone.run("python", "-m", "stages.cvfp.report")
+    rows = (clone.folder / "metrics/cvfp/report.md").read_text().splitlines()
+    file.write_text(before)
+    assert ["outdated" in row for name in ("| **sound** ", "| mlp_1 ") for row in rows if row.startswith(name)] == [
+        True,
+        False,
+    ]
 
 
 def fingerprint_in(clone: Clone, stage: str) -> str:

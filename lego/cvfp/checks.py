@@ -11,9 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lego.artifacts import ArtifactError
 from lego.cvfp.model import NewLLMResidual
 from lego.cvfp.passes import QUIET, Telling, sequential_pass
 from lego.cvfp.sections import ChecksParams
+
+
+class IdentityError(ArtifactError):
+    """Contexts that hand their input on, of which phase 2 could learn nothing."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,63 @@ class Identity:
     on_noise: bool
 
 
+def noise(model: NewLLMResidual, pairs: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Normal contexts (pairs, d) and tokens (pairs, e)."""
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(pairs, model.context_dim + model.embed_dim, generator=generator)
+    context, token = rows.split([model.context_dim, model.embed_dim], dim=1)
+    return context, token
+
+
+@torch.no_grad()
+def noise_cosine(model: NewLLMResidual, pairs: int, seed: int) -> float:
+    """Mean cosine of c with f(c, t), both normal noise."""
+    context, token = noise(model, pairs, seed)
+    return float(torch.cosine_similarity(context, model(context=context, token=token)[0]).mean())
+
+
+def require_no_identity(model: NewLLMResidual, settings: ChecksParams, seed: int) -> None:
+    """Phase 2 is not run on contexts that hand their input on (section 5.2).
+
+    Raises:
+        IdentityError: the cosine of noise with what is made of it is above checks.identity_cosine.
+    """
+    found = noise_cosine(model, settings.identity_pairs, seed)
+    if found > settings.identity_cosine:
+        raise IdentityError(
+            f"data/cvfp/phase1: its network is an identity (mean cosine of c and f(c, t) {found:.4f}), so phase 2 is "
+            f"not trained; change phase1 or model, or raise checks.identity_cosine above {settings.identity_cosine:g}"
+        )
+
+
+@torch.no_grad()
+def flags(model: NewLLMResidual, settings: ChecksParams, seed: int) -> dict[str, bool]:
+    """What a degenerate network is, at most one of them: constant, identity, token_blind or memoryless (B25).
+
+    On noise, since the contexts that such a network makes are too alike to tell by.
+
+    Args:
+        model: frozen.
+        settings: section `checks`.
+        seed: of the noise.
+    """
+    context, token = noise(model, settings.identity_pairs, seed)
+    here, _ = model(context=context, token=token)
+    other_token, _ = model(context=context, token=token.roll(1, 0))
+    other_context, _ = model(context=context.roll(1, 0), token=token)
+    blind, forgets = (
+        float(torch.cosine_similarity(here, other).mean()) > settings.blind_cosine
+        for other in (other_token, other_context)
+    )
+    same = float(torch.cosine_similarity(context, here).mean()) > settings.identity_cosine
+    return {
+        "constant": blind and forgets,
+        "identity": same,
+        "token_blind": blind and not forgets and not same,
+        "memoryless": forgets and not blind,
+    }
+
+
 @torch.no_grad()
 def identity(
     model: NewLLMResidual, contexts: Tensor, embeddings: Tensor, settings: ChecksParams, seed: int
@@ -47,11 +109,7 @@ def identity(
         settings: thresholds.
         seed: of the noise.
     """
-    generator = torch.Generator().manual_seed(seed)
-    noise = torch.randn(settings.identity_pairs, model.context_dim + model.embed_dim, generator=generator)
-    context, token = noise.split([model.context_dim, model.embed_dim], dim=1)
-    after, _ = model(context=context, token=token)
-    noise_cosine = float(torch.cosine_similarity(context, after).mean())
+    on_noise = noise_cosine(model, settings.identity_pairs, seed)
     norm = float(contexts.norm(dim=1).mean())
     deviation = float((contexts - contexts.mean(0)).norm(dim=1).mean())
     same = model.context_dim == model.embed_dim
@@ -61,9 +119,9 @@ def identity(
         mean_norm=norm,
         mean_deviation=deviation,
         token_cosine=cosine,
-        noise_cosine=noise_cosine,
+        noise_cosine=on_noise,
         on_data=norm < small or deviation < small or (cosine is not None and cosine >= settings.identity_cosine),
-        on_noise=noise_cosine > settings.identity_cosine,
+        on_noise=on_noise > settings.identity_cosine,
     )
 
 

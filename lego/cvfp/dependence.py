@@ -13,6 +13,7 @@ from lego.cvfp.sections import ChecksParams
 PLACES, STEPS = 16, 512  # starts of the forgetting test, and tokens it follows each
 STRETCH = 64  # tokens in a row that a regression is fitted on, or judged on
 FOLLOWED = 500  # tokens of the Lyapunov exponent
+APART = 1e-3  # its two starts, in standard deviations: large beside rounding, small beside the contexts
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def lyapunov(model: NewLLMResidual, contexts: Tensor, embeddings: Tensor, steps:
     steps = min(steps, len(embeddings) // 2)
     begin = len(embeddings) // 2
     generator = torch.Generator().manual_seed(0)
-    tiny = 1e-3 * float(contexts.std())  # large beside rounding, small beside the contexts
+    tiny = APART * float(contexts.std())
     apart = torch.randn(model.context_dim, generator=generator)
     apart *= tiny / apart.norm()
     context, growth = contexts[begin - 1], 0.0

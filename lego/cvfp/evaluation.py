@@ -7,54 +7,69 @@ from typing import Any
 
 import torch
 
-from lego.cvfp.checks import Convergence, convergence, identity
+from lego.cvfp.checks import Convergence, convergence, flags, identity
 from lego.cvfp.dependence import dependence
 from lego.cvfp.model import NewLLMResidual
 from lego.cvfp.passes import Telling, sequential_pass
 from lego.cvfp.phase2 import FixedText, score, shuffled, zeroed
 from lego.cvfp.ranks import Spread, effective_rank, gaussian_rank
 from lego.cvfp.reports import TrainFacts, ValidationFacts
-from lego.cvfp.run import bits_per_byte
-from lego.cvfp.sections import CvfpParams
+from lego.cvfp.sections import ChecksParams, CvfpParams
 from lego.cvfp.text import Text
 
 
-def worth(model: NewLLMResidual, text: Text, test: FixedText, validation: FixedText, seed: int) -> dict[str, float]:
-    """Perplexities on held-out text, with its contexts, with none and with those of other tokens.
+def worth(
+    model: NewLLMResidual, mode: str, text: Text, test: FixedText, validation: FixedText, seed: int
+) -> dict[str, float]:
+    """Perplexities on held-out text; where phase 2 reads C*, also with none and with those of other tokens.
 
     Args:
         model: of phase 2.
+        mode: phase2.mode it was trained in, and is judged in.
         text: for bits a byte.
         test, validation: with the contexts of the snapshot.
         seed: of the shuffling.
     """
-    whole = score(model, test)
-    return {
+    whole = score(model, test, mode)
+    found = {
         "ppl": whole.ppl,
         "acc": whole.accuracy,
-        "bits_per_byte": bits_per_byte(whole.loss, text, "test"),
-        "val_ppl": score(model, validation).ppl,
-        "ppl_zero_contexts": score(model, zeroed(test)).ppl,
-        "ppl_shuffled_contexts": score(model, shuffled(test, seed)).ppl,
+        "bits_per_byte": text.bits_per_byte(whole.loss, "test"),
+        "val_ppl": score(model, validation, mode).ppl,
     }
+    if mode == "v2":
+        found["ppl_zero_contexts"] = score(model, zeroed(test), mode).ppl
+        found["ppl_shuffled_contexts"] = score(model, shuffled(test, seed), mode).ppl
+    return found
 
 
 def ranks(
-    snapshot: NewLLMResidual, untrained: NewLLMResidual, ids: torch.Tensor, seed: int, prefix: str
+    snapshot: NewLLMResidual,
+    untrained: NewLLMResidual,
+    ids: torch.Tensor,
+    settings: ChecksParams,
+    seed: int,
+    prefix: str,
+    telling: Telling,
 ) -> dict[str, float]:
     """Ranks of contexts from start 0 beside the three references at the same tokens and width.
 
     Args:
         snapshot, untrained: of phase 1, after and before.
         ids: the first tokens of a text (n,).
+        settings: what counts as a global attractor, and as the zero solution.
         seed: of the pairs and of the Gaussian rows.
         prefix: of the keys.
+        telling: what passes print.
     """
     embeddings = {name: model.embed(ids).detach() for name, model in (("own", snapshot), ("before", untrained))}
-    own = sequential_pass(snapshot, embeddings["own"])
-    before = sequential_pass(untrained, embeddings["before"])
-    spread = {key: float(value) for key, value in asdict(Spread.of(own, seed)).items()}
+    own = sequential_pass(snapshot, embeddings["own"], None, telling, f"{prefix}: contexts")
+    before = sequential_pass(untrained, embeddings["before"], None, telling, f"{prefix}: contexts of the untrained")
+    found = Spread.of(own, seed)
+    spread = {key: float(value) for key, value in asdict(found).items()}
     spread |= {
+        "attractor": found.is_attractor(settings.attractor_distance, settings.attractor_cosine),
+        "zero": found.is_zero(settings.identity_norm),
         "rank_untrained": effective_rank(before),
         "rank_embeddings": effective_rank(embeddings["own"]),
         "rank_gaussian": gaussian_rank(len(ids), snapshot.context_dim, seed),
@@ -63,12 +78,17 @@ def ranks(
 
 
 def critical_checks(
-    snapshot: NewLLMResidual, train: FixedText, params: CvfpParams, seed: int, telling: Telling
+    snapshot: NewLLMResidual,
+    untrained: NewLLMResidual,
+    train: FixedText,
+    params: CvfpParams,
+    seed: int,
+    telling: Telling,
 ) -> tuple[dict[str, Any], Convergence]:
     """Identity, convergence and dependence on the first tokens of train, R² by lag; and the convergence itself.
 
     Args:
-        snapshot: of phase 1.
+        snapshot, untrained: of phase 1, after and before.
         train: ids and C*; checks.rank_tokens of it are read.
         params: for the section `checks`.
         seed: of noise and pairs.
@@ -79,12 +99,18 @@ def critical_checks(
     same = identity(snapshot, contexts, embeddings, settings, seed)
     still = convergence(snapshot, embeddings, settings, telling)
     found = dependence(snapshot, contexts, embeddings, settings, seed)
+    before = convergence(untrained, untrained.embed(train.ids[:n]).detach(), settings, telling)
+    threshold = params.phase1.convergence_threshold
     facts = {f"identity_{key}": value for key, value in asdict(same).items()}
     facts |= {
         "final_diff_l2": still.final_diff,
         "final_diff_per_dimension": still.per_dimension,
         "converges": still.passed,
+        "converged_share": still.converged(threshold) / len(still.moved),
+        "untrained_final_diff_l2": before.final_diff,
+        "untrained_converged_share": before.converged(threshold) / len(before.moved),
     }
+    facts |= {f"is_{name}": flag for name, flag in flags(snapshot, settings, seed).items()}
     facts |= {key: value for key, value in asdict(found).items() if key != "lag_r2"}
     facts |= {f"r2_lag_{lag}": value for lag, value in enumerate(found.lag_r2)}
     return facts, still

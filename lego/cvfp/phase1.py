@@ -26,7 +26,10 @@ from lego.progress import track
 
 @dataclass(frozen=True)
 class Contexts:
-    """Contexts (N, d) and the number of weight updates behind the weights that made them (B12)."""
+    """Contexts (N, d) and the number of weight updates behind the weights that made them, the last row at least (B12).
+
+    In `sequential_online` the weights change from row to row.
+    """
 
     values: Tensor
     weights_version: int
@@ -85,6 +88,7 @@ class ContextTrainer:
     telling: Telling = QUIET
     updates: int = 0
     skipped: int = 0
+    made_with: int = 0  # updates behind the weights of the last forward pass
     weights_before: dict[str, Tensor] = field(default_factory=dict)
     _has_gradient: set[str] = field(default_factory=set)
 
@@ -100,7 +104,7 @@ class ContextTrainer:
         self.model.train()
         blocks = [p for block in self.model.blocks for p in block.parameters()]
         self.parameters = [p for p in (*blocks, *self.model.embed_norm.parameters()) if p.requires_grad]
-        self.optimizer = Adam(self.parameters, lr=self.settings.lr)
+        self.optimizer = Adam(self.parameters, lr=self.settings.lr, fused=True)
 
     def iterations(self) -> Iterator[Iteration]:
         """Passes over the text, each with its contexts, until one of the stop rules or max_iterations ends them.
@@ -114,28 +118,35 @@ class ContextTrainer:
         first, rates = previous, list[float]()
         yield Iteration(0, Contexts(previous, 0), None, None, 0, 0, 0, time.monotonic() - start)
         for number in range(1, settings.max_iterations):
-            begun, version = time.monotonic(), self.updates
-            for group in self.optimizer.param_groups:
-                group["lr"] = settings.lr * self._factor(number)
-            target = first if settings.cvfp_target == "iteration0_fixed" else previous
-            contexts, cvfp, diversity = self._pass(number, previous, target)
-            require_finite(contexts, f"iteration {number + 1}")
-            distance = (contexts - previous).square().mean(dim=1)  # (N,)
-            converged = int((distance < settings.convergence_threshold).sum())
-            previous = contexts
-            yield Iteration(
-                number,
-                Contexts(contexts, version),
-                cvfp,
-                diversity,
-                converged,
-                self.updates,
-                self.skipped,
-                time.monotonic() - begun,
-            )
-            rates.append(converged / len(contexts))
+            latest = self.iterate(number, previous, first)
+            previous = latest.contexts.values
+            yield latest
+            rates.append(latest.converged / len(previous))
             if self.updates >= settings.min_updates and self._stops(rates):
                 return
+
+    def iterate(self, number: int, previous: Tensor, first: Tensor) -> Iteration:
+        """One pass and its optimizer steps.
+
+        Args:
+            number: of the pass, from 1, for the schedule of the rate.
+            previous: contexts (N, d) of the pass before.
+            first: of iteration 0, the target of `iteration0_fixed`.
+
+        Raises:
+            NonFiniteContextError: a context is not finite.
+            ZeroGradientError: a loss that counts has no gradient.
+        """
+        begun = time.monotonic()
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.lr * self._factor(number)
+        target = first if self.settings.cvfp_target == "iteration0_fixed" else previous
+        contexts, cvfp, diversity = self._pass(number, previous, target)
+        require_finite(contexts, f"iteration {number + 1}")
+        distance = (contexts - previous).square().mean(dim=1)  # (N,)
+        converged = int((distance < self.settings.convergence_threshold).sum())
+        made, seconds = Contexts(contexts, self.made_with), time.monotonic() - begun
+        return Iteration(number, made, cvfp, diversity, converged, self.updates, self.skipped, seconds)
 
     def final(self, last: Iteration) -> Contexts:
         """The contexts of the last iteration, computed once more with the weights as they are after its last step."""
@@ -172,17 +183,21 @@ class ContextTrainer:
             case _:
                 return self._online(number, previous, target)
 
-    def _other_view(self, start: Tensor) -> Tensor:
-        """Start contexts a little apart, for the target two_view."""
-        return start + self.settings.two_view_noise * torch.randn_like(start)
+    def _views(self, start: Tensor) -> list[Tensor]:
+        """Start contexts, and for the target two_view a little apart others before them."""
+        if self.settings.cvfp_target != "two_view":
+            return [start]
+        return [start + self.settings.two_view_noise * torch.randn_like(start), start]
+
+    def _step(self, views: list[Tensor], token: Tensor) -> list[Tensor]:
+        """The next context of each view; the last call is that of the starts themselves, of which statistics are."""
+        return [self.model(context=view, token=token)[0] for view in views]
 
     def _parallel(self, previous: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
-        before = shifted(previous, self._start(previous))
-        starts = [before, self._other_view(before)] if self.settings.cvfp_target == "two_view" else [before]
+        starts = self._views(shifted(previous, self._start(previous)))
 
         def forward(part: slice) -> Tensor:
-            token = self.embeddings[part]
-            return torch.stack([self.model(context=start[part], token=token)[0] for start in reversed(starts)])
+            return torch.stack(self._step([start[part] for start in starts], self.embeddings[part]))
 
         def losses(views: Tensor) -> tuple[Tensor, Tensor]:  # (views, N, d); the last one is from the starts themselves
             return self._losses(views[-1], views[0] if len(starts) > 1 else target)
@@ -207,45 +222,35 @@ class ContextTrainer:
             forward(part).backward(gradient[:, part])
 
     def _sequential_batch(self, number: int, previous: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
-        context, rows, others, terms = self._start(previous)[None], list[Tensor](), list[Tensor](), list[Tensor]()
-        if self.settings.cvfp_target == "two_view":
-            context = torch.cat([context, self._other_view(context)])  # (2, d)
+        views, rows, others, terms = self._views(self._start(previous)[None]), list[Tensor](), list[Tensor](), []
         for index in self.telling.tokens(len(self.embeddings), f"iteration {number + 1}"):
             if index % self.settings.bptt_len == 0:
-                context = context.detach()
-            token = self.embeddings[index : index + 1].expand(len(context), -1)
-            context, _ = self.model(context=context, token=token)
-            rows.append(context[0])
-            others.append(context[-1])
+                views = [view.detach() for view in views]
+            views = self._step(views, self.embeddings[index : index + 1])
+            rows.append(views[-1])
+            others.append(views[0])
             if self._from_statistics:
-                terms.append(self.model.get_distribution_loss(context))
-        contexts = torch.stack(rows)  # (N, d)
-        cvfp, diversity = self._losses(
-            contexts, torch.stack(others) if self.settings.cvfp_target == "two_view" else target, terms
-        )
+                terms.append(self.model.get_distribution_loss(views[-1]))
+        contexts = torch.cat(rows)  # (N, d)
+        cvfp, diversity = self._losses(contexts, torch.cat(others) if len(views) > 1 else target, terms)
         self._update(cvfp, diversity)
         return contexts.detach(), cvfp.item(), diversity.item()
 
     def _online(self, number: int, previous: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
-        two_views = self.settings.cvfp_target == "two_view"
-        context = self._start(previous)[None]
-        if two_views:
-            context = torch.cat([context, self._other_view(context)])
+        views = self._views(self._start(previous)[None])
         rows, waiting, totals = list[Tensor](), list[tuple[Tensor, Tensor]](), [0.0, 0.0]
         n = len(self.embeddings)
         for index in self.telling.tokens(n, f"iteration {number + 1}"):
-            token = self.embeddings[index : index + 1].expand(len(context), -1)
-            context, _ = self.model(context=context, token=token)
-            rows.append(context[0].detach())
-            one = context[:1]
-            waiting.append(self._losses(one, context[1:] if two_views else target[index : index + 1]))
+            views = self._step(views, self.embeddings[index : index + 1])
+            rows.append(views[-1].detach())
+            waiting.append(self._losses(views[-1], views[0] if len(views) > 1 else target[index : index + 1]))
             if (index + 1) % self.settings.bptt_len == 0 or index + 1 == n:
                 cvfp, diversity = (torch.stack(terms).mean() for terms in zip(*waiting, strict=True))
                 self._update(cvfp, diversity)
                 for place, term in enumerate((cvfp, diversity)):
                     totals[place] += term.item() * len(waiting) / n
-                waiting, context = [], context.detach()
-        return torch.stack(rows), totals[0], totals[1]
+                waiting, views = [], [view.detach() for view in views]
+        return torch.cat(rows), totals[0], totals[1]
 
     @property
     def _from_statistics(self) -> bool:
@@ -273,7 +278,7 @@ class ContextTrainer:
         """
         w = self.settings.dist_reg_weight
         self._require_gradients({"cvfp_target": (1 - w, cvfp), "diversity": (w, diversity)}, leaf)
-        loss = (1 - w) * cvfp + w * diversity
+        loss, self.made_with = (1 - w) * cvfp + w * diversity, self.updates
         self.optimizer.zero_grad(set_to_none=True)
         if torch.isfinite(loss) and loss.requires_grad:
             if backward is None or leaf is None:

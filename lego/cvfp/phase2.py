@@ -95,21 +95,57 @@ class Score:
         return ppl(self.loss)
 
 
+def propagated(
+    model: NewLLMResidual, text: FixedText, mode: str, chunk: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Positions (k,), their logits (k, V) and contexts (k, d), where the context is handed on from token to token.
+
+    It is detached in between. v1_mse predicts from [context; token], propagate from the token vector alone.
+
+    Args:
+        model: of phase 2.
+        text: of which the ids are read.
+        mode: v1_mse or propagate.
+        chunk: most positions at a time.
+    """
+    context = torch.zeros(1, model.context_dim)
+    for places in torch.arange(text.predictions).split(chunk):
+        made, written = list[Tensor](), list[Tensor]()
+        for token in model.embed(text.ids[places]).split(1):
+            context, after = model(context=context.detach(), token=token)
+            made.append(context)
+            written.append(after)
+        contexts = torch.cat(made)
+        seen = torch.zeros_like(contexts) if mode == "propagate" else contexts
+        yield places, model.logits(context=seen, token=torch.cat(written)), contexts
+
+
 @torch.no_grad()
-def nll(model: NewLLMResidual, text: FixedText, batch: int = 4096) -> tuple[Tensor, Tensor]:
-    """Loss in nats (n - 1,) and whether the likeliest id was right (n - 1,), position by position."""
+def nll(model: NewLLMResidual, text: FixedText, mode: str, batch: int = 4096) -> tuple[Tensor, Tensor]:
+    """Loss in nats (n - 1,) and whether the likeliest id was right (n - 1,), position by position.
+
+    Args:
+        model: of phase 2.
+        text: ids and C*, which v2 alone reads.
+        mode: phase2.mode; each is judged as it was trained.
+        batch: positions at a time.
+    """
     before, losses, right = shifted(text.contexts, torch.zeros(model.context_dim)), list[Tensor](), list[Tensor]()
-    for places in positions(text.predictions, batch, None):
-        logits, _ = logits_at(model, text, before, places)
+    if mode == "v2":
+        fixed = positions(text.predictions, batch, None)
+        parts = ((places, logits_at(model, text, before, places)[0]) for places in fixed)
+    else:
+        parts = ((places, logits) for places, logits, _ in propagated(model, text, mode, batch))
+    for places, logits in parts:
         wanted = text.ids[places + 1]
         losses.append(functional.cross_entropy(logits, wanted, reduction="none"))
         right.append(logits.argmax(dim=1) == wanted)
     return torch.cat(losses), torch.cat(right)
 
 
-def score(model: NewLLMResidual, text: FixedText) -> Score:
-    """Loss and accuracy of a text with fixed contexts."""
-    losses, right = nll(model, text)
+def score(model: NewLLMResidual, text: FixedText, mode: str) -> Score:
+    """Mean loss and accuracy of a text with fixed contexts; see `nll`."""
+    losses, right = nll(model, text, mode)
     return Score(float(losses.double().mean()), float(right.double().mean()))
 
 
@@ -148,14 +184,13 @@ def train_head(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
     generator = torch.Generator().manual_seed(seed)
-    all_steps = settings.epochs * -(-train.predictions // (settings.batch_tokens or train.predictions))
-    scheduler = build_scheduler(optimizer, settings.lr_schedule, 0, all_steps, 0.0)
+    scheduler = build_scheduler(optimizer, settings.lr_schedule, 0, settings.epochs * _steps(train, settings), 0.0)
     losses, scores, best, kept, updates = list[float](), list[Score](), 0, copy.deepcopy(model.state_dict()), 0
     for epoch in range(settings.epochs):
         loss, steps = _epoch(model, train, settings, optimizer, scheduler, parameters, generator)
         losses, updates = [*losses, loss], updates + steps
         model.eval()
-        scores.append(score(model, validation))
+        scores.append(score(model, validation, settings.mode))
         model.train()
         print(
             f"epoch {epoch + 1}/{settings.epochs}: train loss {loss:.4f}, validation ppl {scores[-1].ppl:.2f}, "
@@ -170,6 +205,12 @@ def train_head(
     return model.eval(), Phase2Result(losses, scores, best + 1, updates)
 
 
+def _steps(text: FixedText, settings: Phase2Params) -> int:
+    """Optimizer steps an epoch: one for all tokens, or one a batch."""
+    whole = settings.mode != "v2" or not settings.batch_tokens
+    return 1 if whole else -(-text.predictions // settings.batch_tokens)
+
+
 def _epoch(
     model: NewLLMResidual,
     text: FixedText,
@@ -179,46 +220,40 @@ def _epoch(
     parameters: list[nn.Parameter],
     generator: torch.Generator,
 ) -> tuple[float, int]:
-    """Mean loss of an epoch and its optimizer steps: one for all tokens, or one a batch."""
-    if settings.mode != "v2":
+    """Mean loss of an epoch and its optimizer steps."""
+    steps = _steps(text, settings)
+    if steps == 1:
         batches: Iterator[Tensor] = iter([torch.arange(text.predictions)])
     else:
-        batches = positions(text.predictions, settings.batch_tokens, generator if settings.batch_tokens else None)
-    before = shifted(text.contexts, torch.zeros(model.context_dim))
-    total, steps = 0.0, 0
-    known = -(-text.predictions // (settings.batch_tokens or text.predictions)) if settings.mode == "v2" else 1
-    for places in track(batches, known, "phase 2", "batch"):
-        if settings.mode == "v2":
-            logits, _ = logits_at(model, text, before, places)
-            loss = objective = functional.cross_entropy(logits, text.ids[places + 1])
-        else:
-            loss, objective = _propagated(model, text, settings.mode)
-        if not torch.isfinite(objective):
-            raise FloatingPointError(f"the loss of phase 2 is {objective.item()}; lower phase2.lr")
+        batches = positions(text.predictions, settings.batch_tokens, generator)
+    before, total = shifted(text.contexts, torch.zeros(model.context_dim)), 0.0
+    for places in track(batches, steps, "phase 2", "batch"):
         optimizer.zero_grad(set_to_none=True)
-        objective.backward()
+        for loss, objective, count in _parts(model, text, before, places, settings):
+            if not torch.isfinite(objective):
+                raise FloatingPointError(f"the loss of phase 2 is {objective.item()}; lower phase2.lr")
+            (objective * (count / len(places))).backward()
+            total += loss.item() * count
         nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
         optimizer.step()
         scheduler.step()
-        total, steps = total + loss.item() * len(places), steps + 1
     return total / text.predictions, steps
 
 
-def _propagated(model: NewLLMResidual, text: FixedText, mode: str) -> tuple[Tensor, Tensor]:
-    """Loss and objective where the context is handed on from token to token, detached in between.
+def _parts(
+    model: NewLLMResidual, text: FixedText, before: Tensor, places: Tensor, settings: Phase2Params
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Mean loss, objective and number of positions, for one part after another of a step's positions (k,).
 
-    v1_mse predicts from [context; token] and adds the context's squared distance from C*; propagate predicts from the
-    token vector alone.
+    v1_mse adds the squared distance of the contexts that it hands on from C*.
     """
-    context, made, written = torch.zeros(1, model.context_dim), list[Tensor](), list[Tensor]()
-    embeddings = model.embed(text.ids[:-1])
-    for index in range(text.predictions):
-        context, token = model(context=context.detach(), token=embeddings[index : index + 1])
-        made.append(context)
-        written.append(token)
-    contexts, tokens = torch.cat(made), torch.cat(written)
-    seen = torch.zeros_like(contexts) if mode == "propagate" else contexts
-    loss = functional.cross_entropy(model.logits(context=seen, token=tokens), text.ids[1:])
-    if mode == "propagate":
-        return loss, loss
-    return loss, loss + (contexts - text.contexts[:-1]).square().mean()
+    if settings.mode == "v2":
+        for part in places.split(settings.chunk_tokens):
+            logits, _ = logits_at(model, text, before, part)
+            loss = functional.cross_entropy(logits, text.ids[part + 1])
+            yield loss, loss, len(part)
+        return
+    for part, logits, made in propagated(model, text, settings.mode, settings.chunk_tokens):
+        loss = functional.cross_entropy(logits, text.ids[part + 1])
+        distance = (made - text.contexts[part]).square().mean()
+        yield loss, loss + distance if settings.mode == "v1_mse" else loss, len(part)

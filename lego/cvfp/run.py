@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +47,12 @@ def telling(settings: ProgressParams) -> Telling:
     return Telling(settings.progress_every, settings.warn_above)
 
 
+def announce(what: str, tokens: int, settings: ProgressParams) -> None:
+    """Says so before work on many tokens."""
+    if tokens > settings.warn_above:
+        print(f"{what}: {tokens:,} tokens, more than {settings.warn_above:,}", flush=True)
+
+
 def first_phase(params: CvfpParams, text: Text, seed: int) -> FirstPhase:
     """Trains contexts on the train ids by the objective that the parameters name.
 
@@ -63,6 +68,7 @@ def first_phase(params: CvfpParams, text: Text, seed: int) -> FirstPhase:
     untrained = copy.deepcopy(model).eval()
     ids = text.ids["train"]
     if params.phase1.objective == "predict":
+        announce("phase 1", len(ids), params.progress)
         result = train_contexts(model, ids, params.predict, params.phase1, params.model.train_embedding, seed)
         rows: list[dict[str, Any]] = [
             {"pass": number, "loss": loss, "contraction": fading, "vicreg": spread}
@@ -79,15 +85,21 @@ def first_phase(params: CvfpParams, text: Text, seed: int) -> FirstPhase:
             rows.append(
                 {"pass": last.number, "cvfp_mse": last.cvfp, "diversity": last.diversity, "converged": last.converged}
             )
-    if not rows:
-        rows = [{"pass": 0, "cvfp_mse": 0.0, "diversity": 0.0, "converged": 0}]
     if trainer.weights_before:  # the returned contexts are of before the last step, and so is the network
         model.load_state_dict(trainer.weights_before)
     return FirstPhase(model.eval(), untrained, trainer.updates, rows, last)
 
 
-def settled(model: NewLLMResidual, text: Text, settings: ContextsParams) -> dict[str, Settled]:
+def settled(
+    model: NewLLMResidual, text: Text, settings: ContextsParams, progress: ProgressParams
+) -> dict[str, Settled]:
     """C* of each split, from start 0.
+
+    Args:
+        model: of phase 1.
+        text: ids by split.
+        settings: section `contexts`.
+        progress: from how many tokens the work announces itself.
 
     Raises:
         NonFiniteContextError: a context is not finite.
@@ -95,6 +107,7 @@ def settled(model: NewLLMResidual, text: Text, settings: ContextsParams) -> dict
     found = {}
     for split in SPLITS:
         embeddings = model.embed(text.ids[split]).detach()
+        announce(f"{split}: contexts", len(embeddings), progress)
         found[split] = settle(model, embeddings, settings.segments, settings.tolerance)
         one = found[split]
         print(f"{split}: {len(embeddings):,} tokens, {one.sweeps} sweeps, residual {one.residual:.2e}", flush=True)
@@ -112,8 +125,3 @@ def fixed_text(text: Text, split: str, folder: str | Path) -> FixedText:
     if len(contexts) != len(text.ids[split]):
         raise ArtifactError(f"{file}: is not of this text; run dvc repro stages/cvfp/dvc.yaml")
     return FixedText(text.ids[split], contexts)
-
-
-def bits_per_byte(loss: float, text: Text, split: str) -> float:
-    """A mean loss in nats a token as bits a byte of text."""
-    return loss / math.log(2) * (len(text.ids[split]) - 1) / text.bytes_of(split)

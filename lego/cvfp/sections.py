@@ -98,7 +98,7 @@ class Phase1Params(Section):
     lr_schedule: Literal["constant", "steps"]
     lr_steps: Annotated[list[Count], Field(min_length=1)]
     lr_step_factors: Annotated[list[Positive], Field(min_length=1)]
-    max_iterations: Annotated[int, at_least(1, 100_000)]
+    max_iterations: Annotated[int, at_least(2, 100_000)]
     min_updates: CountOrZero
     early_stop: bool
     stop_when_worse: bool
@@ -157,21 +157,33 @@ class Phase2Params(Section):
     epochs: Count
     patience: Count
     batch_tokens: CountOrZero
+    chunk_tokens: Count
     grad_clip: Positive
 
 
-class PeersParams(Section):
-    """Other models at equal tokens and parameters (specification, section 12)."""
+class ContestParams(Section):
+    """Which models are compared over seeds, and the rates their search begins from (specification, section 12)."""
 
     seeds: Count
     workers: Count
+    lr_factors: Annotated[list[Positive], Field(min_length=1)]
+    own: dict[str, Positive]
+    peers: dict[str, Positive]
+
+    @property
+    def lr(self) -> dict[str, float]:
+        """The rate by model, CVFP's own forms first."""
+        return self.own | self.peers
+
+
+class PeersParams(Section):
+    """How the other models train."""
+
     streams: Count
     window: Annotated[int, at_least(8, 4096)]
     warmup_steps: CountOrZero
     weight_decay: NonNegative
     grad_clip: Positive
-    lr_factors: Annotated[list[Positive], Field(min_length=1)]
-    lr: dict[str, Positive]
 
 
 class ChecksParams(Section):
@@ -183,6 +195,7 @@ class ChecksParams(Section):
     identity_cosine: Unit
     identity_norm: Positive
     identity_pairs: Count
+    blind_cosine: Unit
     attractor_distance: Positive
     attractor_cosine: Unit
     slope: Positive
@@ -192,6 +205,7 @@ class ChecksParams(Section):
     lags: Annotated[int, at_least(1, 100)]
     ridge: Positive
     rank_tokens: Count
+    rank_bands: Annotated[list[Share], Field(min_length=1)]
 
 
 class ProgressParams(Section):
@@ -212,6 +226,7 @@ class CvfpParams(Section):
     contexts: ContextsParams
     phase2: Phase2Params
     checks: ChecksParams
+    contest: ContestParams
     peers: PeersParams
     progress: ProgressParams
 
@@ -239,6 +254,11 @@ class CvfpParams(Section):
             )
         if self.phase2.mode != "v2" and self.model.token_structure:
             raise ValueError(f"phase2.mode must be v2 when model.token_structure is given, got {self.phase2.mode}")
+        if self.phase2.mode == "propagate" and self.model.head == "context":
+            raise ValueError(
+                "model.head must be context_then_token when phase2.mode is propagate, which predicts from the token "
+                "vector alone; got context"
+            )
         if self.model.train_embedding and self.phase1.objective != "predict":
             raise ValueError("model.train_embedding must be false when phase1.objective is fixed_point, got true")
         return self

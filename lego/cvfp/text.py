@@ -8,6 +8,7 @@ are held out in both.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from lego.tokenizer import TextEncoder
 
 SPLITS = ("train", "validation", "test")
 MODES = "heldout_in_vocab or val_from_train"
+LABELS = {"val_from_train": "val_from_train (train-subset, not generalization)"}  # what a number on it is worth
 
 
 class UnseenIdError(CorpusError):
@@ -126,6 +128,14 @@ class Text:
     def bytes_of(self, split: str) -> int:
         """Bytes of text that the predicted ids of a split stand for; the first one is not predicted."""
         return int(self.token_bytes[self.ids[split][1:]].sum())
+
+    def bits_per_byte(self, loss: float, split: str) -> float:
+        """A mean loss in nats a token as bits a byte of text."""
+        return loss / math.log(2) * (len(self.ids[split]) - 1) / self.bytes_of(split)
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the ids by split."""
+        return {split: digest(ids) for split, ids in self.ids.items()}
 
 
 def write_text_ids(folder: Path, tokens: str | Path, encoder: TextEncoder, settings: TextParams) -> dict[str, object]:

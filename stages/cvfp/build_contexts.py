@@ -16,7 +16,7 @@ def main() -> None:
     with Stage("cvfp/build_contexts", params.seed, params.threads) as stage:
         text = read_text_ids("data/cvfp/tokens")
         model, _, facts = load_network("data/cvfp/phase1")
-        found = settled(model, text, params.contexts)
+        found = settled(model, text, params.contexts, params.progress)
         with atomic_folder("data/cvfp/contexts") as folder:
             for split, one in found.items():
                 write_tensors(folder / f"{split}.safetensors", {"contexts": one.contexts})

@@ -11,7 +11,7 @@ from lego.cvfp.reports import report
 from lego.cvfp.run import fixed_text, telling
 from lego.cvfp.sections import WRITTEN, load
 from lego.cvfp.store import load_network, parameter_counts
-from lego.cvfp.text import SPLITS, read_text_ids
+from lego.cvfp.text import LABELS, SPLITS, read_text_ids
 from lego.harness import Stage, exit_cleanly
 
 
@@ -23,20 +23,25 @@ def main() -> None:
         (model, _, _), (snapshot, _, _) = load_network("data/cvfp/phase2"), load_network("data/cvfp/phase2/snapshot")
         untrained, _, _ = load_network("data/cvfp/untrained")
         fixed = {split: fixed_text(text, split, "data/cvfp/contexts") for split in SPLITS}
-        metrics: dict[str, Any] = dict(worth(model, text, fixed["test"], fixed["validation"], stage.seed))
-        n, rank = params.checks.rank_tokens, dict[str, float]()
+        held_out = fixed["test"], fixed["validation"]
+        metrics: dict[str, Any] = dict(worth(model, params.phase2.mode, text, *held_out, stage.seed))
+        n, rank, told = params.checks.rank_tokens, dict[str, float](), telling(params.progress)
         for prefix, split in (("train", "train"), ("val", "validation")):
-            rank |= ranks(snapshot, untrained, fixed[split].ids[:n], stage.seed, prefix)
-        told = telling(params.progress)
-        checks, still = critical_checks(snapshot, fixed["train"], params, stage.seed, told)
+            rank |= ranks(snapshot, untrained, fixed[split].ids[:n], params.checks, stage.seed, prefix, told)
+        checks, still = critical_checks(snapshot, untrained, fixed["train"], params, stage.seed, told)
         facts = mandatory(snapshot, params, phase1, still, fixed["validation"], rank, told)
-        metrics |= {"parameters": sum(parameter_counts(model).values()), "validation_is": text.validation}
+        metrics |= {
+            "parameters": sum(parameter_counts(model).values()),
+            "validation_is": LABELS.get(text.validation, text.validation),
+        }
         write_json("metrics/cvfp/evaluate.json", metrics | rank | checks | {"updates": phase1["updates"]})
         write_csv(
             "metrics/cvfp/curves/convergence.csv",
             [{"pass": n, "l2": one} for n, one in enumerate(still.differences, 2)],
         )
-        lines = report(*facts)
+        before = checks["untrained_converged_share"], checks["untrained_final_diff_l2"]
+        untrained_line = f"Untrained, train: convergence {100 * before[0]:.1f}%, final_diff = {before[1]:.6f}"
+        lines = f"{report(*facts)}\n{untrained_line}"
         write_text("metrics/cvfp/report.txt", lines + "\n")
         print(lines, flush=True)
         stage.record |= {"counts": {"tokens": sum(len(one.ids) for one in fixed.values())}}

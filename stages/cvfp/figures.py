@@ -10,6 +10,7 @@ from lego.page import Figure
 from lego.pictures import look, picture
 from lego.stats import Interval
 
+FORMS = ("sound", "seed", "untrained", "end_to_end")  # what names of forms of CVFP begin with
 Column = dict[str, list[float]]
 
 
@@ -18,11 +19,11 @@ def perplexities(folder: Path, found: dict[str, Interval], ngrams: dict[str, flo
     names = sorted(found, key=lambda name: found[name].mean)
     with picture(folder, "perplexity", height=0.42 * len(names) + 1.4) as axes:
         for place, name in enumerate(names):
-            one, (colour, marker) = found[name], look(0 if name in ("sound", "seed", "untrained") else 1)
+            one, (colour, marker) = found[name], look(0 if name.startswith(FORMS) else 1)
             axes.plot(one.mean, place, marker, color=colour)
             axes.plot([one.low, one.high], [place, place], color=colour)
         for number, (name, value) in enumerate(ngrams.items()):
-            axes.axvline(value, color="#8c8c8c", linestyle=("--", ":")[number % 2], label=f"{name} {value:.1f}")
+            axes.axvline(value, color="#8c8c8c", linestyle=("--", "-.", ":")[number % 3], label=f"{name} {value:.1f}")
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xscale("log")

@@ -3,11 +3,13 @@
 dvc repro stages/cvfp/dvc.yaml:tokenize          (python -m stages.cvfp.tokenize)
 """
 
+import math
+
 from lego.artifacts import atomic_folder, write_json
 from lego.cvfp.sections import WRITTEN, load
 from lego.cvfp.text import read_text_ids, write_text_ids
 from lego.harness import Stage, exit_cleanly
-from lego.ngram import references
+from lego.ngram import KneserNey, references
 from lego.tokens import write_splits
 
 
@@ -20,7 +22,12 @@ def main() -> None:
         ids = {split: one.numpy() for split, one in text.ids.items()}
         per_byte = {split: (len(ids[split]) - 1) / text.bytes_of(split) for split in ids}
         held_out = {split: ids[split] for split in ("validation", "test")}
-        write_json("metrics/cvfp/tokenize.json", counts | references(ids["train"], held_out, text.vocab_size, per_byte))
+        metrics = counts | references(ids["train"], held_out, text.vocab_size, per_byte)
+        trigram = KneserNey(ids["train"], text.vocab_size, order=3).nll(ids["test"])
+        metrics |= {"test_trigram_ppl": math.exp(trigram)}
+        metrics |= {"test_trigram_bits_per_byte": text.bits_per_byte(trigram, "test")}
+        metrics |= {f"{split}_sha256": one for split, one in text.digests().items()}
+        write_json("metrics/cvfp/tokenize.json", metrics)
         stage.record |= {"counts": {"tokens": sum(len(one) for one in ids.values())}}
 
 

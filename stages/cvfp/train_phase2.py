@@ -4,6 +4,7 @@ dvc repro stages/cvfp/dvc.yaml:train_phase2          (python -m stages.cvfp.trai
 """
 
 from lego.artifacts import atomic_folder, write_csv, write_json
+from lego.cvfp.checks import require_no_identity
 from lego.cvfp.phase2 import train_head
 from lego.cvfp.run import fixed_text
 from lego.cvfp.sections import WRITTEN, load
@@ -17,6 +18,7 @@ def main() -> None:
     with Stage("cvfp/train_phase2", params.seed, params.threads) as stage:
         text = read_text_ids("data/cvfp/tokens")
         snapshot, _, facts = load_network("data/cvfp/phase1")
+        require_no_identity(snapshot, params.checks, stage.seed)
         train, validation = (fixed_text(text, split, "data/cvfp/contexts") for split in ("train", "validation"))
         model, result = train_head(snapshot, train, validation, params.phase2, stage.seed)
         with atomic_folder("data/cvfp/phase2") as folder:

@@ -1,9 +1,10 @@
-"""One model over all seeds, some side by side; the first chooses the rate on validation text -> metrics/cvfp/baselines.
+"""One model over all seeds, some side by side; the first seed chooses the rate on validation text.
 
-dvc repro stages/cvfp/baselines/dvc.yaml          (python -m stages.cvfp.baselines.contest gru)
+What `own` and `peers` share: -> metrics/cvfp/baselines/<model>.json.
 """
 
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -13,20 +14,23 @@ from typing import Any
 import torch
 
 from lego.artifacts import derived_seed, read_json, write_json
-from lego.cvfp.contest import compete
-from lego.cvfp.sections import WRITTEN, CvfpParams, load
-from lego.cvfp.text import read_text_ids
-from lego.harness import Stage, StageError, exit_cleanly
+from lego.cvfp.contest import made_of
+from lego.cvfp.sections import CvfpParams, load
+from lego.cvfp.text import Text, read_text_ids
+from lego.harness import Stage, StageError
+
+Compete = Callable[[str, CvfpParams, Text, int, float], dict[str, Any]]
 
 
-def one_run(name: str, params: CvfpParams, run: tuple[int, float]) -> dict[str, Any]:
+def one_run(compete: Compete, name: str, params: CvfpParams, run: tuple[int, float]) -> dict[str, Any]:
     """In a process of its own, on one thread."""
     torch.set_num_threads(1)
     torch.set_deterministic_debug_mode("error")
     seed, lr = run
     text, own = read_text_ids("data/cvfp/tokens"), derived_seed(params.seed, f"{name}/{seed}")
+    begun = time.perf_counter()
     try:
-        return compete(name, params, text, own, lr)
+        return compete(name, params, text, own, lr) | {"seconds": time.perf_counter() - begun}
     except FloatingPointError as error:  # of a rate that is too high; the search takes another
         return {"val_loss": sys.float_info.max, "diverged": str(error)}
 
@@ -46,28 +50,45 @@ def kept(
     return [read_json(file, "val_loss") for file in files]
 
 
-def main() -> None:
+def chosen(
+    name: str, params: CvfpParams, base: float, runs: Callable[[list[tuple[int, float]]], list[dict[str, Any]]]
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Results by seed at the rate that suits the first one, and what was searched.
+
+    Raises:
+        StageError: a seed diverged at that rate.
+    """
+    rates = [base * factor for factor in params.contest.lr_factors]
+    first = runs([(0, lr) for lr in rates])
+    best = min(range(len(rates)), key=lambda number: first[number]["val_loss"])
+    found = [first[best], *runs([(seed, rates[best]) for seed in range(1, params.contest.seeds)])]
+    if diverged := [number for number, one in enumerate(found) if "diverged" in one]:
+        raise StageError(f"{name}: seed {diverged[0]} diverged at rate {rates[best]:g}; lower its rate in contest")
+    at_an_end = best in (0, len(rates) - 1) and len(rates) > 1
+    searched = {f"val_loss_at_{lr:g}": one["val_loss"] for lr, one in zip(rates, first, strict=True)}
+    return found, {"lr": rates[best], "rate_at_an_end": at_an_end} | searched
+
+
+def run(group: str, compete: Compete) -> None:
+    """Trains the model that the command line names.
+
+    Args:
+        group: `own` or `peers`, the list in the section contest that it is of.
+        compete: trains one seed with one rate.
+
+    Raises:
+        StageError: there is no such model, or it diverges.
+    """
     params = load()
-    if len(sys.argv) != 2 or sys.argv[1] not in params.peers.lr:
-        raise StageError(f"give one of the models of peers.lr: {', '.join(params.peers.lr)}")
+    rates: dict[str, float] = getattr(params.contest, group)
+    if len(sys.argv) != 2 or sys.argv[1] not in rates:
+        raise StageError(f"give one of the models of contest.{group}: {', '.join(rates)}")
     name = sys.argv[1]
-    with Stage(f"cvfp/baselines/contest@{name}", params.seed, 1) as stage:
-        read_json("data/cvfp/tokens/text.json", "counts")
-        work, base = partial(one_run, name, params), params.peers.lr[name]
-        rates = [base * factor for factor in params.peers.lr_factors]
-        first = kept(stage, work, [(0, lr) for lr in rates], params.peers.workers)
-        best = min(range(len(rates)), key=lambda number: first[number]["val_loss"])
-        runs = [(seed, rates[best]) for seed in range(1, params.peers.seeds)]
-        found = [first[best], *kept(stage, work, runs, params.peers.workers)]
-        if diverged := [number for number, one in enumerate(found) if "diverged" in one]:
-            raise StageError(f"{name}: seed {diverged[0]} diverged at rate {rates[best]:g}; lower peers.lr.{name}")
-        metrics: dict[str, Any] = {"lr": rates[best], "rate_at_an_end": best in (0, len(rates) - 1) and len(rates) > 1}
+    with Stage(f"cvfp/baselines/{group}@{name}", params.seed, 1) as stage:
+        text, work = read_text_ids("data/cvfp/tokens"), partial(one_run, compete, name, params)
+        found, metrics = chosen(name, params, rates[name], lambda runs: kept(stage, work, runs, params.contest.workers))
+        stage.record |= {"seconds_a_run": sum(one.pop("seconds") for one in found) / len(found)}
         for key in ("ppl", "bits_per_byte"):
             metrics |= {f"{key}_{seed}": one[key] for seed, one in enumerate(found)}
-        metrics |= {key: sum(one[key] for one in found) / len(found) for key in found[0] if key not in metrics}
-        write_json(f"metrics/cvfp/baselines/{name}.json", metrics)
-        stage.record |= {"counts": {"tokens": sum(one.get("tokens", 0) for one in (*first, *found[1:]))}}
-
-
-if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+        metrics |= {key: sum(one[key] for one in found) / len(found) for key in found[0]}
+        write_json(f"metrics/cvfp/baselines/{name}.json", metrics | {"made_of": made_of(name, params, text.digests())})

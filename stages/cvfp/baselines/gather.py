@@ -14,8 +14,9 @@ def main() -> None:
     params = load()
     with Stage("cvfp/baselines/gather"):
         found = {
-            name: read_json(f"metrics/cvfp/baselines/{name}.json", "ppl", "bits_per_byte", "parameters")
-            for name in params.peers.lr
+            name: read_json(f"metrics/cvfp/baselines/{name}.json", "ppl", "bits_per_byte", "parameters", "made_of")
+            | {"seconds": read_json(f"metrics/timing/cvfp/baselines/{name}.json", "seconds_a_run")["seconds_a_run"]}
+            for name in params.contest.lr
         }
         write_json("metrics/cvfp/contest.json", found)
 

@@ -1,0 +1,96 @@
+"""CVFP's own forms in the contest, trained for one seed: what trained contexts are worth, part by part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from lego.cvfp.contest import epochs_of, parameter_facts, size_on_paper
+from lego.cvfp.model import NewLLMResidual
+from lego.cvfp.phase2 import FixedText, score, shuffled, train_head, zeroed
+from lego.cvfp.predict import train_contexts
+from lego.cvfp.run import first_phase, settled
+from lego.cvfp.sections import CvfpParams, changed, with_profile
+from lego.cvfp.store import build
+from lego.cvfp.text import SPLITS, Text
+
+
+def seed_of_equal_size(params: CvfpParams, vocab_size: int) -> CvfpParams:
+    """The profile `seed` with d = e as wide as gives it the parameters of `sound`, in steps of 8."""
+    budget, profile = size_on_paper(params, vocab_size), with_profile(params, "seed")
+
+    def of(width: int) -> CvfpParams:
+        sizes = {"model.context_dim": width, "model.embed_dim": width, "model.hidden_dim": 2 * width}
+        return changed(profile, sizes, "contest")
+
+    low, high = 1, 1024
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size_on_paper(of(8 * middle), vocab_size) <= budget else (low, middle)
+    return min((of(8 * one) for one in (low, high)), key=lambda one: abs(size_on_paper(one, vocab_size) - budget))
+
+
+def compete(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> dict[str, Any]:
+    """Trains one form with one rate and judges it.
+
+    Args:
+        name: `sound`; `sound_reservoir`, whose blocks stay as they began while its embedding learns; `untrained`, of
+            which phase 1 trains nothing; `seed` or `seed_untrained`.
+        params: of the pipeline, profile `sound`.
+        text: ids by split.
+        seed: of initial weights and training.
+        lr: peak rate: of phase 1 for the first two, of phase 2 for the others.
+
+    Returns:
+        val_loss, ppl, bits_per_byte, parameters, tokens (processed in training), perplexities of the finished head
+        without contexts and with those of other tokens; for `sound`, those of heads trained so as well.
+    """
+    if name.startswith("sound"):
+        params = params.model_copy(update={"predict": params.predict.model_copy(update={"lr": lr})})
+    else:
+        params = params.model_copy(update={"phase2": params.phase2.model_copy(update={"lr": lr})})
+    phase2, whole = params.phase2, len(text.ids["train"])
+    if name.endswith("untrained"):  # what the others spend on contexts goes into the head
+        phase2 = phase2.model_copy(update={"epochs": epochs_of(params), "patience": epochs_of(params)})
+    model, spent = _contexts(name, params, text, seed)
+    found = settled(model, text, params.contexts, params.progress)
+    fixed = {split: FixedText(text.ids[split], found[split].contexts) for split in SPLITS}
+    after, result = train_head(model, fixed["train"], fixed["validation"], phase2, seed)
+    test = score(after, fixed["test"], phase2.mode)
+    outcome = {
+        "val_loss": min(one.loss for one in result.validation),
+        "ppl": test.ppl,
+        "bits_per_byte": text.bits_per_byte(test.loss, "test"),
+        "tokens": spent + len(result.train) * whole,
+        "ppl_zero_contexts": score(after, zeroed(fixed["test"]), phase2.mode).ppl,
+        "ppl_shuffled_contexts": score(after, shuffled(fixed["test"], seed), phase2.mode).ppl,
+    }
+    if name == "sound":
+        for key, change in (("zero", zeroed), ("shuffled", lambda one: shuffled(one, seed))):
+            other = {split: change(one) for split, one in fixed.items()}
+            blind, _ = train_head(model, other["train"], other["validation"], phase2, seed)
+            outcome[f"ppl_trained_{key}_contexts"] = score(blind, other["test"], phase2.mode).ppl
+    return outcome | parameter_facts(after)
+
+
+def _contexts(name: str, params: CvfpParams, text: Text, seed: int) -> tuple[NewLLMResidual, int]:
+    """The network after phase 1, and the tokens that phase 1 processed."""
+    train = text.ids["train"]
+    if name.startswith("seed"):
+        scaled = seed_of_equal_size(params, text.vocab_size)
+        if name == "seed_untrained":
+            return build(scaled.model, scaled.phase1, text.vocab_size, seed).eval(), 0
+        # as many tokens as `sound` reads in phase 1, unless its stop rule ends it, in passes over less text
+        part = train[: params.predict.epochs * len(train) // scaled.phase1.max_iterations]
+        done = first_phase(scaled, Text(text.ids | {"train": part}, text.vocab_size, text.token_bytes, ""), seed)
+        return done.model, done.passes * len(part)
+    if name == "sound":
+        done = first_phase(params, text, seed)
+        return done.model, done.passes * len(train)
+    model = build(params.model, params.phase1, text.vocab_size, seed)
+    if name == "untrained":
+        return model.eval(), 0
+    torch.nn.ModuleList(model.blocks).requires_grad_(False)
+    train_contexts(model, train, params.predict, params.phase1, params.model.train_embedding, seed)
+    return model.eval(), params.predict.epochs * len(train)

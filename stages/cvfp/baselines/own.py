@@ -1,0 +1,12 @@
+"""One of CVFP's own forms over all seeds -> metrics/cvfp/baselines/<form>.json.
+
+dvc repro stages/cvfp/baselines/dvc.yaml          (python -m stages.cvfp.baselines.own sound)
+"""
+
+from lego.cvfp.forms import compete
+from lego.cvfp.sections import WRITTEN
+from lego.harness import exit_cleanly
+from stages.cvfp.baselines.contest import run
+
+if __name__ == "__main__":
+    exit_cleanly(lambda: run("own", compete), WRITTEN)

@@ -1,0 +1,12 @@
+"""One other model over all seeds -> metrics/cvfp/baselines/<model>.json.
+
+dvc repro stages/cvfp/baselines/dvc.yaml          (python -m stages.cvfp.baselines.peers gru)
+"""
+
+from lego.cvfp.rivals import compete
+from lego.cvfp.sections import WRITTEN
+from lego.harness import exit_cleanly
+from stages.cvfp.baselines.contest import run
+
+if __name__ == "__main__":
+    exit_cleanly(lambda: run("peers", compete), WRITTEN)
