@@ -7,16 +7,18 @@ import ast
 import pytest
 import torch
 from conftest import ROOT
-from cvfp_models import PARAMS, SMALL, network, seed_params, text, trained
+from cvfp_models import PARAMS, SMALL, VOCAB, network, seed_params, text, trained
 from torch import Tensor
 
 from lego.cvfp.checks import convergence, flags, identity, trend, validation_trend
 from lego.cvfp.dependence import dependence
-from lego.cvfp.passes import sequential_pass, settle
+from lego.cvfp.passes import sequential_pass
 from lego.cvfp.phase2 import FixedText, train_head
 from lego.cvfp.predict import train_contexts
 from lego.cvfp.ranks import Spread
+from lego.cvfp.run import settled
 from lego.cvfp.sections import ChecksParams, CvfpParams, Phase1Params, changed
+from lego.cvfp.text import Text
 
 CHECKS = PARAMS.checks
 
@@ -139,7 +141,7 @@ SECTIONS = {  # section: key, another value, and what else must be so for it to 
         "batch_tokens": (0, {}),
         "grad_clip": (1e-3, {}),
     },
-    "contexts": {"segments": (2, {}), "tolerance": (10.0, {})},
+    "contexts": {"segments": (2, {}), "tolerance": (10.0, {}), "max_train_sweeps": (1, {})},
 }
 BY_NAME = {
     "model": {"hidden_dim": "test_b8", "embedding": "test_embeddings_come", "embedding_from": "test_embeddings_come"},
@@ -154,7 +156,8 @@ def both_phases(params: CvfpParams) -> dict[str, Tensor]:
     model, ids = network(params), text(200)
     train_contexts(model, ids, params.predict, params.phase1, params.model.train_embedding, 0)
     model.eval()
-    found = settle(model, model.embed(ids).detach(), params.contexts.segments, params.contexts.tolerance)
+    splits = Text({"train": ids, "validation": ids[:9], "test": ids[:9]}, VOCAB, torch.ones(VOCAB), "")
+    found = settled(model, splits, params.contexts, params.progress)["train"]
     fixed = FixedText(ids, found.contexts)
     after, _ = train_head(model, fixed, fixed, params.phase2, 0)
     return after.state_dict() | {"contexts": found.contexts, "sweeps": torch.tensor(found.sweeps)}

@@ -48,5 +48,5 @@ def made_of(name: str, params: CvfpParams, text: dict[str, Any]) -> str:
     own = name in params.contest.own
     used = {key: values[key] for key in (*OF_ALL, *(OF_OWN if own else ("peers",)))}
     used |= {"epochs": epochs_of(params), "lr": params.contest.lr[name], "text": text}
-    used |= {key: values["contest"][key] for key in ("seeds", "lr_factors")}
+    used |= {key: values["contest"][key] for key in ("seeds", "lr_factors", *(["seed_sweeps"] if own else []))}
     return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()

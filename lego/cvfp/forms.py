@@ -50,11 +50,13 @@ def compete(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> 
         params = params.model_copy(update={"predict": params.predict.model_copy(update={"lr": lr})})
     else:
         params = params.model_copy(update={"phase2": params.phase2.model_copy(update={"lr": lr})})
-    phase2, whole = params.phase2, len(text.ids["train"])
+    contexts, phase2, whole = params.contexts, params.phase2, len(text.ids["train"])
+    if name.startswith("seed"):
+        contexts = contexts.model_copy(update={"max_train_sweeps": params.contest.seed_sweeps})
     if name.endswith("untrained"):  # what the others spend on contexts goes into the head
         phase2 = phase2.model_copy(update={"epochs": epochs_of(params), "patience": epochs_of(params)})
     model, spent = _contexts(name, params, text, seed)
-    found = settled(model, text, params.contexts, params.progress)
+    found = settled(model, text, contexts, params.progress)
     fixed = {split: FixedText(text.ids[split], found[split].contexts) for split in SPLITS}
     after, result = train_head(model, fixed["train"], fixed["validation"], phase2, seed)
     test = score(after, fixed["test"], phase2.mode)

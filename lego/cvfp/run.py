@@ -108,7 +108,8 @@ def settled(
     for split in SPLITS:
         embeddings = model.embed(text.ids[split]).detach()
         announce(f"{split}: contexts", len(embeddings), progress)
-        found[split] = settle(model, embeddings, settings.segments, settings.tolerance)
+        most = settings.max_train_sweeps if split == "train" else 0  # what is judged is always settled
+        found[split] = settle(model, embeddings, settings.segments, settings.tolerance, most or None)
         one = found[split]
         print(f"{split}: {len(embeddings):,} tokens, {one.sweeps} sweeps, residual {one.residual:.2e}", flush=True)
     return found

@@ -144,6 +144,7 @@ class ContextsParams(Section):
 
     segments: Count
     tolerance: NonNegative
+    max_train_sweeps: CountOrZero
 
 
 class Phase2Params(Section):
@@ -165,6 +166,7 @@ class ContestParams(Section):
     """Which models are compared over seeds, and the rates their search begins from (specification, section 12)."""
 
     seeds: Count
+    seed_sweeps: CountOrZero
     workers: Count
     lr_factors: Annotated[list[Positive], Field(min_length=1)]
     own: dict[str, Positive]
