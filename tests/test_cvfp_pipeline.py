@@ -179,7 +179,10 @@ def test_a5_the_same_bytes_twice(clone, monkeypatch):
 
 
 def test_the_command_line_check_and_bad_input(clone, tmp_path):
+    timing = clone.folder / "metrics/timing/cvfp/check_val_convergence.json"
+    before = timing.read_bytes()
     said = clone.run("python", "-m", "stages.cvfp.check_val_convergence", "--num-trials", "4")
+    assert timing.read_bytes() == before  # by hand: the pipeline's files stay
     assert next(line for line in said.splitlines() if line.startswith("trial")) == "trial 1/4: N/A"
     assert "verdict legacy" in said
     refused = clone.run("python", "-m", "stages.cvfp.check_val_convergence", "--num-trials", "0", fails=True)

@@ -5,6 +5,7 @@ python -m stages.cvfp.check_val_convergence --num-trials 10          the same wi
 """
 
 import argparse
+from contextlib import nullcontext
 
 from lego.artifacts import write_csv, write_json
 from lego.cvfp.checks import validation_trend
@@ -22,7 +23,8 @@ def main() -> None:
     if asked.num_trials is not None and asked.num_trials < 1:
         raise StageError(f"--num-trials must be at least 1, got {asked.num_trials}")
     trials = asked.num_trials or params.checks.num_trials
-    with Stage("cvfp/check_val_convergence", params.seed, params.threads):
+    by_hand = asked.num_trials is not None  # which leaves the pipeline's files as they are
+    with nullcontext() if by_hand else Stage("cvfp/check_val_convergence", params.seed, params.threads):
         ids = read_text_ids("data/cvfp/tokens").ids["validation"][: params.checks.rank_tokens]
         model, _, _ = load_network("data/cvfp/phase1")
         settings = params.checks.model_copy(update={"num_trials": trials})
@@ -31,7 +33,7 @@ def main() -> None:
         for trial, loss in enumerate([None, *found.losses], 1):
             print(f"trial {trial}/{trials}: {'N/A' if loss is None else f'MSE {loss:.6g}'}", flush=True)
         print("\n".join(found.lines()), flush=True)
-        if asked.num_trials is None:
+        if not by_hand:
             facts = {"slope": found.slope, "std": found.std, "legacy": found.legacy, "verdict": found.verdict}
             write_json("metrics/cvfp/check_val_convergence.json", facts | {"final_mse": found.losses[-1]})
             rows = [{"trial": trial, "mse": loss} for trial, loss in enumerate(found.losses, 2)]
