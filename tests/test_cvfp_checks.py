@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from cvfp_models import PARAMS, network, seed_params, text
+from cvfp_models import PARAMS, VOCAB, network, seed_params, text
 from torch import Tensor
 
+from lego.artifacts import write_json
 from lego.cvfp.checks import (
     IdentityError,
     convergence,
@@ -21,9 +22,12 @@ from lego.cvfp.checks import (
     validation_trend,
 )
 from lego.cvfp.dependence import dependence, lag_r2
-from lego.cvfp.passes import sequential_pass
-from lego.cvfp.ranks import Spread, effective_rank, gaussian_rank, participation_ratio
+from lego.cvfp.evaluation import critical_checks, ranks, since_document_began
+from lego.cvfp.passes import QUIET, sequential_pass
+from lego.cvfp.phase2 import FixedText
+from lego.cvfp.ranks import Spread, effective_rank, participation_ratio
 from lego.cvfp.reports import ReportError, TrainFacts, ValidationFacts, report, validate
+from lego.cvfp.sections import changed
 
 CHECKS = PARAMS.checks
 D = 32
@@ -74,6 +78,38 @@ def test_b25_a_network_that_is_none_of_these_is_not_flagged():
     assert not any(flags(Network(lambda c, t: 0.5 * c + t), CHECKS, 0).values())
 
 
+@pytest.mark.parametrize("kind", [*DEGENERATE, "zero"])
+def test_b25_evaluation_says_so_of_a_degenerate_network_and_does_not_break(kind, tmp_path):
+    model = Embedding(Network(lambda c, t: torch.zeros_like(c)) if kind == "zero" else DEGENERATE[kind])
+    ids = text(300)
+    contexts = sequential_pass(model, model.embed(ids))
+    few = changed(PARAMS, {"checks.rank_tokens": 300, "checks.passes": 3}, "test")
+    found = ranks(model, model, ids, few.checks, 0, "train", QUIET)
+    facts, _ = critical_checks(model, model, FixedText(ids, contexts), few, 0, QUIET)
+    write_json(tmp_path / "facts.json", found | facts)  # which takes no NaN
+    assert found["train_zero"] == (kind in ("zero", "identity"))  # an identity keeps its start, which is 0
+    assert found["train_attractor"] == (kind == "constant")
+    assert [name for name in ("constant", "identity", "token_blind", "memoryless") if facts[f"is_{name}"]] == (
+        ["constant"] if kind == "constant" else [] if kind == "zero" else [kind.replace("-", "_")]
+    )
+
+
+class Embedding:
+    """A network of one formula with embeddings of ids."""
+
+    context_dim = embed_dim = D
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.rows = torch.randn(VOCAB, D, generator=torch.Generator().manual_seed(5))
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.rows[ids]
+
+    def __call__(self, *, context: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        return self.network(context=context, token=token)
+
+
 def test_identity_on_data_needs_a_spread_and_another_direction_than_the_token():
     rows = torch.randn(300, D)
     noise = Network(lambda c, t: torch.randn_like(c))
@@ -97,7 +133,8 @@ def test_b24_one_rank_by_two_ways(shape):
     assert effective_rank(rows) == pytest.approx(math.exp(-(p * np.log(p + 1e-10)).sum()), abs=1e-4)
     assert effective_rank(rows) <= min(shape)
     assert participation_ratio(torch.randn(20_000, 10)) == pytest.approx(10, rel=0.01)
-    assert gaussian_rank(100, 20, 0) < gaussian_rank(1000, 20, 0) < 20  # it grows with the tokens
+    noise = torch.randn(1000, 20, generator=torch.Generator().manual_seed(0))
+    assert effective_rank(noise[:100]) < effective_rank(noise) < 20  # it grows with the tokens
 
 
 def test_b23_norms_and_mean_squares_are_told_apart():
@@ -168,6 +205,11 @@ def test_dependence_of_a_linear_network_is_known_in_closed_form():
     keeps = dependence(Network(lambda c, t: c), torch.randn(600, D), embeddings, CHECKS, 0)
     assert keeps.forgetting is None
     assert keeps.lyapunov == pytest.approx(0, abs=0.01)
+
+
+def test_positions_count_from_the_end_of_the_document_before():
+    ids = torch.tensor([5, 6, 0, 7, 8, 0, 0, 9])
+    assert since_document_began(ids, 0).tolist() == [0, 1, 0, 1, 2, 0, 0, 1]
 
 
 TRAIN = TrainFacts(0, 6400, 10, 10, 9, 689.26, 695.0, 768, 0.001732)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -12,16 +13,19 @@ from torch import Tensor
 
 from lego.cvfp.checks import convergence, flags, identity, trend, validation_trend
 from lego.cvfp.dependence import dependence
-from lego.cvfp.passes import sequential_pass
+from lego.cvfp.passes import Telling, sequential_pass
+from lego.cvfp.peers import make
 from lego.cvfp.phase2 import FixedText, train_head
 from lego.cvfp.predict import train_contexts
 from lego.cvfp.ranks import Spread
+from lego.cvfp.rivals import train_peer
 from lego.cvfp.run import settled
-from lego.cvfp.sections import ChecksParams, CvfpParams, Phase1Params, changed
+from lego.cvfp.sections import ChecksParams, CvfpParams, PeersParams, Phase1Params, changed
 from lego.cvfp.text import Text
 
 CHECKS = PARAMS.checks
 
+FORMULAS = {"CENTRE", "APART", "DECAYS", "EMBEDDING_STD", "PLACES", "FOLLOWED", "DEPTHS"}
 FORBIDDEN = {0.95, 0.1, 0.002, 0.99, 0.999, 0.9, 0.02, 0.05, 0.03, 0.5, 0.2, 0.01, 1e-3, 1e-4, 1e-5, 1e-6, 100, 10, 30}
 
 
@@ -31,10 +35,10 @@ ROOMS = sorted(file.stem for file in (ROOT / "lego/cvfp").glob("*.py") if file.s
 @pytest.mark.parametrize("room", ROOMS)
 def test_b26_no_hyper_parameter_lives_in_training_code(room):
     tree = ast.parse((ROOT / f"lego/cvfp/{room}.py").read_text())
-    named = {  # a constant of a formula has a name
+    named = {  # constants of a formula or of a measurement, by name; nothing else may be set at the top of a room
         id(node)
         for statement in tree.body
-        if isinstance(statement, ast.Assign | ast.AnnAssign)
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) in FORMULAS
         for node in ast.walk(statement)
     }
     found = [
@@ -44,6 +48,16 @@ def test_b26_no_hyper_parameter_lives_in_training_code(room):
         if isinstance(node.value, int | float) and not isinstance(node.value, bool) and node.value in FORBIDDEN
     ]
     assert found == []
+    defaults = [
+        (function.name, ast.unparse(default))
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef)
+        for default in (*function.args.defaults, *function.args.kw_defaults)
+        if isinstance(default, ast.Constant) and isinstance(default.value, int | float) and default.value
+    ]
+    assert defaults == []
+    clipped = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and "clip_grad" in ast.unparse(node.func)]
+    assert not any(isinstance(one.args[1], ast.Constant) for one in clipped)
 
 
 def percentages(tree: ast.Module) -> set[int]:
@@ -80,7 +94,7 @@ OTHERWISE = {  # a key of phase 1, another value, and what else must be so for i
     "grad_clip": (1e-9, {}),
 }
 ELSEWHERE = {  # tested by name
-    "objective": "tests/test_cvfp_phase2.py",
+    "objective": "test_sound_contexts_predict",
     "allow_zero_gradient_loss": "test_b5_a_loss_without_gradient",
     "stop_when_worse": "test_the_step_schedule_and_the_worse_rule",
     "worse_margin": "test_the_step_schedule_and_the_worse_rule",
@@ -102,6 +116,13 @@ def test_b26_every_key_changes_what_comes_out(key):
 
 def test_b26_no_key_of_phase_1_is_forgotten():
     assert OTHERWISE.keys() | ELSEWHERE.keys() == set(Phase1Params.model_fields)
+    assert names_tests(ELSEWHERE.values())
+
+
+def names_tests(names: Iterable[str]) -> bool:
+    """Whether there is a test whose name begins so, for each."""
+    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_cvfp_*.py"))
+    return all(f"def {name}" in tests for name in names)
 
 
 SOUND = changed(PARAMS, SMALL | {"predict.streams": 4, "phase2.batch_tokens": 32, "phase2.epochs": 2}, "test")
@@ -181,8 +202,7 @@ def test_b26_every_key_of_the_other_sections_changes_what_comes_out(section, key
 @pytest.mark.parametrize("section", SECTIONS)
 def test_b26_no_key_of_the_other_sections_is_forgotten(section):
     assert SECTIONS[section].keys() | BY_NAME[section].keys() == set(type(getattr(PARAMS, section)).model_fields)
-    tests = "".join(file.read_text() for file in (ROOT / "tests").glob("test_cvfp_*.py"))
-    assert all(f"def {name}" in tests for name in BY_NAME[section].values())
+    assert names_tests(BY_NAME[section].values())
 
 
 CHECKED = {  # a key of checks and another value
@@ -242,3 +262,63 @@ def test_b26_every_threshold_decides_something(key):
 def test_b26_no_threshold_is_forgotten():
     of_the_page = {"rank_tokens", "rank_bands"}  # how much is measured, and what the page quotes
     assert CHECKED.keys() | of_the_page == set(ChecksParams.model_fields)
+
+
+TRAINED_PEER = {
+    "streams": 3,
+    "window": 16,
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "grad_clip": 1e-3,
+}
+
+
+def peer_weights(settings: PeersParams) -> Tensor:
+    torch.manual_seed(0)
+    model = make("mlp_2", VOCAB, 16, 24, settings.window)
+    train_peer(model, text(400), settings, 2, 0.01, 0)
+    return torch.cat([one.flatten() for one in model.parameters()]).detach()
+
+
+@pytest.mark.parametrize("key", TRAINED_PEER)
+def test_b26_every_key_of_the_peers_changes_their_weights(key):
+    few = PARAMS.peers.model_copy(update={"streams": 4})
+    other = few.model_copy(update={key: TRAINED_PEER[key]})
+    assert not torch.equal(peer_weights(few), peer_weights(other))
+    assert TRAINED_PEER.keys() == set(PeersParams.model_fields)
+
+
+def test_b26_keys_of_the_contest_text_and_progress_have_tests_by_name():
+    names = {
+        "seeds": "test_the_search_takes_the_best_rate",
+        "seed_sweeps": "test_the_digest_of_a_row",
+        "workers": "test_the_digest_of_a_row",
+        "lr_factors": "test_the_search_takes_the_best_rate",
+        "own": "test_a_contestant_learns",
+        "peers": "test_a_contestant_learns",
+        "validation": "test_validation_from_train_is",
+        "val_share": "test_validation_from_train_is",
+        "unseen": "test_ids_that_train_does_not_have",
+        "block_length": "test_a_stream_is_the_ids",
+        "overlap_length": "test_b22_held_out_text",
+        "progress_every": "test_progress_is_told",
+        "warn_above": "test_progress_is_told",
+    }
+    keys = [set(type(getattr(PARAMS, section)).model_fields) for section in ("contest", "text", "progress")]
+    assert set().union(*keys) == names.keys()
+    assert names_tests(names.values())
+
+
+def test_progress_is_told_every_so_many_tokens_and_long_passes_announce_themselves(capsys):
+    model = network(seed_params())
+    embeddings = model.embed(text(25)).detach()
+    sequential_pass(model, embeddings, None, Telling(10, 20), "pass 1")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "pass 1: 25 tokens one after another, more than 20"
+    assert [line.split(",")[0] for line in lines[1:]] == [
+        "pass 1: 10/25 tokens (40 %)",
+        "pass 1: 20/25 tokens (80 %)",
+        "pass 1: 25/25 tokens (100 %)",
+    ]
+    sequential_pass(model, embeddings, None, Telling(0, 30), "pass 1")
+    assert capsys.readouterr().out == ""

@@ -267,6 +267,14 @@ def test_b29_per_token_normalization_removes_the_number_of_tokens():
         assert float(normalized[0]) == pytest.approx(float(normalized[1]))
 
 
+def test_b27_an_overflow_of_the_loss_is_not_called_a_missing_gradient():
+    """Contexts that are huge and still finite: the step is skipped and counted."""
+    params = seed_params(model__layernorm_mix=0.0, phase1__max_iterations=3, phase1__early_stop=False)
+    trainer, iterations = trained(params, tokens=100)
+    assert not math.isfinite(iterations[-1].diversity)
+    assert (trainer.updates, trainer.skipped) == (0, 2)
+
+
 VARIANTS = [
     {"phase1__mode": "sequential_batch"},
     {"phase1__mode": "sequential_online", "phase1__diversity": "centroid_ema"},
@@ -280,7 +288,7 @@ VARIANTS = [
     {"phase1__mode": "sequential_batch", "phase1__bptt_len": 16},
     {"phase1__lr_schedule": "steps"},
     {"phase1__stop_when_worse": True},
-    {"model__head": "context"},
+    *({"model__head": one} for one in ("context", "token")),
     {"model__init_weight_std": 0.05, "model__init_bias_std": 0.0},
     {"model__update": "gated"},
     *({"phase1__diversity": one} for one in ("none", "dist_batch", "oacd", "vicreg", "centroid_ema", "ema_live")),

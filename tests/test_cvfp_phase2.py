@@ -10,11 +10,14 @@ import torch
 from cvfp_models import PARAMS, SMALL, VOCAB, network, seed_params, text
 from torch.nn import functional
 
+from lego.artifacts import ArtifactError, write_json, write_tensors
 from lego.cvfp.passes import sequential_pass, shifted
 from lego.cvfp.phase2 import FixedText, Score, logits_at, nll, score, shuffled, train_head, zeroed
 from lego.cvfp.predict import Predictor, columns, train_contexts, two_starts, unroll, windows
+from lego.cvfp.run import MADE_OF, fixed_text, weights_digest
 from lego.cvfp.sections import changed
 from lego.cvfp.store import from_weights, load_network, parameter_counts, save
+from lego.cvfp.text import Text
 
 SOUND = changed(PARAMS, SMALL | {"predict.epochs": 2, "predict.streams": 4, "phase2.batch_tokens": 32}, "test")
 
@@ -107,6 +110,38 @@ def test_b19_the_snapshot_keeps_the_contexts_valid(params, tmp_path):
     from_trained = sequential_pass(after, after.embed(validation.ids).detach())
     same = torch.allclose(from_trained, validation.contexts, atol=1e-6)
     assert same == bool(params.model.token_structure)  # with shared parameters phase 2 moved them
+
+
+def test_contexts_of_another_text_or_network_are_refused(tmp_path):
+    model, ids = network(SOUND), text(60)
+    splits = Text(dict.fromkeys(("train", "validation", "test"), ids), VOCAB, torch.ones(VOCAB), "")
+    contexts = sequential_pass(model, model.embed(ids).detach())
+    write_tensors(tmp_path / "train.safetensors", {"contexts": contexts})
+    write_json(tmp_path / MADE_OF, splits.digests() | {"network": weights_digest(model)})
+    assert torch.equal(fixed_text(splits, "train", tmp_path, model).contexts, contexts)
+    other = Text({**splits.ids, "train": ids.flip(0)}, VOCAB, splits.token_bytes, "")
+    with pytest.raises(ArtifactError, match=r"train\.safetensors: is not of this text; run dvc repro"):
+        fixed_text(other, "train", tmp_path, model)
+    with pytest.raises(ArtifactError, match=r"train\.safetensors: is not of this network; run dvc repro"):
+        fixed_text(splits, "train", tmp_path, network(SOUND, seed=1))
+
+
+def test_contexts_trained_to_predict_keep_no_statistics():
+    """An EMA diversity, which that objective does not read, would leave tensors with a graph on the layers."""
+    params = changed(SOUND, {"phase1.diversity": "ema_live", "predict.epochs": 1}, "test")
+    model, ids = network(params), text(200)
+    train_contexts(model, ids, params.predict, params.phase1, True, 0)
+    model.eval()
+    after, _ = train_head(model, fixed(model), fixed(model, 40, 2), params.phase2, 0)
+    assert after.vocab_size == VOCAB
+
+
+def test_the_loss_of_ema_kinds_needs_no_contexts_and_that_of_a_batch_does():
+    model = network(seed_params(phase1__diversity="ema_live"))
+    model(context=torch.randn(5, 24), token=torch.randn(5, 16))
+    assert float(model.get_distribution_loss().detach()) > 0
+    with pytest.raises(ValueError, match="the diversity centroid_batch is computed from contexts; give them"):
+        network(seed_params()).get_distribution_loss()
 
 
 def test_freeze_context_trains_the_head_alone():
@@ -232,6 +267,8 @@ def test_weights_come_from_a_plain_dict_or_a_clear_error():
     assert again.state_dict().keys() == weights.keys()
     with pytest.raises(RuntimeError, match=r"the weights lack token_embedding\.weight; lego\.cvfp\.model lists"):
         from_weights({}, params)
+    with pytest.raises(RuntimeError, match="the weights do not fit"):
+        from_weights(weights | {"blocks.0.norm.weight": torch.zeros(3)}, params)
     with pytest.raises(RuntimeError, match="the weights do not fit"):
         from_weights(weights | {"blocks.0.layers.0.fnn.bias": torch.zeros(3)}, params)
     counts = parameter_counts(again)

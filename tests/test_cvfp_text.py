@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+
 import numpy as np
 import pytest
 import torch
@@ -10,11 +13,12 @@ from conftest import ROOT, SOURCE
 from cvfp_models import PARAMS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from lego.artifacts import ArtifactError, read_tensors, write_json, write_tensors
 from lego.blocks import BlockWriter
 from lego.cvfp import text as policy
+from lego.cvfp.contest import size_on_paper
 from lego.cvfp.sections import changed, load, profiles, with_profile
 from lego.cvfp.store import EmbeddingError, build, embedding_matrix
 from lego.cvfp.text import (
@@ -69,6 +73,17 @@ def test_b22_held_out_text_shares_no_run_with_train(tokens, encoder):
         assert not any(tuple(ids[i : i + 8]) in known for i in range(len(ids) - 7))
     assert text.bytes_of("test") == sum(int(text.token_bytes[one]) for one in text.ids["test"][1:])
     assert set(text.ids["validation"].tolist()) <= set(text.ids["train"].tolist())
+
+
+def test_b22_what_is_left_out_joins_no_run_of_train(tmp_path):
+    """Unseen ids are taken out before the cut, as their neighbours then stand side by side."""
+    vocabulary = np.arange(600)
+    held_out = np.r_[30:40, 500, 40:50, 3, 1, 2]
+    kept, _ = in_vocabulary(held_out, vocabulary[:100], "filter", 0)
+    left, cut = without_overlap(kept, vocabulary[:100], 20)
+    assert (len(left), cut) == (3, 20)
+    source = ast.unparse(ast.parse(inspect.getsource(write_text_ids)))
+    assert source.index("in_vocabulary(") < source.index("without_overlap(")
 
 
 @settings(max_examples=60, deadline=None)
@@ -178,11 +193,23 @@ def test_every_profile_is_valid_and_changes_what_it_says():
         ("phase1.nonsense", 1, "phase1.nonsense is no key of stages/cvfp/params.yaml"),
         ("phase2.mode", "v1_mse", "mode must be v2 when"),
         ("predict.bptt_len", 8, "must be at least 16"),
+        ("phase1.max_iterations", 1, "must be at least 2"),
+        ("data.tokenizer", "pretrained", "data.pretrained must name a tokenizer or its folder"),
+        ("contest.own", {"untraind": 0.1}, "contest.own.untraind"),
     ],
 )
 def test_wrong_parameters_say_what_is_wrong(key, value, sentence):
     with pytest.raises(ParamsError, match=sentence):
         changed(PARAMS, {key: value}, "here")
+
+
+def test_ids_must_be_those_of_the_rows_of_gpt2():
+    given = {"model.embedding": "gpt2", "data.tokenizer": "pretrained", "data.pretrained": "some/other"}
+    with pytest.raises(
+        ParamsError, match=r"data\.pretrained must be gpt2, whose ids the rows of model\.embedding gpt2 are"
+    ):
+        changed(PARAMS, given, "here")
+    assert changed(PARAMS, given | {"data.pretrained": "gpt2"}, "here").model.embedding == "gpt2"
 
 
 def test_embeddings_come_from_a_folder_or_are_refused_and_never_made_up(tmp_path):
@@ -208,3 +235,11 @@ def test_embeddings_of_a_transformers_folder(tmp_path):
     model = GPT2Model(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=8))
     model.save_pretrained(tmp_path)
     assert torch.equal(embedding_matrix(str(tmp_path)), model.wte.weight)
+    sizes = {"model.context_dim": 24, "model.embed_dim": 16, "model.hidden_dim": 40}
+    names = {"model.embedding_from": str(tmp_path), "data.tokenizer": "pretrained", "data.pretrained": str(tmp_path)}
+    given = changed(PARAMS, sizes | names | {"model.embedding": "gpt2"}, "test")
+    assert size_on_paper(given, 40) > 40 * 16  # sizes alone: nothing is loaded
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({key: one for key, one in weights.items() if "wte" not in key}, tmp_path / "model.safetensors")
+    with pytest.raises(EmbeddingError, match=r"cannot be loaded \(its weights lack wte\.weight\)"):
+        embedding_matrix(str(tmp_path))  # transformers makes the missing matrix up

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from lego.cvfp.model import NewLLMResidual
-from lego.cvfp.sections import CvfpParams
-from lego.cvfp.store import build, parameter_counts
+from lego.cvfp.sections import CvfpParams, profiles
+from lego.cvfp.store import bare, parameter_counts
 
 OF_ALL = ("seed", "model")
 OF_OWN = ("phase1", "predict", "contexts", "phase2")
@@ -24,7 +24,7 @@ def epochs_of(params: CvfpParams) -> int:
 def size_on_paper(params: CvfpParams, vocab_size: int) -> int:
     """Parameters of the network that params describe, without making it."""
     with torch.device("meta"):
-        return sum(parameter_counts(build(params.model, params.phase1, vocab_size, 0)).values())
+        return sum(parameter_counts(bare(params.model, params.phase1, vocab_size)).values())
 
 
 def parameter_facts(network: NewLLMResidual) -> dict[str, int]:
@@ -48,5 +48,7 @@ def made_of(name: str, params: CvfpParams, text: dict[str, Any]) -> str:
     own = name in params.contest.own
     used = {key: values[key] for key in (*OF_ALL, *(OF_OWN if own else ("peers",)))}
     used |= {"epochs": epochs_of(params), "lr": params.contest.lr[name], "text": text}
+    if name.startswith("seed"):
+        used |= {"profile": profiles()["seed"]}
     used |= {key: values["contest"][key] for key in ("seeds", "lr_factors", *(["seed_sweeps"] if own else []))}
     return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()

@@ -96,6 +96,8 @@ def forgetting_time(
 def lag_r2(contexts: Tensor, embeddings: Tensor, lag: int, ridge: float) -> float:
     """R² of a ridge regression of E[t - lag] from context t, fitted on every other stretch of a text, on the rest.
 
+    Contexts that are all alike tell nothing: 0.
+
     Args:
         contexts, embeddings: (n, d) and (n, e).
         lag: tokens back.
@@ -105,6 +107,8 @@ def lag_r2(contexts: Tensor, embeddings: Tensor, lag: int, ridge: float) -> floa
     fitted = torch.arange(len(x)) // STRETCH % 2 == 0  # texts change on their way: halves would differ
     x, y = x - x[fitted].mean(0), y - y[fitted].mean(0)
     gram = x[fitted].T @ x[fitted]
+    if not float(gram.diagonal().mean()) or not float(y[~fitted].square().sum()):
+        return 0.0
     gram += ridge * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype)
     weights = torch.linalg.solve(gram, x[fitted].T @ y[fitted])
     left = (y[~fitted] - x[~fitted] @ weights).square().sum()
@@ -123,7 +127,7 @@ def lyapunov(model: NewLLMResidual, contexts: Tensor, embeddings: Tensor, steps:
     steps = min(steps, len(embeddings) // 2)
     begin = len(embeddings) // 2
     generator = torch.Generator().manual_seed(0)
-    tiny = APART * float(contexts.std())
+    tiny = APART * (float(contexts.std()) or 1.0)
     apart = torch.randn(model.context_dim, generator=generator)
     apart *= tiny / apart.norm()
     context, growth = contexts[begin - 1], 0.0

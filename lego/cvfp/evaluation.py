@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict
 from typing import Any
 
@@ -11,11 +12,19 @@ from lego.cvfp.checks import Convergence, convergence, flags, identity
 from lego.cvfp.dependence import dependence
 from lego.cvfp.model import NewLLMResidual
 from lego.cvfp.passes import Telling, sequential_pass
-from lego.cvfp.phase2 import FixedText, score, shuffled, zeroed
-from lego.cvfp.ranks import Spread, effective_rank, gaussian_rank
+from lego.cvfp.phase2 import FixedText, Score, nll, ppl, score, shuffled, zeroed
+from lego.cvfp.ranks import Spread
 from lego.cvfp.reports import TrainFacts, ValidationFacts
 from lego.cvfp.sections import ChecksParams, CvfpParams
 from lego.cvfp.text import Text
+
+DEPTHS = (0, 32, 128, 512)  # tokens since a document began, of perplexity by position
+
+
+def since_document_began(ids: torch.Tensor, end_of_text: int) -> torch.Tensor:
+    """Tokens (n,) from the end-of-text id before each of the ids (n,), or from the start."""
+    places = torch.arange(len(ids))
+    return places - torch.where(ids == end_of_text, places, 0).cummax(0).values
 
 
 def worth(
@@ -30,13 +39,19 @@ def worth(
         test, validation: with the contexts of the snapshot.
         seed: of the shuffling.
     """
-    whole = score(model, test, mode)
+    losses, right = nll(model, test, mode)
+    whole = Score(float(losses.double().mean()), float(right.double().mean()))
     found = {
         "ppl": whole.ppl,
         "acc": whole.accuracy,
         "bits_per_byte": text.bits_per_byte(whole.loss, "test"),
         "val_ppl": score(model, validation, mode).ppl,
     }
+    since = since_document_began(test.ids, text.end_of_text)[:-1]
+    for low, high in itertools.pairwise((*DEPTHS, len(losses) + 1)):
+        inside = (since >= low) & (since < high)
+        if bool(inside.any()):
+            found[f"ppl_from_token_{low}"] = ppl(float(losses[inside].double().mean()))
     if mode == "v2":
         found["ppl_zero_contexts"] = score(model, zeroed(test), mode).ppl
         found["ppl_shuffled_contexts"] = score(model, shuffled(test, seed), mode).ppl
@@ -67,12 +82,17 @@ def ranks(
     before = sequential_pass(untrained, embeddings["before"], None, telling, f"{prefix}: contexts of the untrained")
     found = Spread.of(own, seed)
     spread = {key: float(value) for key, value in asdict(found).items()}
+    references = {"untrained": Spread.of(before, seed), "embeddings": Spread.of(embeddings["own"], seed)}
+    noise = torch.randn(len(ids), snapshot.context_dim, generator=torch.Generator().manual_seed(seed))
+    references["gaussian"] = Spread.of(noise, seed)
+    spread |= {
+        f"{key}_{name}": getattr(one, key)
+        for name, one in references.items()
+        for key in ("rank", "centred_rank", "participation")
+    }
     spread |= {
         "attractor": found.is_attractor(settings.attractor_distance, settings.attractor_cosine),
         "zero": found.is_zero(settings.identity_norm),
-        "rank_untrained": effective_rank(before),
-        "rank_embeddings": effective_rank(embeddings["own"]),
-        "rank_gaussian": gaussian_rank(len(ids), snapshot.context_dim, seed),
     }
     return {f"{prefix}_{key}": value for key, value in spread.items()}
 
@@ -106,9 +126,10 @@ def critical_checks(
         "final_diff_l2": still.final_diff,
         "final_diff_per_dimension": still.per_dimension,
         "converges": still.passed,
-        "converged_share": still.converged(threshold) / len(still.moved),
+        "converged_when_frozen": still.converged(threshold),
         "untrained_final_diff_l2": before.final_diff,
-        "untrained_converged_share": before.converged(threshold) / len(before.moved),
+        "untrained_converged_when_frozen": before.converged(threshold),
+        "frozen_tokens": len(still.moved),
     }
     facts |= {f"is_{name}": flag for name, flag in flags(snapshot, settings, seed).items()}
     facts |= {key: value for key, value in asdict(found).items() if key != "lag_r2"}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import time
+from typing import Any, get_args
 
 import torch
 
@@ -11,9 +12,11 @@ from lego.cvfp.model import NewLLMResidual
 from lego.cvfp.phase2 import FixedText, score, shuffled, train_head, zeroed
 from lego.cvfp.predict import train_contexts
 from lego.cvfp.run import first_phase, settled
-from lego.cvfp.sections import CvfpParams, changed, with_profile
+from lego.cvfp.sections import CvfpParams, Form, changed, with_profile
 from lego.cvfp.store import build
 from lego.cvfp.text import SPLITS, Text
+
+FORMS = get_args(Form)
 
 
 def seed_of_equal_size(params: CvfpParams, vocab_size: int) -> CvfpParams:
@@ -36,7 +39,8 @@ def compete(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> 
 
     Args:
         name: `sound`; `sound_reservoir`, whose blocks stay as they began while its embedding learns; `untrained`, of
-            which phase 1 trains nothing; `seed` or `seed_untrained`.
+            which phase 1 trains nothing, with the same phase 2; `untrained_longer`, whose phase 2 has what the others
+            spend on phase 1; `seed` or `seed_untrained`.
         params: of the pipeline, profile `sound`.
         text: ids by split.
         seed: of initial weights and training.
@@ -44,8 +48,14 @@ def compete(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> 
 
     Returns:
         val_loss, ppl, bits_per_byte, parameters, tokens (processed in training), perplexities of the finished head
-        without contexts and with those of other tokens; for `sound`, those of heads trained so as well.
+        without contexts and with those of other tokens; for `sound`, those of heads trained so as well, whose time is
+        `seconds_besides`.
+
+    Raises:
+        ValueError: there is no such form.
     """
+    if name not in FORMS:
+        raise ValueError(f"there is no form {name}; there are {', '.join(FORMS)}")
     if name.startswith("sound"):
         params = params.model_copy(update={"predict": params.predict.model_copy(update={"lr": lr})})
     else:
@@ -53,7 +63,7 @@ def compete(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> 
     contexts, phase2, whole = params.contexts, params.phase2, len(text.ids["train"])
     if name.startswith("seed"):
         contexts = contexts.model_copy(update={"max_train_sweeps": params.contest.seed_sweeps})
-    if name.endswith("untrained"):  # what the others spend on contexts goes into the head
+    if name == "untrained_longer":
         phase2 = phase2.model_copy(update={"epochs": epochs_of(params), "patience": epochs_of(params)})
     model, spent = _contexts(name, params, text, seed)
     found = settled(model, text, contexts, params.progress)
@@ -69,10 +79,12 @@ def compete(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> 
         "ppl_shuffled_contexts": score(after, shuffled(fixed["test"], seed), phase2.mode).ppl,
     }
     if name == "sound":
+        begun = time.perf_counter()
         for key, change in (("zero", zeroed), ("shuffled", lambda one: shuffled(one, seed))):
             other = {split: change(one) for split, one in fixed.items()}
             blind, _ = train_head(model, other["train"], other["validation"], phase2, seed)
             outcome[f"ppl_trained_{key}_contexts"] = score(blind, other["test"], phase2.mode).ppl
+        outcome["seconds_besides"] = time.perf_counter() - begun
     return outcome | parameter_facts(after)
 
 
@@ -91,7 +103,7 @@ def _contexts(name: str, params: CvfpParams, text: Text, seed: int) -> tuple[New
         done = first_phase(params, text, seed)
         return done.model, done.passes * len(train)
     model = build(params.model, params.phase1, text.vocab_size, seed)
-    if name == "untrained":
+    if name.startswith("untrained"):
         return model.eval(), 0
     torch.nn.ModuleList(model.blocks).requires_grad_(False)
     train_contexts(model, train, params.predict, params.phase1, params.model.train_embedding, seed)

@@ -179,7 +179,7 @@ class NewLLMResidual(nn.Module):
         layer_structure: layers of each block.
         token_structure: layers of each token block; empty = the blocks write both.
         layernorm_mix, update: see CVFPLayer.
-        head: `context_then_token` reads [context; token], `context` the context alone.
+        head: `context_then_token` reads [context; token], `context` and `token` one of them.
         diversity: of phase 1's loss; see `lego.cvfp.losses` and CVFPLayer.
         normalize: of the centroid kinds.
         ema_momentum: of the EMA kinds.
@@ -240,7 +240,8 @@ class NewLLMResidual(nn.Module):
         self.embed_norm = nn.LayerNorm(embed_dim)
         self.blocks = blocks(layer_structure, "context" if token_structure else "both")
         self.token_blocks = blocks(token_structure, "token")
-        self.token_output = nn.Linear(context_dim + (embed_dim if head == "context_then_token" else 0), vocab_size)
+        read = {"context": context_dim, "token": embed_dim}.get(head, context_dim + embed_dim)
+        self.token_output = nn.Linear(read, vocab_size)
         self._initialize(init_weight_std, init_bias_std, init_embedding_std)
 
     def _initialize(self, weight_std: float, bias_std: float, embedding_std: float) -> None:
@@ -273,17 +274,24 @@ class NewLLMResidual(nn.Module):
 
     def logits(self, *, context: Tensor, token: Tensor) -> Tensor:
         """Logits (n, V) of the next token from a context (n, d) and a token vector (n, e)."""
-        return self.token_output(torch.cat([context, token], dim=-1) if self.head == "context_then_token" else context)
+        read = {"context": context, "token": token}
+        return self.token_output(read.get(self.head, torch.cat([context, token], dim=-1)))
 
-    def get_distribution_loss(self, contexts: Tensor) -> Tensor:
-        """The diversity loss: of contexts (n, d) for batch kinds, of the layers' own statistics for EMA kinds."""
-        if self.diversity in BATCH:
+    def get_distribution_loss(self, contexts: Tensor | None = None) -> Tensor:
+        """The diversity loss: of contexts (n, d) for batch kinds, of the layers' own statistics for EMA kinds.
+
+        Raises:
+            ValueError: a batch kind, and no contexts.
+        """
+        if contexts is None and self.diversity not in EMA:
+            raise ValueError(f"the diversity {self.diversity} is computed from contexts; give them")
+        if contexts is not None and self.diversity in BATCH:
             return diversity_of(contexts, self.diversity, self.normalize)
         if self.diversity in ("ema_buffer", "ema_live"):
             return torch.stack([block.get_distribution_loss() for block in self.blocks]).mean()
         if self.diversity in EMA:  # of the context that leaves the network
             return self.blocks[-1].layers[-1].get_distribution_loss()
-        return contexts.sum() * 0
+        return torch.zeros(()) if contexts is None else contexts.sum() * 0
 
 
 LLM = NewLLMResidual

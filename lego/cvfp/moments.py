@@ -64,7 +64,11 @@ class RunningMoments(nn.Module):
         return mean, self.square / self.weight - mean.square()
 
     def moved_debiased(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """As `debiased`, after these rows (n, d) and with gradient through them."""
+        """As `debiased`, after these rows (n, d) and with gradient through them.
+
+        The variance is E[x²] - E[x]² of debiased moments: about a running mean that begins at 0, as in `moved`, it
+        would hold the distance of that mean as well, which no debiasing takes out.
+        """
         m = self.momentum
         weight = m * self.weight + (1 - m)
         mean = (m * self.sum + (1 - m) * rows.mean(0)) / weight

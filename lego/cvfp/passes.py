@@ -30,6 +30,11 @@ class Telling:
     every: int = 0
     warn_above: int = 0
 
+    def begins(self, what: str, total: int) -> None:
+        """A line before work on many tokens at once, if lines are wanted."""
+        if self.every:
+            print(f"{what} begins: {total:,} tokens", flush=True)
+
     def tokens(self, total: int, what: str) -> Iterator[int]:
         """0 .. total - 1, with a line each `every` tokens: count, share, tokens a second, seconds left."""
         if self.warn_above and total > self.warn_above:

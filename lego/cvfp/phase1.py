@@ -138,6 +138,7 @@ class ContextTrainer:
             ZeroGradientError: a loss that counts has no gradient.
         """
         begun = time.monotonic()
+        self.telling.begins(f"iteration {number + 1}/{self.settings.max_iterations}", len(self.embeddings))
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * self._factor(number)
         target = first if self.settings.cvfp_target == "iteration0_fixed" else previous
@@ -206,7 +207,7 @@ class ContextTrainer:
         if n <= chunk:
             views = forward(slice(0, n))
             cvfp, diversity = losses(views)
-            self._update(cvfp, diversity)
+            self._update(cvfp, diversity, views)
         else:  # first all contexts, then the loss and its gradient in them, then chunk by chunk that of the weights
             parts = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
             with torch.no_grad():
@@ -233,7 +234,7 @@ class ContextTrainer:
                 terms.append(self.model.get_distribution_loss(views[-1]))
         contexts = torch.cat(rows)  # (N, d)
         cvfp, diversity = self._losses(contexts, torch.cat(others) if len(views) > 1 else target, terms)
-        self._update(cvfp, diversity)
+        self._update(cvfp, diversity, contexts)
         return contexts.detach(), cvfp.item(), diversity.item()
 
     def _online(self, number: int, previous: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
@@ -246,7 +247,7 @@ class ContextTrainer:
             waiting.append(self._losses(views[-1], views[0] if len(views) > 1 else target[index : index + 1]))
             if (index + 1) % self.settings.bptt_len == 0 or index + 1 == n:
                 cvfp, diversity = (torch.stack(terms).mean() for terms in zip(*waiting, strict=True))
-                self._update(cvfp, diversity)
+                self._update(cvfp, diversity, views[-1])
                 for place, term in enumerate((cvfp, diversity)):
                     totals[place] += term.item() * len(waiting) / n
                 waiting, views = [], [view.detach() for view in views]
@@ -266,25 +267,26 @@ class ContextTrainer:
         self,
         cvfp: Tensor,
         diversity: Tensor,
-        leaf: Tensor | None = None,
+        contexts: Tensor,
         backward: Callable[[Tensor], None] | None = None,
     ) -> None:
         """One optimizer step, unless loss or gradient is not finite, which is counted.
 
         Args:
             cvfp, diversity: the two terms.
-            leaf: what they were computed from, if not from the weights themselves.
-            backward: takes the loss's gradient in `leaf` on to the weights.
+            contexts: what they were computed from.
+            backward: takes the loss's gradient in the contexts on to the weights, if they have no graph themselves.
         """
         w = self.settings.dist_reg_weight
-        self._require_gradients({"cvfp_target": (1 - w, cvfp), "diversity": (w, diversity)}, leaf)
         loss, self.made_with = (1 - w) * cvfp + w * diversity, self.updates
         self.optimizer.zero_grad(set_to_none=True)
+        if torch.isfinite(loss):
+            self._require_gradients({"cvfp_target": (1 - w, cvfp), "diversity": (w, diversity)}, contexts)
         if torch.isfinite(loss) and loss.requires_grad:
-            if backward is None or leaf is None:
+            if backward is None:
                 loss.backward()
             else:
-                backward(torch.autograd.grad(loss, leaf)[0])
+                backward(torch.autograd.grad(loss, contexts)[0])
             norm = nn.utils.clip_grad_norm_(self.parameters, self.settings.grad_clip)
             if torch.isfinite(norm):
                 if not self.settings.recompute_contexts:
@@ -294,22 +296,25 @@ class ContextTrainer:
                 return
         self.skipped += 1
 
-    def _require_gradients(self, terms: dict[str, tuple[float, Tensor]], leaf: Tensor | None) -> None:
+    def _require_gradients(self, terms: dict[str, tuple[float, Tensor]], contexts: Tensor) -> None:
         """Refuses a term that counts and trains nothing: in its first steps, where it should.
+
+        Asked of the contexts where the term is computed from them, as the way on to the weights is long; of the weights
+        where it comes from the layers' own statistics.
 
         At the very first, the weights are those that made the target, so that the CVFP loss is 0 where every pass
         starts from 0; and two EMA kinds compare with what they have seen, which is nothing.
         """
         if self.updates > LATEST:
             return
-        wanted = [leaf] if leaf is not None else self.parameters
+        wanted = self.parameters if self._from_statistics else [contexts]
         for name, (weight, term) in terms.items():
             if not weight or name in self._has_gradient or (name == "diversity" and self.settings.diversity == "none"):
                 continue
             found = (
                 torch.autograd.grad(term, wanted, retain_graph=True, allow_unused=True) if term.requires_grad else ()
             )
-            if any(one is not None and bool(one.abs().sum() > 0) for one in found):
+            if any(one is not None and bool((one != 0).any()) for one in found):
                 self._has_gradient.add(name)
             elif self.updates == LATEST or (name == "diversity" and self.settings.diversity not in NEED_A_PAST):
                 kind = self.settings.diversity if name == "diversity" else self.settings.cvfp_target

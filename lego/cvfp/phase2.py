@@ -24,6 +24,8 @@ from lego.cvfp.sections import Phase2Params
 from lego.progress import track
 from lego.steps import build_scheduler
 
+JUDGED_AT_A_TIME = 4096  # positions, which changes no number
+
 
 @dataclass(frozen=True)
 class FixedText:
@@ -96,7 +98,7 @@ class Score:
 
 
 def propagated(
-    model: NewLLMResidual, text: FixedText, mode: str, chunk: int
+    model: NewLLMResidual, text: FixedText, mode: str, chunk: int, what: str
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Positions (k,), their logits (k, V) and contexts (k, d), where the context is handed on from token to token.
 
@@ -107,11 +109,13 @@ def propagated(
         text: of which the ids are read.
         mode: v1_mse or propagate.
         chunk: most positions at a time.
+        what: is done, for the lines of its progress.
     """
     context = torch.zeros(1, model.context_dim)
     for places in torch.arange(text.predictions).split(chunk):
         made, written = list[Tensor](), list[Tensor]()
-        for token in model.embed(text.ids[places]).split(1):
+        tokens = model.embed(text.ids[places]).split(1)
+        for token in track(tokens, len(tokens), f"{what}, token by token", "token"):
             context, after = model(context=context.detach(), token=token)
             made.append(context)
             written.append(after)
@@ -121,7 +125,7 @@ def propagated(
 
 
 @torch.no_grad()
-def nll(model: NewLLMResidual, text: FixedText, mode: str, batch: int = 4096) -> tuple[Tensor, Tensor]:
+def nll(model: NewLLMResidual, text: FixedText, mode: str, batch: int = JUDGED_AT_A_TIME) -> tuple[Tensor, Tensor]:
     """Loss in nats (n - 1,) and whether the likeliest id was right (n - 1,), position by position.
 
     Args:
@@ -135,7 +139,7 @@ def nll(model: NewLLMResidual, text: FixedText, mode: str, batch: int = 4096) ->
         fixed = positions(text.predictions, batch, None)
         parts = ((places, logits_at(model, text, before, places)[0]) for places in fixed)
     else:
-        parts = ((places, logits) for places, logits, _ in propagated(model, text, mode, batch))
+        parts = ((places, logits) for places, logits, _ in propagated(model, text, mode, batch, "judged"))
     for places, logits in parts:
         wanted = text.ids[places + 1]
         losses.append(functional.cross_entropy(logits, wanted, reduction="none"))
@@ -253,7 +257,7 @@ def _parts(
             loss = functional.cross_entropy(logits, text.ids[part + 1])
             yield loss, loss, len(part)
         return
-    for part, logits, made in propagated(model, text, settings.mode, settings.chunk_tokens):
+    for part, logits, made in propagated(model, text, settings.mode, settings.chunk_tokens, "phase 2"):
         loss = functional.cross_entropy(logits, text.ids[part + 1])
         distance = (made - text.contexts[part]).square().mean()
         yield loss, loss + distance if settings.mode == "v1_mse" else loss, len(part)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+PAIRS = 2000  # of rows, whose distance and cosine are taken
+
 
 def singular_values(rows: Tensor, method: str = "gram") -> Tensor:
     """Singular values of rows (n, d), in double precision.
@@ -29,6 +31,8 @@ def effective_rank(rows: Tensor, method: str = "gram") -> float:
     It is at most min(n, d) and grows with n, so it means something only beside the same quantity at equal n and d.
     """
     sigma = singular_values(rows, method)
+    if not float(sigma.sum()):
+        return 0.0
     p = sigma / sigma.sum()
     return math.exp(-float((p * (p + 1e-10).log()).sum()))
 
@@ -36,7 +40,7 @@ def effective_rank(rows: Tensor, method: str = "gram") -> float:
 def participation_ratio(rows: Tensor) -> float:
     """(sum of variances)^2 / sum of squared variances over the principal axes of centred rows (n, d)."""
     variances = singular_values(rows - rows.mean(0)).square()
-    return float(variances.sum().square() / variances.square().sum())
+    return float(variances.sum().square() / variances.square().sum()) if float(variances.sum()) else 0.0
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,9 @@ class Spread:
     mean_cosine: float
 
     @classmethod
-    def of(cls, contexts: Tensor, seed: int, pairs: int = 2000) -> Spread:
-        """Args: contexts (n, d), seed of the pairs whose distance is taken, and how many."""
-        n, d = contexts.shape
+    def of(cls, contexts: Tensor, seed: int) -> Spread:
+        """Args: contexts (n, d), seed of the pairs whose distance is taken."""
+        (n, d), pairs = contexts.shape, PAIRS
         generator = torch.Generator().manual_seed(seed)
         left = torch.randint(n, (pairs,), generator=generator)
         right = (left + torch.randint(1, max(2, n), (pairs,), generator=generator)) % n  # another row
@@ -78,8 +82,3 @@ class Spread:
     def is_zero(self, norm: float) -> bool:
         """Whether contexts vanish: shorter than `norm` on average."""
         return self.mean_norm < norm
-
-
-def gaussian_rank(tokens: int, dims: int, seed: int) -> float:
-    """Effective rank of as many independent normal rows: the most that can be expected at this n and d."""
-    return effective_rank(torch.randn(tokens, dims, generator=torch.Generator().manual_seed(seed)))

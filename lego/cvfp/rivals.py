@@ -130,13 +130,13 @@ def peer_loss(model: nn.Module, ids: Tensor, window: int) -> float:
 
 
 def _overlapping(model: nn.Module, ids: Tensor, window: int) -> float:
-    """Windows that overlap by half, of which the second half is judged; the first window is judged whole."""
-    n, half, total = len(ids) - 1, window // 2, 0.0
+    """Windows that overlap by half, of which what no window before it held is judged."""
+    n, half, total, done = len(ids) - 1, window // 2, 0.0, 0
     starts = [0, *range(half, max(half, n - half), half)]
     for start in starts:
         stop = min(start + window, n)
         logits, _ = model(ids[start:stop][:, None], None)
-        judged = 0 if start == 0 else half
-        wanted = ids[start + 1 + judged : stop + 1]
-        total += float(functional.cross_entropy(logits[judged:, 0], wanted, reduction="sum"))
+        wanted = ids[done + 1 : stop + 1]
+        total += float(functional.cross_entropy(logits[done - start :, 0], wanted, reduction="sum"))
+        done = stop
     return total / n

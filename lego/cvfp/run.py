@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from lego.artifacts import ArtifactError, read_tensors
+from lego.artifacts import ArtifactError, read_json, read_tensors
 from lego.cvfp.model import NewLLMResidual
 from lego.cvfp.passes import Settled, Telling, settle
 from lego.cvfp.phase1 import ContextTrainer, Iteration
@@ -17,16 +16,22 @@ from lego.cvfp.phase2 import FixedText
 from lego.cvfp.predict import train_contexts
 from lego.cvfp.sections import ContextsParams, CvfpParams, ProgressParams
 from lego.cvfp.store import build
-from lego.cvfp.text import SPLITS, Text
+from lego.cvfp.text import SPLITS, Text, digest
+
+MADE_OF = "made_of.json"  # beside contexts: digests of the ids by split and of the network
 
 
 @dataclass(frozen=True)
 class FirstPhase:
-    """What phase 1 leaves: the network, as it is and as it was, its weight updates, and one row a pass or epoch."""
+    """What phase 1 leaves: the network, as it is and as it was, weight updates, and one row a pass or epoch.
+
+    weights_version counts the updates behind the network: without recompute_contexts it is that of before the last one.
+    """
 
     model: NewLLMResidual
     untrained: NewLLMResidual
     updates: int
+    weights_version: int
     rows: list[dict[str, Any]]
     last: Iteration | None
 
@@ -76,7 +81,7 @@ def first_phase(params: CvfpParams, text: Text, seed: int) -> FirstPhase:
                 zip(result.loss, result.contraction, result.vicreg, strict=True), 1
             )
         ]
-        return FirstPhase(model.eval(), untrained, result.updates, rows, None)
+        return FirstPhase(model.eval(), untrained, result.updates, result.updates, rows, None)
     trainer = ContextTrainer(model, model.embed(ids).detach(), params.phase1, telling(params.progress))
     rows, last = [], None
     for last in trainer.iterations():
@@ -85,9 +90,11 @@ def first_phase(params: CvfpParams, text: Text, seed: int) -> FirstPhase:
             rows.append(
                 {"pass": last.number, "cvfp_mse": last.cvfp, "diversity": last.diversity, "converged": last.converged}
             )
+    version = trainer.updates
     if trainer.weights_before:  # the returned contexts are of before the last step, and so is the network
         model.load_state_dict(trainer.weights_before)
-    return FirstPhase(model.eval(), untrained, trainer.updates, rows, last)
+        version = trainer.made_with
+    return FirstPhase(model.eval(), untrained, trainer.updates, version, rows, last)
 
 
 def settled(
@@ -115,14 +122,30 @@ def settled(
     return found
 
 
-def fixed_text(text: Text, split: str, folder: str | Path) -> FixedText:
+def fixed_text(text: Text, split: str, folder: str | Path, snapshot: NewLLMResidual) -> FixedText:
     """A split with the contexts that build_contexts wrote.
 
+    Args:
+        text: ids by split.
+        split: of it.
+        folder: of the contexts.
+        snapshot: the network of phase 1 that should have made them.
+
     Raises:
-        ArtifactError: they are missing, damaged or of another text.
+        ArtifactError: they are missing, damaged, of another text or of another network.
     """
     file = Path(folder) / f"{split}.safetensors"
-    contexts = read_tensors(file).get("contexts", torch.empty(0))
-    if len(contexts) != len(text.ids[split]):
-        raise ArtifactError(f"{file}: is not of this text; run dvc repro stages/cvfp/dvc.yaml")
-    return FixedText(text.ids[split], contexts)
+    facts, tensors = read_json(Path(folder) / MADE_OF, split, "network"), read_tensors(file)
+    wanted = {"text": (split, digest(text.ids[split])), "network": ("network", weights_digest(snapshot))}
+    for what, (key, found) in wanted.items():
+        if facts[key] != found or "contexts" not in tensors:
+            raise ArtifactError(f"{file}: is not of this {what}; run dvc repro stages/cvfp/dvc.yaml")
+    return FixedText(text.ids[split], tensors["contexts"])
+
+
+def weights_digest(network: NewLLMResidual) -> str:
+    """SHA-256 of all weights, by name."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        found.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()

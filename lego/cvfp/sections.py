@@ -43,6 +43,10 @@ Diversity = Literal[
 ]
 
 
+Form = Literal["sound", "sound_reservoir", "untrained", "untrained_longer", "seed", "seed_untrained"]
+Peer = Literal["end_to_end", "mlp_1", "mlp_2", "mlp_4", "gru", "lstm", "transformer", "ssm"]
+
+
 class TextParams(Section):
     """How the tokens of data/cvfp/tokens become train, validation and test ids (specification, section 6)."""
 
@@ -63,7 +67,7 @@ class ModelParams(Section):
     token_structure: list[Count]
     layernorm_mix: Unit
     update: Literal["relu", "gated"]
-    head: Literal["context_then_token", "context"]
+    head: Literal["context_then_token", "context", "token"]
     embedding: Literal["gpt2", "pretrained", "random_frozen"]
     embedding_from: str | None
     train_embedding: bool
@@ -169,13 +173,13 @@ class ContestParams(Section):
     seed_sweeps: CountOrZero
     workers: Count
     lr_factors: Annotated[list[Positive], Field(min_length=1)]
-    own: dict[str, Positive]
-    peers: dict[str, Positive]
+    own: dict[Form, Positive]
+    peers: dict[Peer, Positive]
 
     @property
     def lr(self) -> dict[str, float]:
         """The rate by model, CVFP's own forms first."""
-        return self.own | self.peers
+        return dict(self.own.items()) | dict(self.peers.items())
 
 
 class PeersParams(Section):
@@ -206,7 +210,7 @@ class ChecksParams(Section):
     forgetting: Positive
     lags: Annotated[int, at_least(1, 100)]
     ridge: Positive
-    rank_tokens: Count
+    rank_tokens: Annotated[int, at_least(200)]
     rank_bands: Annotated[list[Share], Field(min_length=1)]
 
 
@@ -238,6 +242,14 @@ class CvfpParams(Section):
             raise ValueError(
                 f"data.tokenizer must be pretrained, of that model, when model.embedding is {self.model.embedding}; "
                 f"its rows are of other ids; got {self.data.tokenizer}"
+            )
+        if self.data.tokenizer == "pretrained" and not self.data.pretrained:
+            raise ValueError("data.pretrained must name a tokenizer or its folder when data.tokenizer is pretrained")
+        wanted = self.model.embedding_from or "gpt2"
+        if self.model.embedding == "gpt2" and self.data.pretrained != wanted:
+            raise ValueError(
+                f"data.pretrained must be {wanted}, whose ids the rows of model.embedding gpt2 are, got "
+                f"{self.data.pretrained}"
             )
         return self
 

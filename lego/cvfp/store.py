@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def build(model: ModelParams, phase1: Phase1Params, vocab_size: int, seed: int) 
         EmbeddingError: the embedding cannot be loaded or is of another size.
     """
     torch.manual_seed(seed)
-    network = NewLLMResidual(**_arguments(model, phase1), vocab_size=vocab_size)
+    network = bare(model, phase1, vocab_size)
     if model.embedding != "random_frozen":
         matrix = embedding_matrix(model.embedding_from or GPT2)
         if matrix.shape[1] != model.embed_dim or len(matrix) < vocab_size:
@@ -40,9 +41,16 @@ def build(model: ModelParams, phase1: Phase1Params, vocab_size: int, seed: int) 
     return network
 
 
+def bare(model: ModelParams, phase1: Phase1Params, vocab_size: int) -> NewLLMResidual:
+    """A network with the parameters' sizes and nothing loaded."""
+    return NewLLMResidual(**_arguments(model, phase1), vocab_size=vocab_size)
+
+
 def _arguments(model: ModelParams, phase1: Phase1Params) -> dict[str, Any]:
     left_out = {"embedding", "embedding_from", "train_embedding"}
     of_phase1 = {key: getattr(phase1, key) for key in ("diversity", "normalize", "ema_momentum")}
+    if phase1.objective == "predict":  # which keeps no statistics
+        of_phase1["diversity"] = "none"
     return model.model_dump(exclude=left_out) | of_phase1
 
 
@@ -66,7 +74,12 @@ def embedding_matrix(name: str) -> Tensor:
             return matrices[0]
         from transformers import AutoModel
 
-        return AutoModel.from_pretrained(name).get_input_embeddings().weight.detach().float()
+        model, told = AutoModel.from_pretrained(name, output_loading_info=True)
+        rows = model.get_input_embeddings().weight
+        own = next(key for key, parameter in model.named_parameters() if parameter is rows)
+        if own in told["missing_keys"]:  # transformers would have made it up
+            raise EmbeddingError(f"its weights lack {own}")
+        return rows.detach().float()
     except Exception as error:  # transformers raises many kinds; each means the same to the user
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise EmbeddingError(
@@ -108,8 +121,8 @@ def from_weights(weights: dict[str, Tensor], settings: CvfpParams) -> NewLLMResi
 
 
 def _structure(weights: dict[str, Tensor], blocks: str) -> list[int]:
-    layers = {tuple(name.split(".")[1:4:2]) for name in weights if name.startswith(f"{blocks}.")}
-    numbers = sorted((int(block), int(layer)) for block, layer in layers)
+    pattern = re.compile(rf"{blocks}\.(\d+)\.layers\.(\d+)\.")
+    numbers = sorted({(int(found[1]), int(found[2])) for name in weights if (found := pattern.match(name))})
     return [sum(one == block for one, _ in numbers) for block in sorted({block for block, _ in numbers})]
 
 
@@ -132,7 +145,7 @@ def load_network(folder: str | Path) -> tuple[NewLLMResidual, CvfpParams, dict[s
         settings = CvfpParams.model_validate(facts["parameters"])
     except ValueError:
         raise ArtifactError(f"{folder}/config.json: is not as it was written; run dvc checkout or dvc repro") from None
-    network = NewLLMResidual(**_arguments(settings.model, settings.phase1), vocab_size=facts["vocab_size"])
+    network = bare(settings.model, settings.phase1, facts["vocab_size"])
     try:
         network.load_state_dict(read_tensors(folder / "model.safetensors"))
     except RuntimeError:

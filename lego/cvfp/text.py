@@ -66,7 +66,14 @@ def validation_from_train(train: np.ndarray, share: float, encoder: TextEncoder)
     encoder.fast.encode_special_tokens = False  # end-of-text, which decoding spelled out, is one token again
     again = np.array(encoder.fast.encode(spelled, add_special_tokens=False).ids, dtype=np.int64)
     encoder.fast.encode_special_tokens = True
-    require_seen(again, train, "validation from train")
+    try:
+        require_seen(again, train, "validation from train")
+    except UnseenIdError as error:
+        sentence = str(error).partition("; ")[0]
+        raise UnseenIdError(
+            f"{sentence}, as borders of tokens moved; change text.val_share or data.max_train_tokens in "
+            "stages/cvfp/params.yaml, or set text.validation: heldout_in_vocab"
+        ) from None
     return again
 
 
@@ -124,6 +131,7 @@ class Text:
     vocab_size: int
     token_bytes: Tensor
     validation: str
+    end_of_text: int = 0
 
     def bytes_of(self, split: str) -> int:
         """Bytes of text that the predicted ids of a split stand for; the first one is not predicted."""
@@ -162,10 +170,10 @@ def write_text_ids(folder: Path, tokens: str | Path, encoder: TextEncoder, setti
         if split == "validation" and settings.validation == "val_from_train":
             ids[split] = validation_from_train(train, settings.val_share, encoder)
             continue
-        held_out, counts[f"{split}_overlapping"] = without_overlap(
-            stream(tokens, split), train, settings.overlap_length
-        )
-        ids[split], counts[f"{split}_unseen"] = in_vocabulary(held_out, train, settings.unseen, encoder.end)
+        held_out, counts[f"{split}_unseen"] = in_vocabulary(
+            stream(tokens, split), train, settings.unseen, encoder.end
+        )  # before the cut: what is left out makes neighbours
+        ids[split], counts[f"{split}_overlapping"] = without_overlap(held_out, train, settings.overlap_length)
         if len(ids[split]) < 2:
             raise CorpusError(f"{split}: nothing is left of it after {counts}; raise data.max_{split}_tokens")
     write_tensors(
@@ -191,7 +199,8 @@ def read_text_ids(folder: str | Path) -> Text:
     for name in ("text.json", "ids.safetensors", "bytes.safetensors"):
         if not (folder / name).exists():
             raise FileNotFoundError(2, "is missing; run dvc repro stages/cvfp/dvc.yaml to make it", str(folder / name))
-    facts = read_json(folder / "text.json", "vocab_size", "validation", *(f"{split}_sha256" for split in SPLITS))
+    known = ("vocab_size", "validation", "end_of_text", *(f"{split}_sha256" for split in SPLITS))
+    facts = read_json(folder / "text.json", *known)
     ids = read_tensors(folder / "ids.safetensors")
     for split in SPLITS:
         if split not in ids or digest(ids[split]) != facts[f"{split}_sha256"]:
@@ -202,4 +211,4 @@ def read_text_ids(folder: str | Path) -> Text:
     train = ids["train"].numpy()
     require_seen(ids["validation"].numpy(), train, f"{folder}/ids.safetensors: validation")
     token_bytes = read_tensors(folder / "bytes.safetensors")["bytes"]
-    return Text(ids, facts["vocab_size"], token_bytes, facts["validation"])
+    return Text(ids, facts["vocab_size"], token_bytes, facts["validation"], facts["end_of_text"])

@@ -4,7 +4,7 @@ dvc repro stages/cvfp/dvc.yaml:build_contexts          (python -m stages.cvfp.bu
 """
 
 from lego.artifacts import atomic_folder, write_json, write_tensors
-from lego.cvfp.run import settled
+from lego.cvfp.run import MADE_OF, settled, weights_digest
 from lego.cvfp.sections import WRITTEN, load
 from lego.cvfp.store import load_network
 from lego.cvfp.text import read_text_ids
@@ -20,6 +20,7 @@ def main() -> None:
         with atomic_folder("data/cvfp/contexts") as folder:
             for split, one in found.items():
                 write_tensors(folder / f"{split}.safetensors", {"contexts": one.contexts})
+            write_json(folder / MADE_OF, text.digests() | {"network": weights_digest(model)})
         metrics = {
             f"{split}_{key}": getattr(one, key) for split, one in found.items() for key in ("sweeps", "residual")
         }

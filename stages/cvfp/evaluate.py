@@ -22,7 +22,7 @@ def main() -> None:
         phase1 = read_json("metrics/cvfp/train_phase1.json", "updates", "passes", "converged")
         (model, _, _), (snapshot, _, _) = load_network("data/cvfp/phase2"), load_network("data/cvfp/phase2/snapshot")
         untrained, _, _ = load_network("data/cvfp/untrained")
-        fixed = {split: fixed_text(text, split, "data/cvfp/contexts") for split in SPLITS}
+        fixed = {split: fixed_text(text, split, "data/cvfp/contexts", snapshot) for split in SPLITS}
         held_out = fixed["test"], fixed["validation"]
         metrics: dict[str, Any] = dict(worth(model, params.phase2.mode, text, *held_out, stage.seed))
         n, rank, told = params.checks.rank_tokens, dict[str, float](), telling(params.progress)
@@ -39,9 +39,14 @@ def main() -> None:
             "metrics/cvfp/curves/convergence.csv",
             [{"pass": n, "l2": one} for n, one in enumerate(still.differences, 2)],
         )
-        before = checks["untrained_converged_share"], checks["untrained_final_diff_l2"]
-        untrained_line = f"Untrained, train: convergence {100 * before[0]:.1f}%, final_diff = {before[1]:.6f}"
-        lines = f"{report(*facts)}\n{untrained_line}"
+        lines = report(*facts) + "".join(
+            f"\nFrozen passes over train, {name}: convergence {100 * checks[key] / checks['frozen_tokens']:.1f}% "
+            f"({checks[key]}/{checks['frozen_tokens']} tokens), final_diff = {checks[last]:.6f}"
+            for name, key, last in (
+                ("trained", "converged_when_frozen", "final_diff_l2"),
+                ("untrained", "untrained_converged_when_frozen", "untrained_final_diff_l2"),
+            )
+        )
         write_text("metrics/cvfp/report.txt", lines + "\n")
         print(lines, flush=True)
         stage.record |= {"counts": {"tokens": sum(len(one.ids) for one in fixed.values())}}

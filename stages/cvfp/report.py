@@ -12,27 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from lego.artifacts import atomic_folder, read_json, write_text
-from lego.cvfp.contest import made_of
 from lego.cvfp.reports import validate
 from lego.cvfp.sections import WRITTEN, CvfpParams, load
-from lego.cvfp.text import SPLITS
 from lego.harness import RECORDED_PACKAGES, Stage, exit_cleanly
 from lego.page import Figure, Page
-from lego.stats import Interval, mean_interval, verdict
+from lego.progress import share
+from stages.cvfp.compared import FOLDER, Compared
 from stages.cvfp.figures import Column, memory, perplexities, settling
 
-FOLDER = Path("metrics/cvfp")
-NOT_RUN = "Not run yet: `dvc repro stages/cvfp/baselines/dvc.yaml`."
 DEGENERATE = ("constant", "identity", "token_blind", "memoryless")
-NGRAMS = ("unigram", "trigram", "fivegram")
-FORMS = {
-    "sound": "contexts trained to predict",
-    "sound_reservoir": "its blocks stay as they began, its embedding learns",
-    "untrained": "nothing of phase 1 is trained; what the others spend there goes into the head",
-    "seed": "contexts trained by the rulings of the founding notes, on a part of the text in as many passes",
-    "seed_untrained": "the network of `seed` as it began",
-    "end_to_end": "the network of `sound` in one phase, by cross-entropy alone",
-}
 
 
 def table(file: Path) -> Column:
@@ -41,101 +29,24 @@ def table(file: Path) -> Column:
     return {key: [float(row[key] or "nan") for row in rows] for key in rows[0]}
 
 
-def over_seeds(found: dict[str, Any], key: str) -> list[float]:
-    return [found[f"{key}_{seed}"] for seed in range(len(found)) if f"{key}_{seed}" in found]
-
-
-def rivals(found: dict[str, Any]) -> list[str]:
-    """What `sound` should beat: untrained contexts, the best of the MLPs, the GRU."""
-    mlps = sorted((name for name in found if name.startswith("mlp_")), key=lambda name: found[name]["ppl"])
-    return [name for name in ("untrained", "sound_reservoir", *mlps[:1], "gru") if name in found]
-
-
-def against(found: dict[str, Any], mine: str, other: str) -> Interval:
-    """Perplexity of one model less another's, over seeds."""
-    pairs = zip(over_seeds(found[mine], "ppl"), over_seeds(found[other], "ppl"), strict=False)
-    return mean_interval([a - b for a, b in pairs])
-
-
-def answer(found: dict[str, dict[str, Any]]) -> str:
-    """One sentence with the intervals that decide it."""
-    if "sound" not in found:
-        return NOT_RUN
-    mine, said = over_seeds(found["sound"], "ppl"), []
-    for rival in rivals(found):
-        difference = against(found, "sound", rival)
-        said.append(f"{rival} {found[rival]['ppl']:.1f} ({difference:+.1f}: {verdict(difference)})")
-    return (
-        f"On text that neither phase has seen, `sound` has a perplexity of **{mean_interval(mine):.1f}** over "
-        f"{len(mine)} seeds; at equal tokens and parameters: {', '.join(said)}."
-    )
-
-
-def row(name: str, one: dict[str, Any], outdated: bool) -> list[str]:
-    """Of the table of models."""
-    notes = ["rate at an end of the search"] if one["rate_at_an_end"] else []
-    notes += ["**outdated**: of other text or parameters"] if outdated else []
-    return [
-        f"**{name}**" if name == "sound" else name,
-        f"{mean_interval(over_seeds(one, 'ppl')):.2f}",
-        f"{mean_interval(over_seeds(one, 'bits_per_byte')):.3f}",
-        f"{one['parameters'] / 1e3:,.0f} k",
-        f"{one['parameters_without_embeddings'] / 1e3:,.0f} k",
-        f"{one['tokens'] / 1e6:.2f} M",
-        f"{one['seconds']:.0f} s",
-        f"{one['lr']:g}",
-        "; ".join(notes),
-    ]
-
-
-def contest(
-    page: Page,
-    params: CvfpParams,
-    found: dict[str, dict[str, Any]],
-    tokens: dict[str, Any],
-    figures: dict[str, Figure],
-) -> None:
-    page.heading("Against other models")
-    if not found:
-        page.text(NOT_RUN)
-        return
-    page.figure(figures["perplexity"], FOLDER)
-    text = {split: tokens[f"{split}_sha256"] for split in SPLITS}
-    rows = []
-    for name in sorted(found, key=lambda one: found[one]["ppl"]):
-        outdated = name not in params.contest.lr or found[name]["made_of"] != made_of(name, params, text)
-        rows.append(row(name, found[name], outdated))
-    for name in NGRAMS:
-        ppl, bits = tokens[f"test_{name}_ppl"], tokens[f"test_{name}_bits_per_byte"]
-        rows.append([name, f"{ppl:.2f}", f"{bits:.3f}", "", "", "", "", "", ""])
-    header = ["model", "held-out perplexity", "bits per byte", "parameters", "without embeddings"]
-    header += ["tokens in training", "a run took", "rate", ""]
-    page.table(header, rows, "Held-out text, mean and 95 % interval over seeds.")
-    page.points([f"`{name}`: {said}" for name, said in FORMS.items() if name in found])
-    if "seed" in found and "seed_untrained" in found:
-        difference = against(found, "seed", "seed_untrained")
-        page.text(
-            f"What training contexts by the notes' rulings changes: {difference:+.2f} in perplexity against the same "
-            f"network untrained ({verdict(difference)}). Its stop rule may end it before it has read as many tokens."
-        )
-
-
-def contexts(page: Page, facts: dict[str, Any], found: dict[str, dict[str, Any]], figures: dict[str, Figure]) -> None:
+def contexts(page: Page, facts: dict[str, Any], compared: Compared, figures: dict[str, Figure]) -> None:
     page.heading("What contexts are worth")
     keys = ("ppl", "ppl_zero_contexts", "ppl_shuffled_contexts")
     rows = [["this run", *(f"{facts[key]:.2f}" if key in facts else "" for key in keys)]]
-    rows += [[name, *(f"{one[key]:.2f}" for key in keys)] for name, one in found.items() if keys[1] in one]
+    rows += [[name, *(f"{one[key]:.2f}" for key in keys)] for name, one in compared.current.items() if keys[1] in one]
     page.table(
         ["contexts of", "as they are", "0 instead", "those of other tokens"],
         rows,
         "Held-out perplexity where the finished head gets other contexts: what it relies on.",
     )
-    if "sound" in found:
-        sound = found["sound"]
-        page.text(
-            f"Heads that were trained without contexts from the start reach {sound['ppl_trained_zero_contexts']:.2f} "
-            f"(C* = 0) and {sound['ppl_trained_shuffled_contexts']:.2f} (C* shuffled), that with them "
-            f"{sound['ppl']:.2f}: means over seeds, equal but for the contexts."
+    if said := compared.blind_heads():
+        page.text(said)
+    by_place = {int(key.rpartition("_")[2]): value for key, value in facts.items() if key.startswith("ppl_from_token_")}
+    if by_place:
+        page.table(
+            ["tokens since the document began", "held-out perplexity"],
+            [[f"from {low}", f"{value:.2f}"] for low, value in sorted(by_place.items())],
+            "Of this run, by position.",
         )
     page.figure(figures["memory"], FOLDER)
     forgets = "not within the tokens tried" if facts["forgetting"] is None else f"{facts['forgetting']} tokens"
@@ -155,21 +66,24 @@ def checks(page: Page, params: CvfpParams, facts: dict[str, Any], figures: dict[
     lines = (FOLDER / "report.txt").read_text().strip()
     validate(lines)
     page.code(lines)
-    header = ["effective rank", "contexts", "untrained", "embeddings", "Gaussian", "centred", "participation"]
-    rows = []
-    for prefix, name in (("train", "train"), ("val", "validation")):
-        keys = ("rank", "rank_untrained", "rank_embeddings", "rank_gaussian", "centred_rank", "participation")
-        rows.append([name, *(f"{facts[f'{prefix}_{key}']:.1f}" for key in keys)])
-        rows[-1][3] += f" of {params.model.embed_dim}"
-    n, d = facts["train_tokens"], facts["train_dims"]
+    kinds = {"rank": "effective rank", "centred_rank": "of centred rows", "participation": "participation ratio"}
+    splits, d = (("train", "train"), ("val", "validation")), facts["train_dims"]
+    rows = [
+        [
+            f"{name}, {facts[f'{prefix}_tokens']:,.0f} tokens",
+            said,
+            *(f"{facts[f'{prefix}_{key}{other}']:.1f}" for other in ("", "_untrained", "_embeddings", "_gaussian")),
+        ]
+        for prefix, name in splits
+        for key, said in kinds.items()
+    ]
     page.table(
-        header, rows, f"Of {n:,.0f} tokens and {d:.0f} dimensions each; rank grows with tokens, hence the references."
+        ["text", "", "contexts", "untrained", f"embeddings (of {params.model.embed_dim})", "Gaussian"],
+        rows,
+        f"Of {d:.0f} dimensions; ranks grow with tokens, hence references with as many.",
     )
     lines_drawn = ", ".join(f"{100 * band:.0f} %" for band in params.checks.rank_bands)
-    shares = [
-        f"{name} {100 * facts[f'{prefix}_rank'] / d:.1f} %"
-        for prefix, name in (("train", "train"), ("val", "validation"))
-    ]
+    shares = [f"{name} {100 * facts[f'{prefix}_rank'] / d:.1f} %" for prefix, name in splits]
     page.text(
         f"The notes drew lines at {lines_drawn} of the width and took less than the first as failure; here "
         f"{' and '.join(shares)}, of the untrained network {100 * facts['train_rank_untrained'] / d:.1f} %."
@@ -184,27 +98,31 @@ def checks(page: Page, params: CvfpParams, facts: dict[str, Any], figures: dict[
             f"on validation; zero solution: {facts['train_zero']}, {facts['val_zero']}",
             f"convergence of frozen passes: final_diff {facts['final_diff_l2']:.2e} (mean L2), passed: "
             f"{facts['converges']}; tokens that moved less than {params.phase1.convergence_threshold:g} (MSE): "
-            f"{100 * facts['converged_share']:.1f} %, of the untrained network "
-            f"{100 * facts['untrained_converged_share']:.1f} % with final_diff {facts['untrained_final_diff_l2']:.2e}",
+            f"{share(facts['converged_when_frozen'], facts['frozen_tokens'])}, of the untrained network "
+            f"{share(facts['untrained_converged_when_frozen'], facts['frozen_tokens'])} with final_diff "
+            f"{facts['untrained_final_diff_l2']:.2e}",
             f"validation trend: legacy verdict {trend['legacy']}, with level test {trend['verdict']}",
             f"weight updates of phase 1: {facts['updates']:,}; validation text: {facts['validation_is']}",
         ]
     )
 
 
-def build(params: CvfpParams, figures: dict[str, Figure], found: dict[str, dict[str, Any]]) -> Page:
+def build(params: CvfpParams, figures: dict[str, Figure], compared: Compared) -> Page:
     tokens, facts = read_json(FOLDER / "tokenize.json"), read_json(FOLDER / "evaluate.json")
     page = Page("CVFP: do contexts that settle say what comes next?")
-    page.text(answer(found), lead=True)
-    contest(page, params, found, tokens, figures)
-    contexts(page, facts, found, figures)
+    page.text(compared.answer(), lead=True)
+    compared.write(page, figures)
+    contexts(page, facts, compared, figures)
     checks(page, params, facts, figures)
     page.heading("Threats to validity")
     page.points(
         [
             f"One corpus, {tokens['train_tokens']:,} train tokens, one size; intervals are over seeds, with the text "
             "as it is.",
-            "Rates are searched on the first seed alone, three factors each; the table marks those at an end.",
+            f"Rates are searched on the first seed alone, {len(params.contest.lr_factors)} each; the table marks those "
+            "at an end. Of `sound` and `sound_reservoir` it is the rate of phase 1, of other forms that of phase 2.",
+            f"Train contexts of `seed` and `seed_untrained` are settled in {params.contest.seed_sweeps} sweeps (0 = "
+            "until they rest), as their networks do not forget; test contexts are exact.",
             "Equal tokens are not equal time: what a run took is in the table (one thread, others beside it), and "
             "recurrent networks of our own step in Python.",
         ]
@@ -220,7 +138,7 @@ def build(params: CvfpParams, figures: dict[str, Figure], found: dict[str, dict[
 def main() -> None:
     params = load()
     with Stage("cvfp/report", params.seed):
-        found, tokens = read_json(FOLDER / "contest.json"), read_json(FOLDER / "tokenize.json")
+        compared = Compared(params, read_json(FOLDER / "contest.json"), read_json(FOLDER / "tokenize.json"))
         facts, pictures = read_json(FOLDER / "evaluate.json"), FOLDER / "pictures"
         curves = {name: table(FOLDER / f"curves/{name}.csv") for name in ("convergence", "check_val_convergence")}
         with atomic_folder(pictures) as folder:
@@ -230,17 +148,13 @@ def main() -> None:
                     folder, curves["convergence"], curves["check_val_convergence"], params.checks.final_diff
                 ),
             }
-            if found:
-                ngrams = {name: tokens[f"test_{name}_ppl"] for name in NGRAMS}
-                intervals: dict[str, Interval] = {
-                    name: mean_interval(over_seeds(one, "ppl")) for name, one in found.items()
-                }
-                drawn["perplexity"] = perplexities(folder, intervals, ngrams)
+            if compared.current:
+                drawn["perplexity"] = perplexities(folder, compared.intervals(), compared.ngrams())
         figures = {name: replace(one, file=pictures / one.file.name) for name, one in drawn.items()}
-        page = build(params, figures, found)
+        page = build(params, figures, compared)
         write_text(FOLDER / "report.html", page.html())
         write_text(FOLDER / "report.md", page.markdown())
-        print(f"{FOLDER}/report.html: {len(found)} models, {len(figures)} pictures")
+        print(f"{FOLDER}/report.html: {len(compared.current)} models, {len(figures)} pictures")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ dvc repro stages/cvfp/dvc.yaml:tokenize          (python -m stages.cvfp.tokenize
 import math
 
 from lego.artifacts import atomic_folder, write_json
+from lego.blocks import CorpusError
 from lego.cvfp.sections import WRITTEN, load
 from lego.cvfp.text import read_text_ids, write_text_ids
 from lego.harness import Stage, exit_cleanly
@@ -16,7 +17,11 @@ from lego.tokens import write_splits
 def main() -> None:
     params = load()
     with Stage("cvfp/tokenize", params.seed) as stage, atomic_folder("data/cvfp/tokens") as folder:
-        done = write_splits(params.data, params.text.block_length, None, folder)
+        try:
+            done = write_splits(params.data, params.text.block_length, None, folder)
+        except CorpusError as error:  # which names the keys of the root's file
+            sentence = str(error).replace("params.yaml: ", "stages/cvfp/params.yaml: ")
+            raise CorpusError(sentence.replace("model.seq_len", "text.block_length")) from None
         counts = write_text_ids(folder, folder, done.encoder, params.text)
         text = read_text_ids(folder)
         ids = {split: one.numpy() for split, one in text.ids.items()}

@@ -17,7 +17,7 @@ def main() -> None:
         text = read_text_ids("data/cvfp/tokens")
         done = first_phase(params, text, stage.seed)
         with atomic_folder("data/cvfp/phase1") as folder:
-            save(done.model, params, folder, weights_version=done.updates)
+            save(done.model, params, folder, weights_version=done.weights_version)
         with atomic_folder("data/cvfp/untrained") as folder:
             save(done.untrained, params, folder, weights_version=0)
         write_json("metrics/cvfp/train_phase1.json", done.facts())

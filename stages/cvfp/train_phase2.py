@@ -19,7 +19,9 @@ def main() -> None:
         text = read_text_ids("data/cvfp/tokens")
         snapshot, _, facts = load_network("data/cvfp/phase1")
         require_no_identity(snapshot, params.checks, stage.seed)
-        train, validation = (fixed_text(text, split, "data/cvfp/contexts") for split in ("train", "validation"))
+        train, validation = (
+            fixed_text(text, split, "data/cvfp/contexts", snapshot) for split in ("train", "validation")
+        )
         model, result = train_head(snapshot, train, validation, params.phase2, stage.seed)
         with atomic_folder("data/cvfp/phase2") as folder:
             (folder / "snapshot").mkdir()  # what makes C* of any further text, as phase 2 may change the blocks

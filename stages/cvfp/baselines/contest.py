@@ -27,10 +27,11 @@ def one_run(compete: Compete, name: str, params: CvfpParams, run: tuple[int, flo
     torch.set_num_threads(1)
     torch.set_deterministic_debug_mode("error")
     seed, lr = run
-    text, own = read_text_ids("data/cvfp/tokens"), derived_seed(params.seed, f"{name}/{seed}")
+    text, own = read_text_ids("data/cvfp/tokens"), derived_seed(params.seed, f"contest/{seed}")  # the same for all
     begun = time.perf_counter()
     try:
-        return compete(name, params, text, own, lr) | {"seconds": time.perf_counter() - begun}
+        found = compete(name, params, text, own, lr)
+        return found | {"seconds": time.perf_counter() - begun - found.pop("seconds_besides", 0.0)}
     except FloatingPointError as error:  # of a rate that is too high; the search takes another
         return {"val_loss": sys.float_info.max, "diverged": str(error)}
 

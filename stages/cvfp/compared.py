@@ -1,0 +1,149 @@
+"""The contest on the CVFP page: the table of models and the sentences that follow from it.
+
+Rows of another text, or of parameters that have changed since, are marked, and no sentence speaks of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from lego.cvfp.contest import made_of
+from lego.cvfp.sections import CvfpParams
+from lego.cvfp.text import SPLITS
+from lego.page import Figure, Page
+from lego.stats import Interval, mean_interval, verdict
+
+FOLDER = Path("metrics/cvfp")
+NOT_RUN = "Not run yet: `dvc repro stages/cvfp/baselines/dvc.yaml`."
+OUTDATED = "Outdated, run again: `dvc repro stages/cvfp/baselines/dvc.yaml`."
+NGRAMS = ("unigram", "trigram", "fivegram")
+FORMS = {
+    "sound": "contexts trained to predict",
+    "sound_reservoir": "its blocks stay as they began, its embedding learns",
+    "untrained": "nothing of phase 1 is trained; the same phase 2, so fewer tokens",
+    "untrained_longer": "the same with what the others spend on phase 1 in phase 2: as many tokens",
+    "seed": "contexts trained by the rulings of the founding notes, on a part of the text in several passes",
+    "seed_untrained": "the network of `seed` with the weights it began with; the same phase 2",
+    "end_to_end": "the network of `sound` in one phase, by cross-entropy alone",
+}
+CLAIMS = {  # what training contexts changes: with it and without, the same network, weights and phase 2
+    "prediction": ("sound", "untrained"),
+    "the notes' rulings": ("seed", "seed_untrained"),
+}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What metrics/cvfp/contest.json holds, under these parameters and metrics of tokenize."""
+
+    params: CvfpParams
+    found: dict[str, dict[str, Any]]
+    tokens: dict[str, Any]
+
+    @cached_property
+    def current(self) -> dict[str, dict[str, Any]]:
+        """Models whose rows are of this text and these parameters."""
+        text = {split: self.tokens[f"{split}_sha256"] for split in SPLITS}
+        return {
+            name: one
+            for name, one in self.found.items()
+            if name in self.params.contest.lr and one["made_of"] == made_of(name, self.params, text)
+        }
+
+    def over_seeds(self, name: str, key: str = "ppl") -> list[float]:
+        one = self.found[name]
+        return [one[f"{key}_{seed}"] for seed in range(len(one)) if f"{key}_{seed}" in one]
+
+    def intervals(self) -> dict[str, Interval]:
+        """Perplexity by current model."""
+        return {name: mean_interval(self.over_seeds(name)) for name in self.current}
+
+    def ngrams(self) -> dict[str, float]:
+        return {name: self.tokens[f"test_{name}_ppl"] for name in NGRAMS}
+
+    def against(self, mine: str, other: str) -> Interval:
+        """Perplexity of one model less another's, over seeds."""
+        pairs = zip(self.over_seeds(mine), self.over_seeds(other), strict=False)
+        return mean_interval([a - b for a, b in pairs])
+
+    def rivals(self) -> list[str]:
+        """What `sound` should beat: untrained contexts, the best of the MLPs, the GRU; and the best of all others."""
+        others = sorted((name for name in self.current if name != "sound"), key=lambda name: self.current[name]["ppl"])
+        mlps = [name for name in others if name.startswith("mlp_")]
+        wanted = ["untrained", "untrained_longer", "sound_reservoir", *mlps[:1], "gru", *others[:1]]
+        return [name for name in dict.fromkeys(wanted) if name in self.current]
+
+    def answer(self) -> str:
+        """One sentence with the intervals that decide it."""
+        if "sound" not in self.current:
+            return OUTDATED if "sound" in self.found else NOT_RUN
+        mine, said = self.over_seeds("sound"), []
+        for rival in self.rivals():
+            difference = self.against("sound", rival)
+            said.append(f"{rival} {self.current[rival]['ppl']:.1f} ({difference:+.1f}: {verdict(difference)})")
+        name, value = min(self.ngrams().items(), key=lambda one: one[1])
+        said.append(f"{name} {value:.1f}")
+        return (
+            f"On text that neither phase has seen, `sound` has a perplexity of **{mean_interval(mine):.1f}** over "
+            f"{len(mine)} seeds; with equal parameters: {', '.join(said)}."
+        )
+
+    def claims(self) -> list[str]:
+        """What training contexts changes in the perplexity of phase 2: the claim to be refuted (section 12)."""
+        said = []
+        for what, (trained, began) in CLAIMS.items():
+            if trained in self.current and began in self.current:
+                difference = self.against(trained, began)
+                said.append(
+                    f"training contexts by {what} changes perplexity by {difference:+.2f} ({verdict(difference)}), "
+                    "against the network as it began with the same phase 2"
+                )
+        return said
+
+    def blind_heads(self) -> str:
+        """Heads that never saw contexts, beside the one that did."""
+        if "sound" not in self.current:
+            return ""
+        sound = self.current["sound"]
+        return (
+            f"Heads that were trained without contexts from the start reach {sound['ppl_trained_zero_contexts']:.2f} "
+            f"(C* = 0) and {sound['ppl_trained_shuffled_contexts']:.2f} (C* shuffled), that with them "
+            f"{sound['ppl']:.2f}: means over seeds, equal but for the contexts."
+        )
+
+    def write(self, page: Page, figures: dict[str, Figure]) -> None:
+        """The section with picture and table."""
+        page.heading("Against other models")
+        if not self.found:
+            page.text(NOT_RUN)
+            return
+        if "perplexity" in figures:
+            page.figure(figures["perplexity"], FOLDER)
+        rows = [self._row(name) for name in sorted(self.found, key=lambda name: self.found[name]["ppl"])]
+        for name, ppl in self.ngrams().items():
+            rows.append([name, f"{ppl:.2f}", f"{self.tokens[f'test_{name}_bits_per_byte']:.3f}", *[""] * 6])
+        header = ["model", "held-out perplexity", "bits per byte", "parameters", "without embeddings"]
+        header += ["tokens in training", "a run took", "rate", ""]
+        page.table(header, rows, "Held-out text, mean and 95 % interval over seeds.")
+        page.points([f"`{name}`: {said}" for name, said in FORMS.items() if name in self.found])
+        if said := self.claims():
+            page.points(said)
+
+    def _row(self, name: str) -> list[str]:
+        one = self.found[name]
+        notes = ["rate at an end of the search"] if one["rate_at_an_end"] else []
+        notes += [] if name in self.current else ["**outdated**: of other text or parameters"]
+        return [
+            f"**{name}**" if name == "sound" else name,
+            f"{mean_interval(self.over_seeds(name)):.2f}",
+            f"{mean_interval(self.over_seeds(name, 'bits_per_byte')):.3f}",
+            f"{one['parameters'] / 1e3:,.0f} k",
+            f"{one['parameters_without_embeddings'] / 1e3:,.0f} k",
+            f"{one['tokens'] / 1e6:.2f} M",
+            f"{one['seconds']:.0f} s",
+            f"{one['lr']:g}",
+            "; ".join(notes),
+        ]
