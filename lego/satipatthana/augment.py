@@ -11,8 +11,8 @@ from lego.satipatthana.sections import AugmenterParams
 class Augmenter(nn.Module):
     """(x, level) -> (x', severity).
 
-    Gaussian, per sample: u_i ~ U(0, level), noise of u_i * max_noise_std * std(x_train), severity u_i. Per batch, as the
-    original: one std of level * max_noise_std, which is the severity as well, however large.
+    Gaussian, per sample: u_i ~ U(0, level), noise of u_i * max_noise_std * std(x_train), severity u_i. Per batch, as
+    the original: one std of level * max_noise_std, which is the severity as well, however large.
 
     Args:
         settings: section `augmenter`.
@@ -31,8 +31,8 @@ class Augmenter(nn.Module):
             return x, x.new_zeros(len(x))
         noise = _normal(x, generator)
         if not self.settings.per_sample:
-            std = level * self.settings.max_noise_std
-            return x + std * noise, x.new_full((len(x),), std)
+            one = level * self.settings.max_noise_std
+            return x + one * noise, x.new_full((len(x),), one)
         severity = level * _uniform(x, generator)  # (B,)
         std = severity * self.settings.max_noise_std * self.scale
         return x + std.view(-1, *[1] * (x.dim() - 1)) * noise, severity

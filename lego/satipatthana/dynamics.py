@@ -1,4 +1,4 @@
-"""How a latent vector settles: probes give a start, one map is applied until a state rests (specification, 3.3 to 3.5)."""
+"""How a latent vector settles: probes give a start, one map is applied until a state rests (section 3.3 to 3.5)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GATE_SLOPE = 10.0  # of the soft gate, a sigmoid of the attention less its thres
 
 @dataclass(frozen=True)
 class Meta:
-    """What Vitakka saw: winner (B,), attention (B, K), cosines (B, K), confidence (B,), whether the gate opened (B,)."""
+    """What Vitakka saw: winner (B,), attention and cosines (B, K), confidence (B,), whether the gate opened (B,)."""
 
     winner_id: Tensor
     probs: Tensor
@@ -93,7 +93,9 @@ class Vicara(nn.Module):
         self.settings = settings
         self.maps = 1 if settings.kind == "standard" else n_probes
         if settings.inject:
-            self.inner = nn.Parameter(torch.stack([nn.init.orthogonal_(torch.empty(dim, dim)) for _ in range(self.maps)]))
+            self.inner = nn.Parameter(
+                torch.stack([nn.init.orthogonal_(torch.empty(dim, dim)) for _ in range(self.maps)])
+            )
             self.outer = nn.ModuleList(nn.Linear(dim, dim) for _ in range(self.maps))
         else:
             self.bodies = nn.ModuleList(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lego.satipatthana import metrics
 from lego.satipatthana.paths import damaged
+from lego.satipatthana.sections import Stage2Params
 from lego.satipatthana.stages import diversity
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Split
@@ -24,13 +25,13 @@ class Protocol:
     Args:
         test: inputs and classes.
         outside: inputs from outside by kind.
-        noise_level: severity of the augmented rows.
+        settings: section `stage2`, of which the damage of rows by path is taken.
         seed: of noise and damage.
     """
 
     test: Split
     outside: dict[str, Tensor]
-    noise_level: float
+    settings: Stage2Params
     seed: int
 
 
@@ -87,7 +88,7 @@ def paths(system: Satipatthana, protocol: Protocol) -> dict[str, float]:
     generator, x, trusted = torch.Generator().manual_seed(protocol.seed), protocol.test.x, dict[str, np.ndarray]()
     for path in ("clean", "augmented", "drunk", "mismatch"):
         counts = {"clean": 0} | {path: len(x)}
-        rows = damaged(system, x, counts, protocol.noise_level, None, generator)
+        rows = damaged(system, x, counts, protocol.settings, None, generator)
         with torch.no_grad():
             view = system.vipassana(
                 rows.state, rows.log, system.vitakka.read(), rows.recon_error, system.params.samatha.max_steps

@@ -93,7 +93,10 @@ class SantanaLog:
 
         other._states = [torch.cat([padded(log, place) for log in logs]) for place in range(longest)]
         for place in range(longest - 1):
-            parts = [log._energies[place] if place < len(log) - 1 else log.initial.new_zeros(len(log.initial)) for log in logs]
+            parts = [
+                log._energies[place] if place < len(log) - 1 else log.initial.new_zeros(len(log.initial))
+                for log in logs
+            ]
             other._energies.append(torch.cat(parts))
         other._lengths, other.meta = torch.cat([log.lengths for log in logs]), [None] * longest
         return other

@@ -78,7 +78,9 @@ def ece(confidence: np.ndarray, right: np.ndarray) -> float:
     if not len(confidence):
         return math.nan
     order = np.argsort(confidence, kind="stable")
-    parts = zip(np.array_split(confidence[order], BINS), np.array_split(np.asarray(right, float)[order], BINS), strict=True)
+    parts = zip(
+        np.array_split(confidence[order], BINS), np.array_split(np.asarray(right, float)[order], BINS), strict=True
+    )
     return float(sum(abs(c.mean() - r.mean()) * len(c) for c, r in parts if len(c)) / len(confidence))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ LEAK = 0.2  # slope of its LeakyReLU below 0
 def perceptron(sizes: Sequence[int], dropout: float = 0.0) -> nn.Sequential:
     """Linear-LayerNorm-ReLU for each hidden size, and a last linear layer."""
     layers: list[nn.Module] = []
-    for before, after in zip(sizes[:-2], sizes[1:-1], strict=True):
+    for before, after in itertools.pairwise(sizes[:-1]):
         layers += [nn.Linear(before, after), nn.LayerNorm(after), nn.ReLU()]
         layers += [nn.Dropout(dropout)] if dropout else []
     return nn.Sequential(*layers, nn.Linear(sizes[-2], sizes[-1]))
@@ -36,6 +37,7 @@ class SeriesAdapter(nn.Module):
         super().__init__()
         width, dropout = settings.hidden, settings.dropout
         self.is_lstm = settings.kind == "lstm"
+        self.positions: Tensor
         self.drop = nn.Dropout(dropout)
         if self.is_lstm:
             self.body: nn.Module = nn.LSTM(features, width, settings.layers, batch_first=True)
@@ -83,7 +85,9 @@ class Adapter(nn.Module):
         match settings.kind:
             case "identity":
                 if size != dim:
-                    raise ValueError(f"system.dim must be {size}, the input's size, for adapter.kind identity, got {dim}")
+                    raise ValueError(
+                        f"system.dim must be {size}, the input's size, for adapter.kind identity, got {dim}"
+                    )
                 self.body: nn.Module = nn.Identity()
             case "mlp":
                 hidden = [settings.hidden] * 2
@@ -153,7 +157,7 @@ class Reconstruction(nn.Module):
 def upsampling(channels: Sequence[int], out: int) -> nn.Sequential:
     """Twice the size for each step of `channels`, then a convolution to `out` channels in (-1, 1)."""
     layers: list[nn.Module] = []
-    for before, after in zip(channels[:-1], channels[1:], strict=True):
+    for before, after in itertools.pairwise(channels):
         layers += [nn.Upsample(scale_factor=2, mode="nearest"), nn.Conv2d(before, after, 3, padding=1)]
         layers += [nn.BatchNorm2d(after), nn.ReLU()]
     return nn.Sequential(*layers, nn.Conv2d(channels[-1], out, 3, padding=1), nn.Tanh())

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lego.satipatthana.log import SantanaLog
-from lego.satipatthana.sections import PATHS
+from lego.satipatthana.sections import PATHS, Stage2Params
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.void import VoidSource, derangement
 
@@ -64,7 +64,7 @@ def damaged(
     system: Satipatthana,
     x: Tensor,
     counts: dict[str, int],
-    noise_level: float,
+    settings: Stage2Params,
     void: VoidSource | None,
     generator: torch.Generator,
 ) -> Rows:
@@ -76,13 +76,15 @@ def damaged(
         system: in evaluation mode.
         x: clean inputs; as many as all paths but void need are read.
         counts: rows by path.
-        noise_level: upper end of the severities.
+        settings: upper end of the severities, and what void rows deserve.
         void: source of inputs from outside.
         generator: of every draw.
     """
     own = {path: count for path, count in counts.items() if path != "void"}
-    parts = dict(zip(own, x[torch.randperm(len(x), generator=generator)].split([*own.values(), *_rest(x, own)]), strict=False))
-    noisy, severity = system.augmenter(parts.get("augmented", x[:0]), noise_level, generator)
+    parts = dict(
+        zip(own, x[torch.randperm(len(x), generator=generator)].split([*own.values(), *_rest(x, own)]), strict=False)
+    )
+    noisy, severity = system.augmenter(parts.get("augmented", x[:0]), settings.noise_level, generator)
     inputs = {"clean": parts["clean"], "augmented": noisy, "mismatch": parts.get("mismatch", x[:0])}
     if counts.get("void"):
         if void is None:
@@ -90,7 +92,10 @@ def damaged(
         inputs["void"] = void.draw(counts["void"], generator)
     thought = system.samatha(torch.cat(list(inputs.values())))
     state, log, encoded = thought.state, thought.log, thought.encoded
-    target = torch.cat([_target(path, len(rows), severity) for path, rows in inputs.items()])
+    deserved = {"clean": 1.0, "mismatch": 0.0, "void": settings.void_target}
+    targets = [severity.new_full((len(rows),), deserved.get(path, 0.0)) for path, rows in inputs.items()]
+    targets[1] = (1 - severity).clamp(0, 1)  # of the augmented ones
+    target = torch.cat(targets)
     path = torch.cat([torch.full((len(rows),), PATHS.index(name)) for name, rows in inputs.items()])
     if len(inputs["mismatch"]):
         state = _mismatched(state, path, generator)
@@ -107,10 +112,6 @@ def _rest(x: Tensor, own: dict[str, int]) -> list[int]:
     if left < 0:
         raise ValueError(f"{sum(own.values())} clean rows are needed, got {len(x)}")
     return [left] if left else []
-
-
-def _target(path: str, count: int, severity: Tensor) -> Tensor:
-    return (1 - severity).clamp(0, 1) if path == "augmented" else torch.full((count,), 1.0 if path == "clean" else 0.0)
 
 
 def _mismatched(state: Tensor, path: Tensor, generator: torch.Generator) -> Tensor:

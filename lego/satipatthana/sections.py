@@ -22,11 +22,10 @@ Unit = Annotated[Number, within("[0, 1]")]
 Cosine = Annotated[Number, within("[-1, 1]")]
 Attention = Literal["soft", "hard"]
 PATHS = ("clean", "augmented", "drunk", "mismatch", "void")
-VOID_KINDS = ("gaussian", "uniform", "filtered_uniform", "mixup", "cut_paste", "patch_permutation", "feature_shuffle")
 VoidKind = Literal[
     "gaussian", "uniform", "filtered_uniform", "mixup", "cut_paste", "patch_permutation", "feature_shuffle"
 ]
-TEST_KINDS = ("near", "gauss_matched", "uniform", "pixel_perm", "inverted", "noisy_0.5")
+PeerName = Literal["msp", "energy", "knn", "mahalanobis", "ensemble", "temperature", "isolation_forest"]
 
 
 class TaskParams(Section):
@@ -121,10 +120,13 @@ class VipassanaParams(Section):
     """What looks at the way the state took (3.7)."""
 
     trust_features: Literal["dynamics2", "grounded8"]
+    velocity: Literal["last_step", "whole_way"]
     hidden: Count
     context_dim: Count
     gru_hidden: Count
     metric_proj: Count
+    prototypes: CountOrZero
+    trust_limit: Positive
     weight_trust: NonNegative
     weight_conformity: NonNegative
     weight_confidence: NonNegative
@@ -160,7 +162,7 @@ class Stage1Params(StageParams):
 
 class Stage2Params(StageParams):
     noise_level: Unit
-    correctness_share: Unit
+    void_target: Annotated[Number, within("[0, 1)")]
 
 
 class PathsParams(Section):
@@ -209,9 +211,16 @@ class RejectParams(Section):
 
 
 class PeersParams(Section):
-    """What the trust score is compared with."""
+    """How the plain networks train that one-line scores read, and their number in an ensemble."""
 
-    names: dict[str, Section]
+    names: Annotated[list[PeerName], Field(min_length=1)]
+    hidden: Count
+    dim: Count
+    epochs: Count
+    lr: Positive
+    batch_size: Annotated[int, at_least(2, 10**6)]
+    members: Annotated[int, at_least(2, 100)]
+    neighbours: Count
 
 
 class SatipatthanaParams(Section):
@@ -238,6 +247,7 @@ class SatipatthanaParams(Section):
     void: VoidParams
     test: TestParams
     reject: RejectParams
+    peers: PeersParams
 
     @model_validator(mode="after")
     def _fits_together(self) -> SatipatthanaParams:
@@ -262,3 +272,65 @@ def load(path: str | Path = PARAMS) -> SatipatthanaParams:
         ParamsError: unreadable file, unknown or missing key, wrong type or range; the message names file and key.
     """
     return read_params(path, SatipatthanaParams)
+
+
+def profiles(path: str | Path = PROFILES) -> dict[str, dict[str, Any]]:
+    """Named sets of changes to params.yaml, as `section.key: value`; `sound` is params.yaml itself.
+
+    Raises:
+        ParamsError: the file cannot be read.
+    """
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ParamsError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    return {"sound": {}} | found
+
+
+def with_profile(params: SatipatthanaParams, name: str, path: str | Path = PROFILES) -> SatipatthanaParams:
+    """The parameters with a profile's changes.
+
+    Raises:
+        ParamsError: there is no such profile, or what it makes is not valid.
+    """
+    known = profiles(path)
+    if name not in known:
+        raise ParamsError(f"{path}: has no profile {name}; it has {', '.join(known)}")
+    return changed(params, known[name], f"{path}: {name}")
+
+
+def changed(params: SatipatthanaParams, changes: dict[str, Any], where: str) -> SatipatthanaParams:
+    """The parameters with some keys, written as `seed` or section.key, set to other values.
+
+    Raises:
+        ParamsError: there is no such key, or the values are not valid; the message begins with `where`.
+    """
+    values = copy.deepcopy(params.model_dump())
+    for key, value in changes.items():
+        section, _, last = key.rpartition(".")
+        place = values.get(section) if section else values
+        if not isinstance(place, dict) or last not in place:
+            raise ParamsError(f"{where}: {key} is no key of {PARAMS}")
+        place[last] = value
+    try:
+        return SatipatthanaParams.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, said = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+        raise ParamsError(f"{where}: {key} {said}".replace(":  ", ": ")) from None
+
+
+def main() -> int:
+    try:
+        params = load()
+        for name in profiles():
+            with_profile(params, name)
+    except ParamsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(params.model_dump_json(indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -17,8 +17,8 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from lego.progress import track
-from lego.satipatthana.paths import PATHS, allocate, damaged, floor, losses
-from lego.satipatthana.sections import SatipatthanaParams, StageParams
+from lego.satipatthana.paths import allocate, damaged, floor, losses
+from lego.satipatthana.sections import PATHS, SatipatthanaParams, StageParams
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Split
 from lego.satipatthana.void import VoidSource
@@ -29,6 +29,7 @@ TRAINABLE = {
     2: ("vipassana",),
     3: ("decoder",),
 }
+LEAST_DISTINCT = 0.5  # share of train rows whose settled states differ, below which a stage is not begun
 POOLED = {"dynamics2": ("clean", "augmented", "mismatch"), "grounded8": ()}  # what a trust head cannot tell apart
 
 
@@ -70,6 +71,8 @@ def trainable(system: Satipatthana, number: int) -> list[nn.Parameter]:
             found += list(module.parameters())
     if number == 1 and not system.params.vitakka.probe_trainable:
         system.vitakka.probes.requires_grad_(False)
+    if number == 2 and not system.vipassana.grounded:  # no loss of the note's stage 2 reaches its context
+        system.vipassana.context.requires_grad_(False)
     found = [parameter for parameter in found if parameter.requires_grad]
     if not found:
         raise StageCheckError(f"stage {number}: there is nothing to train")
@@ -156,16 +159,17 @@ def check_states(system: Satipatthana, x: Tensor) -> dict[str, float]:
     rows = functional.normalize(thought.state, dim=1)
     cosine = float((rows.sum(dim=0).square().sum() - len(rows)) / (len(rows) * (len(rows) - 1)))
     distinct = len(torch.unique((thought.state / 1e-3).round(), dim=0)) / len(x)
-    facts = {"cosine": cosine, "distinct": distinct, "z_std": float(thought.latent.std()), "gates_open": float(thought.meta.gate_open.double().mean())}
-    if distinct < 0.5:
+    facts = {"cosine": cosine, "distinct": distinct, "z_std": float(thought.latent.std())}
+    facts |= {"s0_std": float(thought.log.initial.std()), "gates_open": float(thought.meta.gate_open.double().mean())}
+    if distinct < LEAST_DISTINCT:
         raise StageCheckError(
-            f"settled states are alike: {100 * distinct:.0f} % of {len(x)} rows are distinct, mean cosine {cosine:.3f}; "
-            "lower the thresholds of the gate in vitakka"
+            f"settled states are alike: {100 * distinct:.0f} % of {len(x)} rows are distinct, mean cosine "
+            f"{cosine:.3f}; lower the thresholds of the gate in vitakka"
         )
     return facts
 
 
-def spec_of(number: int, system: Satipatthana, train: Split, params: SatipatthanaParams) -> StageSpec:
+def spec_of(number: int, system: Satipatthana, train: Split, params: SatipatthanaParams, seed: int) -> StageSpec:
     """The specification of a stage of the curriculum, with what its frozen part makes cached where it stays the same.
 
     Args:
@@ -173,13 +177,16 @@ def spec_of(number: int, system: Satipatthana, train: Split, params: Satipatthan
         system: as the stage before left it.
         train: inputs and classes.
         params: all of them.
+        seed: of prototypes.
     """
     if number == 0:
         return StageSpec(0, params.stage0, lambda places, _: _stage0(system, train.x[places]), len(train))
     if number == 1:
-        return StageSpec(1, params.stage1, lambda places, generator: _stage1(system, train, places, generator), len(train))
+        return StageSpec(
+            1, params.stage1, lambda places, generator: _stage1(system, train, places, generator), len(train)
+        )
     if number == 2:
-        return _stage2(system, train, params)
+        return _stage2(system, train, params, seed)
     with torch.no_grad():  # frozen thinking is a pure function (R-5.3)
         found = system(train.x)
     loss = functional.mse_loss if params.system.job == "regression" else functional.cross_entropy
@@ -239,20 +246,18 @@ def start_probes(system: Satipatthana, x: Tensor, seed: int) -> None:
     system.vitakka.load_probes(torch.from_numpy(centres).float())
 
 
-def _stage2(system: Satipatthana, train: Split, params: SatipatthanaParams) -> StageSpec:
+def _stage2(system: Satipatthana, train: Split, params: SatipatthanaParams, seed: int) -> StageSpec:
     settings, shares = params.stage2, params.paths.shares()
     source = VoidSource(train.x, train.y, params.void) if "void" in shares else None
     weights = {head: getattr(params.vipassana, f"weight_{head}") for head in ("trust", "conformity", "confidence")}
     pooled = POOLED[params.vipassana.trust_features]
-    if params.vipassana.trust_features == "grounded8":
-        with torch.no_grad():
-            features = system(train.x).features
-        system.vipassana.mean.copy_(features.mean(dim=0))
-        system.vipassana.std.copy_(features.std(dim=0).clamp_min(1e-3))
+    with torch.no_grad():
+        system.eval()
+        system.vipassana.learn_range(system(train.x).s_star, lambda: system(train.x).features, seed)
 
     def loss(places: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         counts = allocate(shares, len(places))
-        rows = damaged(system, train.x[places], counts, settings.noise_level, source, generator)
+        rows = damaged(system, train.x[places], counts, settings, source, generator)
         view = system.vipassana(rows.state, rows.log, system.vitakka.read(), rows.recon_error, params.samatha.max_steps)
         scores = view.scores()
         terms = losses(scores, rows, weights)

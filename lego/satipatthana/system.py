@@ -19,7 +19,7 @@ from lego.satipatthana.sections import SatipatthanaParams
 
 @dataclass(frozen=True)
 class Thought:
-    """What samatha makes of inputs: latents and states (B, d), the way, the inputs that were encoded, how noisy (B,)."""
+    """What samatha makes of inputs: latents and states (B, d), the way, the encoded inputs and how noisy they are."""
 
     latent: Tensor
     state: Tensor
@@ -115,7 +115,7 @@ class Satipatthana(nn.Module):
         return (self.samatha_recon(state) - encoded).square().flatten(1).mean(dim=1, keepdim=True)
 
     def look(self, thought: Thought, state: Tensor | None = None) -> tuple[View, Tensor]:
-        """Introspection of a thought, or of its log with other states (B, d); and their reconstruction errors (B, 1)."""
+        """Introspection of a thought, or of its log with other states (B, d); and reconstruction errors (B, 1)."""
         state = thought.state if state is None else state
         error = self.recon_error(state, thought.encoded)
         return self.vipassana(state, thought.log, self.vitakka.read(), error, self.params.samatha.max_steps), error

@@ -12,6 +12,7 @@ from sklearn.datasets import load_breast_cancer, load_digits, load_wine
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from lego.artifacts import read_json, read_tensors, write_json, write_tensors
 from lego.satipatthana.sections import TaskParams, TestParams
 
 NEAR = (8, 9)  # digits that are held back as near-OOD (specification, section 11)
@@ -89,7 +90,7 @@ def _digits(settings: TaskParams, test: TestParams) -> Task:
     if "near" in test.kinds:
         outside = {"near": torch.from_numpy(x[near])} | outside
     classes = [str(one) for one in range(10) if one not in NEAR]
-    return Task(**_tensors(parts), outside=outside, classes=classes, columns=[f"pixel_{n}" for n in range(64)])
+    return _task(_tensors(parts), outside, classes, [f"pixel_{n}" for n in range(x.shape[1])])
 
 
 def outside_sets(train: np.ndarray, held_out: np.ndarray, test: TestParams) -> dict[str, Tensor]:
@@ -132,10 +133,21 @@ def _table(
     parts = splits(x.astype(np.float64), y, settings)
     mean, std = parts["train"][0].mean(axis=0), parts["train"][0].std(axis=0)
     std[std == 0] = 1
-    scaled = {name: ((rows - mean) / std, labels) for name, (rows, labels) in parts.items()}
-    outside = outside_sets(scaled["train"][0], scaled["test"][0], test)
-    as_tensors = (torch.from_numpy(one.astype(np.float32)) for one in (mean, std))
-    return Task(_tensors(scaled)["train"], _tensors(scaled)["validation"], _tensors(scaled)["test"], outside, classes, columns, *as_tensors)
+    scaled = _tensors({name: ((rows - mean) / std, labels) for name, (rows, labels) in parts.items()})
+    outside = outside_sets(scaled["train"].x.numpy(), scaled["test"].x.numpy(), test)
+    as_tensors = [torch.from_numpy(one.astype(np.float32)) for one in (mean, std)]
+    return _task(scaled, outside, classes, columns, *as_tensors)
+
+
+def _task(
+    parts: dict[str, Split],
+    outside: dict[str, Tensor],
+    classes: list[str],
+    columns: list[str],
+    mean: Tensor | None = None,
+    std: Tensor | None = None,
+) -> Task:
+    return Task(parts["train"], parts["validation"], parts["test"], outside, classes, columns, mean, std)
 
 
 def read_table(file: Path) -> pd.DataFrame:
@@ -166,7 +178,9 @@ def features_of(frame: pd.DataFrame, columns: list[str], name: str) -> np.ndarra
     bad = ~np.isfinite(values)
     if bad.any():
         row, column = np.argwhere(bad)[0]
-        raise TaskError(f"{name}: row {row}, column {columns[column]} is not a finite number; fill it or leave the row out")
+        raise TaskError(
+            f"{name}: row {row}, column {columns[column]} is not a finite number; fill it or leave the row out"
+        )
     return values
 
 
@@ -177,7 +191,9 @@ def labelled(frame: pd.DataFrame, label: str, name: str) -> tuple[pd.DataFrame, 
         TaskError: there is no such column, or a class has fewer than four rows.
     """
     if label not in frame:
-        raise TaskError(f"{name}: has no column {label}; task.label must name one of {', '.join(map(str, frame.columns))}")
+        raise TaskError(
+            f"{name}: has no column {label}; task.label must name one of {', '.join(map(str, frame.columns))}"
+        )
     x = frame.drop(columns=label)
     features_of(x, list(x.columns), name)
     codes, values = pd.factorize(frame[label], sort=True)
@@ -223,7 +239,7 @@ def _sensors(settings: TaskParams, test: TestParams) -> Task:
                 continue
         found[kind] = faulty
     outside = {kind: torch.from_numpy(rows.astype(np.float32)) for kind, rows in found.items()}
-    return Task(**_tensors(parts), outside=outside, classes=["idle", "cruise", "load"])
+    return _task(_tensors(parts), outside, ["idle", "cruise", "load"], [])
 
 
 def _window(random: np.random.Generator, way: int) -> np.ndarray:
@@ -235,3 +251,35 @@ def _window(random: np.random.Generator, way: int) -> np.ndarray:
     load = (0.2, 0.6, 1.0)[way] * main**2
     heat = np.cumsum(load) / 15
     return np.stack([main, follows, load, heat], axis=1) + random.normal(0, 0.05, (30, 4))
+
+
+def write_task(task: Task, folder: Path) -> None:
+    """Writes a task into an existing folder."""
+    for name in ("train", "validation", "test"):
+        split: Split = getattr(task, name)
+        write_tensors(folder / f"{name}.safetensors", {"x": split.x.contiguous(), "y": split.y.contiguous()})
+    if task.outside:
+        write_tensors(folder / "outside.safetensors", {kind: rows.contiguous() for kind, rows in task.outside.items()})
+    scale = {"mean": task.mean, "std": task.std}
+    facts = {name: [] if one is None else one.tolist() for name, one in scale.items()}
+    write_json(
+        folder / "task.json", facts | {"classes": task.classes, "columns": task.columns, "outside": list(task.outside)}
+    )
+
+
+def read_task(folder: str | Path) -> Task:
+    """The task that `write_task` wrote.
+
+    Raises:
+        ArtifactError: a file is missing or damaged.
+    """
+    folder = Path(folder)
+    facts = read_json(folder / "task.json", "classes", "columns", "mean", "std", "outside")
+    parts = {}
+    for name in ("train", "validation", "test"):
+        tensors = read_tensors(folder / f"{name}.safetensors")
+        parts[name] = Split(tensors["x"], tensors["y"])
+    rows = read_tensors(folder / "outside.safetensors") if facts["outside"] else {}
+    outside = {kind: rows[kind] for kind in facts["outside"]}
+    scale = (torch.tensor(facts[name]) if facts[name] else None for name in ("mean", "std"))
+    return _task(parts, outside, facts["classes"], facts["columns"], *scale)

@@ -1,4 +1,4 @@
-"""Inputs from outside of the data: what stage 2 calls unknown while training, and the kinds that are held back (6.4)."""
+"""Inputs from outside of the data: what stage 2 calls unknown while training (specification, 6.4)."""
 
 from __future__ import annotations
 
