@@ -238,7 +238,7 @@ def test_r8_9_images_grow_without_a_checkerboard():
         assert not (isinstance(module, torch.nn.ConvTranspose2d) and max(module.stride) > 1)
 
     def interior(trunk: torch.nn.Module) -> float:
-        found = trunk(torch.ones(1, 8, 4, 4))[0, 0]
+        found = trunk(torch.ones(1, 8, 4, 4))[0, 0].detach()
         inner = found[8:-8, 8:-8]
         return float((inner - inner[0, 0]).abs().max())
 
@@ -265,7 +265,7 @@ def test_r8_11_every_number_of_the_damage_counts_and_none_of_it_stays():
     sober = {"samatha__drunk_skip_prob": 0.0, "samatha__drunk_perturbation_std": 0.0, "samatha__drunk_s0_std": 0.0}
 
     def states(**changes):
-        made = system(small(sati__kind="fixed", **(sober | changes)))
+        made = system(small(sati__kind="fixed", **(sober | changes))).requires_grad_(False)
         return made, made.samatha(x, drunk=True, generator=torch.Generator().manual_seed(0)).state
 
     made, none = states()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from lego.artifacts import derived_seed
 from lego.satipatthana.evaluation import Protocol, evaluate, probabilities
 from lego.satipatthana.metrics import ece
 from lego.satipatthana.reject import TrustMap, fit_temperature, fit_trust, threshold
 from lego.satipatthana.sections import RejectParams, SatipatthanaParams
-from lego.satipatthana.stages import build, check_states, run_stage, spec_of, start_probes
-from lego.satipatthana.store import Use
+from lego.satipatthana.stages import TRAINABLE, build, check_states, run_stage, spec_of, start_probes
+from lego.satipatthana.store import Use, restore
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Task
 
@@ -25,6 +27,13 @@ def begin(task: Task, params: SatipatthanaParams, seed: int) -> Satipatthana:
     """
     outputs = 1 if params.system.job == "regression" else len(task.classes)
     return build(task.shape, outputs, params, task.train.x, derived_seed(params.seed, f"satipatthana/{seed}"))
+
+
+def resume(task: Task, params: SatipatthanaParams, seed: int, before: int, folder: str | Path) -> Satipatthana:
+    """A system of a seed as the stages up to `before` left it in a folder; later parts are fresh."""
+    system = begin(task, params, seed)
+    restore(system, folder, {name for number in range(before + 1) for name in TRAINABLE[number]})
+    return system.eval().requires_grad_(False)
 
 
 def advance(

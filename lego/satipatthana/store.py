@@ -55,12 +55,8 @@ def save(system: Satipatthana, folder: str | Path, use: Use, guide: bool = True)
     write_json(folder / "system.json", facts | {"parameters": json.loads(system.params.model_dump_json())})
 
 
-def load(folder: str | Path, params: SatipatthanaParams | None = None) -> tuple[Satipatthana, Use]:
+def load(folder: str | Path) -> tuple[Satipatthana, Use]:
     """The system in evaluation mode, and how it is used.
-
-    Args:
-        folder: that `save` wrote into.
-        params: to go on with; default: those that it was saved with. Sizes must be the same.
 
     Raises:
         ArtifactError: a file is missing or damaged.
@@ -68,11 +64,10 @@ def load(folder: str | Path, params: SatipatthanaParams | None = None) -> tuple[
     folder = Path(folder)
     keys = ("shape", "outputs", "classes", "columns", "mean", "std", "temperature", "threshold", "trust", "guide")
     facts: dict[str, Any] = read_json(folder / "system.json", "parameters", *keys)
-    if params is None:
-        try:
-            params = SatipatthanaParams.model_validate(facts["parameters"])
-        except ValueError:
-            raise ArtifactError(f"{folder}/system.json: is not as it was written; run dvc repro") from None
+    try:
+        params = SatipatthanaParams.model_validate(facts["parameters"])
+    except ValueError:
+        raise ArtifactError(f"{folder}/system.json: is not as it was written; run dvc repro") from None
     system = Satipatthana(tuple(facts["shape"]), facts["outputs"], params)
     if not facts["guide"]:
         system.aux = None
@@ -82,6 +77,28 @@ def load(folder: str | Path, params: SatipatthanaParams | None = None) -> tuple[
         raise ArtifactError(f"{folder}/system.safetensors: does not fit system.json; run dvc repro") from None
     use = {key: facts[key] for key in ("classes", "columns", "mean", "std", "temperature", "threshold")}
     return system.eval().requires_grad_(False), Use(**use, trust=TrustMap(facts["trust"]["x"], facts["trust"]["y"]))
+
+
+def restore(system: Satipatthana, folder: str | Path, rooms: set[str]) -> None:
+    """Puts the trained parts of a saved system into a fresh one, whose other parts may have other sizes.
+
+    Args:
+        system: fresh.
+        folder: that `save` wrote into.
+        rooms: attributes of the system that have been trained.
+
+    Raises:
+        ArtifactError: the weights are missing, damaged or of other sizes.
+    """
+    file = Path(folder) / "system.safetensors"
+    saved = {name: one for name, one in read_tensors(file).items() if name.split(".")[0] in rooms}
+    wanted = {name for name in system.state_dict() if name.split(".")[0] in rooms}
+    try:
+        system.load_state_dict(system.state_dict() | saved)
+    except RuntimeError:
+        wanted = set()
+    if wanted != saved.keys():
+        raise ArtifactError(f"{file}: is not of these parameters; run dvc repro stages/satipatthana/dvc.yaml")
 
 
 def standardized(x: torch.Tensor, use: Use) -> torch.Tensor:

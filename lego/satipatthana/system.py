@@ -64,16 +64,17 @@ class Satipatthana(nn.Module):
         super().__init__()
         dim, heads = params.system.dim, params.heads
         self.params, self.shape, self.outputs = params, shape, outputs
+        # in the order of the stages, so that what a later one begins with cannot change what an earlier one began with
         self.adapter = Adapter(shape, dim, params.adapter)
+        self.adapter_recon = Reconstruction(shape, dim, heads.recon_hidden)
         self.augmenter = Augmenter(params.augmenter)
         self.vitakka = Vitakka(dim, params.vitakka)
         self.vicara = Vicara(dim, params.vitakka.n_probes, params.vicara)
         self.sati = Sati(params.sati)
-        self.vipassana = Vipassana(dim, params.vipassana)
-        self.decoder = Decoder(dim, self.vipassana.context_dim, outputs, heads.decoder_hidden, heads.output_activation)
-        self.adapter_recon = Reconstruction(shape, dim, heads.recon_hidden)
         self.samatha_recon = Reconstruction(shape, dim, heads.recon_hidden)
         self.aux = auxiliary(dim, heads.aux_hidden, outputs) if params.system.guided else None
+        self.vipassana = Vipassana(dim, params.vipassana)
+        self.decoder = Decoder(dim, self.vipassana.context_dim, outputs, heads.decoder_hidden, heads.output_activation)
 
     def samatha(
         self,

@@ -1,13 +1,12 @@
-"""All numbers of every seed, and the system that is used -> metrics/satipatthana/evaluate.json, data/satipatthana/system.
+"""All numbers of every seed, and the system in use -> metrics/satipatthana/evaluate.json, data/satipatthana/system.
 
 dvc repro stages/satipatthana/dvc.yaml:evaluate          (python -m stages.satipatthana.evaluate)
 """
 
 from lego.artifacts import atomic_folder, write_json
 from lego.harness import Stage, exit_cleanly
-from lego.satipatthana.curriculum import how_to_use, judge
+from lego.satipatthana.curriculum import STAGES, how_to_use, judge, resume
 from lego.satipatthana.sections import WRITTEN, load
-from lego.satipatthana.store import load as load_system
 from lego.satipatthana.store import save
 from lego.satipatthana.tasks import read_task
 
@@ -17,7 +16,7 @@ def main() -> None:
     with Stage("satipatthana/evaluate", params.seed, params.threads):
         task, found = read_task("data/satipatthana/task"), []
         for seed in range(params.seeds):
-            system, _ = load_system(f"data/satipatthana/stage3/seed_{seed}", params)
+            system = resume(task, params, seed, STAGES[-1], f"data/satipatthana/stage3/seed_{seed}")
             use = how_to_use(system, task, params.reject)
             found.append(judge(system, task, use, params, seed))
             if not seed:

@@ -4,14 +4,12 @@ dvc repro stages/satipatthana/dvc.yaml:train_stage2          (python -m stages.s
 """
 
 import sys
-from pathlib import Path
 
 from lego.artifacts import atomic_folder, write_csv, write_json
 from lego.harness import Stage, StageError, exit_cleanly
-from lego.satipatthana.curriculum import STAGES, advance, begin
+from lego.satipatthana.curriculum import STAGES, advance, begin, resume
 from lego.satipatthana.sections import WRITTEN, load
 from lego.satipatthana.store import Use, save
-from lego.satipatthana.store import load as load_system
 from lego.satipatthana.tasks import read_task
 
 
@@ -23,8 +21,8 @@ def main() -> None:
         task, rows, last = read_task("data/satipatthana/task"), [], []
         with atomic_folder(f"data/satipatthana/stage{number}") as folder:
             for seed in range(params.seeds):
-                before = Path(f"data/satipatthana/stage{number - 1}/seed_{seed}")
-                system = load_system(before, params)[0] if number else begin(task, params, seed)
+                before = f"data/satipatthana/stage{number - 1}/seed_{seed}"
+                system = resume(task, params, seed, number - 1, before) if number else begin(task, params, seed)
                 history = advance(system, number, task, params, seed)
                 rows += [{"seed": seed, "epoch": epoch} | terms for epoch, terms in enumerate(history, 1)]
                 last.append(history[-1])
