@@ -67,8 +67,9 @@ def fit_trust(trust: np.ndarray, right: np.ndarray, kind: str) -> TrustMap:
         return loss
 
     optimizer.step(step)
+    slope, offset = math.exp(scale.item()), shift.item()
     grid = np.linspace(1e-6, 1 - 1e-6, 201)
-    mapped = 1 / (1 + np.exp(-(np.log(grid / (1 - grid)) * math.exp(float(scale)) + float(shift))))
+    mapped = 1 / (1 + np.exp(-(np.log(grid / (1 - grid)) * slope + offset)))
     return TrustMap(grid.tolist(), mapped.tolist())
 
 
