@@ -28,6 +28,9 @@ TINY = {
     "test.kinds": ["uniform", "noisy_0.5"],
     "peers.names": ["msp", "mahalanobis"],
     "peers.epochs": 2,
+    "ablations.seeds": 1,
+    "ablations.batches": 3,
+    "ablations.epochs": 2,
     "system.dim": 8,
     "adapter.hidden": 16,
     "vipassana.prototypes": 6,
@@ -84,7 +87,8 @@ def test_a_key_reruns_its_stage_and_nothing_before(key, stages):
     found = {
         stage
         for stage, entry in ENTRIES.items()
-        if any(one in (key, key.split(".")[0]) for one in declared(entry)) and stage not in ("report", "compat")
+        if any(one in (key, key.split(".")[0]) for one in declared(entry))
+        and stage not in ("report", "compat", "ablations")
     }
     assert found == stages
 
@@ -105,7 +109,12 @@ def test_all_stages_in_one_process(tmp_path, monkeypatch):
     assert 0 <= found["accuracy"] <= 1
     assert all(isinstance(value, float) and not math.isinf(value) for value in found.values())
     page = (tmp_path / "metrics/satipatthana/report.html").read_text()
-    assert page.count("<img") == 3
+    assert page.count("<img") == 4
+    parts = read_json("metrics/satipatthana/ablations.json")
+    assert set(parts["means"]) == {"all_features", "without_log", "latent", "recon_error", "without_vicara"}
+    width = 13 * 16 + 16 * 16 + 16 * 8  # of the plain network: its layers are counted exactly
+    assert parts["macs"]["ensemble"] == 5 * parts["macs"]["plain"]
+    assert parts["macs"]["satipatthana"] > width
     system, use = load_system("data/satipatthana/system")
     assert system.aux is None
     assert len(use.columns) == 13
@@ -135,14 +144,14 @@ def test_the_pipeline_runs_once_and_a_parameter_of_stage_2_reruns_what_follows(c
     assert 0 <= found["accuracy"] <= 1
     assert all(isinstance(value, float) and not math.isinf(value) for value in found.values())
     page = (clone.folder / "metrics/satipatthana/report.html").read_text()
-    assert page.count("<img") == 3
+    assert page.count("<img") == 4
     assert "http" not in page.replace("http://www.w3.org", "")
     assert not (clone.folder / "data/tokens").exists()  # the root's pipeline did not run
     before = (clone.folder / "data/satipatthana/stage1/seed_0/system.safetensors").read_bytes()
     file = clone.folder / PARAMS
     file.write_text(file.read_text().replace("  trust_limit: 2.5", "  trust_limit: 3.0"))
     again = ran(clone.run("dvc", "repro", "stages/satipatthana/dvc.yaml"))
-    assert set(again) == {"train_stage2", "train_stage3", "evaluate", "compat", "report"}
+    assert set(again) == {"train_stage2", "train_stage3", "evaluate", "compat", "ablations", "report"}
     assert (clone.folder / "data/satipatthana/stage1/seed_0/system.safetensors").read_bytes() == before
     options = clone.run("python", "-m", "stages.satipatthana.profile", "compat").split()
     assert "stages/satipatthana/params.yaml:vicara.inject=false" in options

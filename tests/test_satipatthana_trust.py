@@ -64,7 +64,7 @@ def test_r3_7a_the_trust_of_the_note_reads_two_numbers_and_nothing_of_the_state(
         for place, state in enumerate(log.to_tensor()):
             active = None if not place else energies[place - 1] > 0
             other.add(change(state), None if not place else energies[place - 1], active=active)
-        return made.vipassana(change(log.final), other, probes, error, 5).trust
+        return made.vipassana(change(log.final), other, probes, error, 5).trust.detach()
 
     plain = trust(lambda rows: rows)
     torch.testing.assert_close(trust(lambda rows: rows[:, axes]), plain)
@@ -167,7 +167,7 @@ def test_r6_3_a_mismatch_is_another_row_and_its_error_is_that_of_the_state_shown
 
 def test_r6_3_a_head_that_cannot_see_the_state_is_not_trained_on_mismatch():
     path = torch.tensor([PATHS.index(one) for one in ("clean", "mismatch", "drunk")])
-    rows = Rows(torch.zeros(3, 8), a_log(3), torch.zeros(3, 1), torch.tensor([1.0, 0.0, 0.0]), path)
+    rows = Rows(torch.zeros(3, 8), a_log(3), torch.zeros(3, 1), torch.zeros(3, 12), torch.tensor([1.0, 0.0, 0.0]), path)
     logits = {head: torch.tensor([2.0, 9.0, -2.0]) for head in ("trust", "conformity")}
     found = losses(logits, rows, {"trust": 1.0, "conformity": 2.0})
     seen = functional.binary_cross_entropy_with_logits(torch.tensor([2.0, -2.0]), torch.tensor([1.0, 0.0]))

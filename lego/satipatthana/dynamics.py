@@ -80,7 +80,7 @@ class Vicara(nn.Module):
     With `inject`, Phi(s, z) = tanh(rho W s + U z + b) where the largest singular value of W is at most 1: a contraction
     whose fixed point depends on the input (specification, 9.1; cf. deep equilibrium models, Bai et al. 2019). Without,
     Phi is a bottleneck of s alone, as the original had it. `probe_mixed` and `probe_picked` have a map for each probe,
-    mixed by attention or picked by the winner.
+    mixed by attention or picked by the winner; `none` leaves the state where it starts, to see what the loop is worth.
 
     Args:
         dim: of states.
@@ -91,7 +91,9 @@ class Vicara(nn.Module):
     def __init__(self, dim: int, n_probes: int, settings: VicaraParams) -> None:
         super().__init__()
         self.settings = settings
-        self.maps = 1 if settings.kind == "standard" else n_probes
+        self.maps = n_probes if settings.kind.startswith("probe") else 1
+        if settings.kind == "none":
+            return
         if settings.inject:
             self.inner = nn.Parameter(
                 torch.stack([nn.init.orthogonal_(torch.empty(dim, dim)) for _ in range(self.maps)])
@@ -112,6 +114,8 @@ class Vicara(nn.Module):
     def prepare(self, z: Tensor, meta: Meta) -> Prepared:
         """What stays the same over the steps of a run."""
         shares = None
+        if self.settings.kind == "none":
+            return Prepared(None, None, None)
         if self.settings.kind == "probe_mixed":
             shares = meta.probs
         elif self.settings.kind == "probe_picked":
@@ -123,6 +127,8 @@ class Vicara(nn.Module):
 
     def forward(self, state: Tensor, prepared: Prepared) -> Tensor:
         """The next state (B, d)."""
+        if self.settings.kind == "none":
+            return state
         if prepared.inner is not None and prepared.pushes is not None:
             found = torch.tanh(state @ prepared.inner.transpose(1, 2) + prepared.pushes)  # (M, B, d)
         else:

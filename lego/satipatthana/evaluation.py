@@ -68,7 +68,7 @@ def evaluate(system: Satipatthana, protocol: Protocol, temperature: float = 1.0)
         "aurc": metrics.aurc(trust, ~right),
         "eaurc": metrics.eaurc(trust, ~right),
         "augrc": metrics.augrc(trust, ~right),
-        **{f"risk_at_{int(100 * share)}": metrics.risk_at(trust, ~right, share) for share in (0.8, 0.9, 0.95)},
+        **metrics.risks(trust, ~right),
     }
     for kind, rows in protocol.outside.items():
         away = system(rows)

@@ -11,6 +11,7 @@ import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 BINS = 15  # of equal mass, in calibration errors
+COVERAGES = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 OPERATING = 0.95  # share of the inside that FPR95 keeps
 
 
@@ -71,6 +72,11 @@ def risk_at(confidence: np.ndarray, wrong: np.ndarray, coverage: float) -> float
     errors = risk_coverage(confidence, wrong)
     k = max(1, round(coverage * len(errors)))
     return float(errors[k - 1] / k) if len(errors) else math.nan
+
+
+def risks(confidence: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
+    """Error rate at each coverage of COVERAGES, as `risk_at_90`."""
+    return {f"risk_at_{round(100 * share)}": risk_at(confidence, wrong, share) for share in COVERAGES}
 
 
 def ece(confidence: np.ndarray, right: np.ndarray) -> float:

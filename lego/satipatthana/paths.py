@@ -43,6 +43,7 @@ class Rows:
         state: (B, d), of another row where the path is mismatch.
         log: of B rows.
         recon_error: of `state` against the inputs that were encoded (B, 1).
+        encoded: those inputs (B, *shape).
         target: trust that the rows deserve (B,).
         path: index into PATHS (B,).
     """
@@ -50,6 +51,7 @@ class Rows:
     state: Tensor
     log: SantanaLog
     recon_error: Tensor
+    encoded: Tensor
     target: Tensor
     path: Tensor
 
@@ -104,7 +106,7 @@ def damaged(
         state, log = torch.cat([state, drunk.state]), SantanaLog.joined([log, drunk.log])
         encoded, target = torch.cat([encoded, drunk.encoded]), torch.cat([target, x.new_zeros(counts["drunk"])])
         path = torch.cat([path, torch.full((counts["drunk"],), PATHS.index("drunk"))])
-    return Rows(state, log, system.recon_error(state, encoded), target, path)
+    return Rows(state, log, system.recon_error(state, encoded), encoded, target, path)
 
 
 def _rest(x: Tensor, own: dict[str, int]) -> list[int]:

@@ -143,6 +143,7 @@ def judge(scored: Scored, test: Split, outside: dict[str, Tensor]) -> dict[str, 
         "auroc_correct": metrics.correct_above_wrong(trust, right),
         "aurc": metrics.aurc(trust, ~right),
         "augrc": metrics.augrc(trust, ~right),
+        **metrics.risks(trust, ~right),
     }
     for kind, rows in outside.items():
         strange = scored.trust(rows)

@@ -92,7 +92,7 @@ class VicaraParams(Section):
     inertia: Annotated[Number, within("[0, 1)")]
     inject: bool
     rho: Annotated[Number, within("(0, 1)")]
-    kind: Literal["standard", "probe_mixed", "probe_picked"]
+    kind: Literal["standard", "probe_mixed", "probe_picked", "none"]
 
 
 class SatiParams(Section):
@@ -223,6 +223,15 @@ class PeersParams(Section):
     neighbours: Count
 
 
+class AblationsParams(Section):
+    """What parts of the system are worth: seeds of them, and how their heads are trained."""
+
+    seeds: Count
+    batches: Count
+    epochs: Count
+    lr: Positive
+
+
 class SatipatthanaParams(Section):
     """The whole of stages/satipatthana/params.yaml."""
 
@@ -248,6 +257,7 @@ class SatipatthanaParams(Section):
     test: TestParams
     reject: RejectParams
     peers: PeersParams
+    ablations: AblationsParams
 
     @model_validator(mode="after")
     def _fits_together(self) -> SatipatthanaParams:
@@ -260,6 +270,8 @@ class SatipatthanaParams(Section):
                 f"stage2.batch_size must be at least the number of paths, {len(self.paths.shares())}, "
                 f"got {self.stage2.batch_size}"
             )
+        if self.ablations.seeds > self.seeds:
+            raise ValueError(f"ablations.seeds must be at most seeds, {self.seeds}, got {self.ablations.seeds}")
         if self.system.job == "anomaly" and self.system.guided:
             raise ValueError("system.guided must be false when system.job is anomaly, which has no labels")
         return self

@@ -57,6 +57,23 @@ def settling(folder: Path, found: Found, sweep: Sequence[int]) -> Figure:
     )
 
 
+def abstaining(folder: Path, found: Found) -> Figure:
+    """Error rate of the most trusted share of test rows."""
+    shares = sorted(int(key.removeprefix("risk_at_")) for key in found["satipatthana"] if key.startswith("risk_at_"))
+    with picture(folder, "abstaining", height=4.0) as axes:
+        for number, name in enumerate(one for one in found if one != "compat"):
+            colour, marker = look(number)
+            values = [100 * mean_interval(found[name][f"risk_at_{share}"]).mean for share in shares]
+            axes.plot(shares, values, marker=marker, color=colour, label=name)
+        axes.set_xlabel("coverage: most trusted share of test rows, %")
+        axes.set_ylabel("errors among them, %")
+        axes.legend(ncols=2, fontsize="small")
+    said = ", ".join(f"{share} %: {100 * np.mean(found['satipatthana'][f'risk_at_{share}']):.2f} %" for share in shares)
+    return Figure(
+        folder / "abstaining.svg", f"Errors by coverage: {said}", "Errors among what is answered, by coverage."
+    )
+
+
 def trust_by_path(folder: Path, found: Found) -> Figure:
     """Mean trust of test rows by path."""
     paths = ("clean", "augmented", "mismatch", "drunk")

@@ -16,10 +16,17 @@ from lego.page import Figure, Page
 from lego.satipatthana.evaluation import SWEEP
 from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load
 from lego.stats import Interval, mean_interval, verdict
-from stages.satipatthana.figures import settling, strangers, trust_by_path
+from stages.satipatthana.figures import abstaining, settling, strangers, trust_by_path
 
 FOLDER = Path("metrics/satipatthana")
 Found = dict[str, dict[str, list[float]]]
+PARTS = {
+    "all_features": "the head in use, trained again like the ones below: on stored rows",
+    "without_log": "four features that need no way: entropy, nearest prototype, reconstruction error, and no more",
+    "latent": "the latent z alone",
+    "recon_error": "no head: the reconstruction error",
+    "without_vicara": "the whole curriculum without the loop: states stay where they start",
+}
 
 
 def over_seeds(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -64,6 +71,23 @@ def answer(found: Found, kinds: list[str]) -> str:
     )
 
 
+def ablations(page: Page, kinds: list[str]) -> None:
+    """What the parts of the trust are worth, and what an answer costs."""
+    said = read_json(FOLDER / "ablations.json", "means", "macs", "seeds")
+    page.heading("What the parts are worth")
+    keys = ("aurc", "auroc_correct", *(f"auroc_{kind}" for kind in kinds))
+    rows = [[name, *(f"{one[key]:.4f}" for key in keys)] for name, one in said["means"].items()]
+    header = ["trust from", "AURC", "right above wrong", *(f"AUROC {kind}" for kind in kinds)]
+    page.table(header, rows, f"Means over {said['seeds']} seeds.")
+    page.points([f"`{name}`: {what}" for name, what in PARTS.items() if name in said["means"]])
+    costs = said["macs"]
+    page.text(
+        f"An answer with its trust takes {costs['satipatthana'] / 1e3:,.0f} thousand multiply-accumulates, "
+        f"{costs['satipatthana'] / costs['plain']:.1f} times those of the plain network; an ensemble "
+        f"{costs['ensemble'] / costs['plain']:.0f} times."
+    )
+
+
 def build(params: SatipatthanaParams, found: Found, figures: dict[str, Figure]) -> Page:
     kinds = [key.removeprefix("fpr95_") for key in found["satipatthana"] if key.startswith("fpr95_")]
     page = Page("Satipatthana: does a network that settles know what it does not know?")
@@ -94,6 +118,8 @@ def build(params: SatipatthanaParams, found: Found, figures: dict[str, Figure]) 
         [[name, *(shown(interval(found, name, key)) for key in keys)] for name in ("satipatthana", "compat")],
         f"Threshold from validation rows by the rule {params.reject.rule} {params.reject.wanted:g}.",
     )
+    page.figure(figures["abstaining"], FOLDER)
+    ablations(page, kinds)
     page.heading("The fixed point")
     page.figure(figures["settling"], FOLDER)
     keys = ("last_step_1T", "recon_mse", "mean_steps", "probe_perplexity", "distinct_20T")
@@ -131,6 +157,7 @@ def main() -> None:
                 "strangers": strangers(folder, found),
                 "settling": settling(folder, found, SWEEP),
                 "paths": trust_by_path(folder, found),
+                "abstaining": abstaining(folder, found),
             }
         figures = {name: replace(one, file=pictures / one.file.name) for name, one in drawn.items()}
         page = build(params, found, figures)
