@@ -12,9 +12,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from workflow import LINES
 
 from lego.artifacts import read_json
-from lego.cvfp.sections import PARAMS, CvfpParams
+from lego.cvfp import sections as cvfp
 from lego.evaluation import comparison_lines
 from lego.params import Params
+from lego.satipatthana import sections as satipatthana
 from stages.evidence.summary import Suite
 from stages.evidence.tables import short_table
 
@@ -30,9 +31,10 @@ def test_every_experiment_in_the_pages_is_valid(command):
     overrides = [words[i + 1] for i, word in enumerate(words) if word == "-S"]
     assert overrides
     file, shape = "params.yaml", Params
-    if all(one.startswith(f"{PARAMS}:") for one in overrides):  # a key of a sibling's own file
-        file, shape = PARAMS, CvfpParams
-        overrides = [one.removeprefix(f"{PARAMS}:") for one in overrides]
+    for own, siblings in ((cvfp.PARAMS, cvfp.CvfpParams), (satipatthana.PARAMS, satipatthana.SatipatthanaParams)):
+        if all(one.startswith(f"{own}:") for one in overrides):  # a key of a sibling's own file
+            file, shape = own, siblings
+            overrides = [one.removeprefix(f"{own}:") for one in overrides]
     values = yaml.safe_load((ROOT / file).read_text())
     for override in OverridesParser.create().parse_overrides(overrides):
         *path, key = override.key_or_group.split(".")

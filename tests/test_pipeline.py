@@ -277,6 +277,7 @@ def test_each_floor_imports_only_what_stands_below_or_beside_it():
 SIBLINGS = {  # rooms of lego that a sibling system may import: the ground floor, text, and pieces of training
     "cvfp": {"params", "sections", "artifacts", "progress", "stats", "page", "pictures", "scratch", "harness"}
     | {"blocks", "corpus", "sources", "tokenizer", "tokens", "ngram", "steps"},
+    "satipatthana": {"params", "sections", "artifacts", "progress", "stats", "page", "pictures", "harness"},
 }
 
 

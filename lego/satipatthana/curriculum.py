@@ -1,0 +1,94 @@
+"""One seed through the curriculum, and what is needed to use and to judge the result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lego.artifacts import derived_seed
+from lego.satipatthana.evaluation import Protocol, evaluate, probabilities
+from lego.satipatthana.metrics import ece
+from lego.satipatthana.reject import TrustMap, fit_temperature, fit_trust, threshold
+from lego.satipatthana.sections import RejectParams, SatipatthanaParams
+from lego.satipatthana.stages import TRAINABLE, build, check_states, run_stage, spec_of, start_probes
+from lego.satipatthana.store import Use, restore
+from lego.satipatthana.system import Satipatthana
+from lego.satipatthana.tasks import Task
+
+STAGES = (0, 1, 2, 3)
+
+
+def begin(task: Task, params: SatipatthanaParams, seed: int) -> Satipatthana:
+    """A fresh system of a seed.
+
+    Args:
+        task: whose shape and classes it is made for.
+        params: all of them.
+        seed: number of the run, from 0.
+    """
+    outputs = 1 if params.system.job == "regression" else len(task.classes)
+    return build(task.shape, outputs, params, task.train.x, derived_seed(params.seed, f"satipatthana/{seed}"))
+
+
+def resume(task: Task, params: SatipatthanaParams, seed: int, before: int, folder: str | Path) -> Satipatthana:
+    """A system of a seed as the stages up to `before` left it in a folder; later parts are fresh."""
+    system = begin(task, params, seed)
+    restore(system, folder, {name for number in range(before + 1) for name in TRAINABLE[number]})
+    return system.eval().requires_grad_(False)
+
+
+def advance(
+    system: Satipatthana, number: int, task: Task, params: SatipatthanaParams, seed: int
+) -> list[dict[str, float]]:
+    """Trains one stage in place; returns the terms by epoch.
+
+    Args:
+        system: as the stage before left it.
+        number: 0 to 3.
+        task: train rows are read.
+        params: all of them.
+        seed: number of the run.
+
+    Raises:
+        StageCheckError: the stage would train nothing, or on states that are all alike.
+    """
+    own = derived_seed(params.seed, f"satipatthana/{seed}/stage{number}")
+    if number == 1:
+        start_probes(system, task.train.x, own)
+    if number > 1:
+        check_states(system, task.train.x)
+    return run_stage(system, spec_of(number, system, task.train, params, own), own)
+
+
+def how_to_use(system: Satipatthana, task: Task, settings: RejectParams) -> Use:
+    """Temperature, map of trust and threshold, all from validation rows.
+
+    Args:
+        system: trained.
+        task: validation rows are read.
+        settings: section `reject`.
+    """
+    found, labels = system(task.validation.x), task.validation.y
+    temperature = fit_temperature(found.output, labels) if settings.calibration != "none" else 1.0
+    right = probabilities(found.output, temperature).argmax(axis=1) == labels.numpy()
+    trust = found.trust[:, 0].double().numpy()
+    mapped: TrustMap = fit_trust(trust, right, settings.calibration)
+    scale = {name: [] if one is None else one.tolist() for name, one in (("mean", task.mean), ("std", task.std))}
+    cut = threshold(trust, right, settings.rule, settings.wanted)
+    return Use(task.classes, task.columns, **scale, temperature=temperature, trust=mapped, threshold=cut)
+
+
+def judge(system: Satipatthana, task: Task, use: Use, params: SatipatthanaParams, seed: int) -> dict[str, float]:
+    """All numbers of the test rows, with what abstaining by the threshold comes to."""
+    protocol = Protocol(task.test, task.outside, params.stage2, derived_seed(params.seed, f"satipatthana/{seed}/test"))
+    facts = evaluate(system, protocol, use.temperature)
+    output, accepted, trust = system.predict(task.test.x, use.threshold)
+    right = output.argmax(dim=1) == task.test.y
+    mapped = use.trust(trust[:, 0].double().numpy())
+    facts |= {
+        "coverage": float(accepted.double().mean()),
+        "risk_of_accepted": float((~right[accepted]).double().mean()) if bool(accepted.any()) else 0.0,
+        "trust_ece_calibrated": ece(mapped, right.numpy()),
+    }
+    for kind, rows in task.outside.items():
+        facts[f"accepted_{kind}"] = float(system.predict(rows, use.threshold)[1].double().mean())
+    return facts

@@ -1,0 +1,128 @@
+"""All numbers of a trained system under one protocol (specification, 11): flat keys, one per row of its table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lego.satipatthana import metrics
+from lego.satipatthana.paths import damaged
+from lego.satipatthana.sections import Stage2Params
+from lego.satipatthana.stages import diversity
+from lego.satipatthana.system import Satipatthana
+from lego.satipatthana.tasks import Split
+
+SWEEP = (1, 2, 5, 20)  # multiples of max_steps of the T-sweep
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What a system is judged on.
+
+    Args:
+        test: inputs and classes.
+        outside: inputs from outside by kind.
+        settings: section `stage2`, of which the damage of rows by path is taken.
+        seed: of noise and damage.
+    """
+
+    test: Split
+    outside: dict[str, Tensor]
+    settings: Stage2Params
+    seed: int
+
+
+def probabilities(logits: Tensor, temperature: float = 1.0) -> np.ndarray:
+    """Class probabilities (n, C)."""
+    return torch.softmax(logits.double() / temperature, dim=1).numpy()
+
+
+def evaluate(system: Satipatthana, protocol: Protocol, temperature: float = 1.0) -> dict[str, float]:
+    """Accuracy, calibration, trust on every kind of fault, selective risk, and what the fixed point is.
+
+    Args:
+        system: trained; any module with the same interface.
+        protocol: data and seed.
+        temperature: of the decoder, fitted on validation text.
+    """
+    test = protocol.test
+    found = system(test.x)
+    trust, error = found.trust[:, 0].double().numpy(), -found.recon_error[:, 0].double().numpy()
+    p, labels = probabilities(found.output, temperature), test.y.numpy()
+    right = p.argmax(axis=1) == labels
+    facts = {
+        "accuracy": float(right.mean()),
+        "nll": metrics.nll(p, labels),
+        "ece": metrics.ece(p.max(axis=1), right),
+        "brier": metrics.brier(p, labels),
+        "ece_before_temperature": metrics.ece(probabilities(found.output).max(axis=1), right),
+        "known_share": float(found.known.double().mean()),
+        "mean_steps": float(found.steps.double().mean()),
+        "recon_mse": float(found.recon_error.mean()),
+        "trust_ece": metrics.ece(trust, right),
+        "auroc_correct": metrics.correct_above_wrong(trust, right),
+        "auroc_correct_msp": metrics.correct_above_wrong(p.max(axis=1), right),
+        "aurc": metrics.aurc(trust, ~right),
+        "eaurc": metrics.eaurc(trust, ~right),
+        "augrc": metrics.augrc(trust, ~right),
+        **metrics.risks(trust, ~right),
+    }
+    for kind, rows in protocol.outside.items():
+        away = system(rows)
+        strange = away.trust[:, 0].double().numpy()
+        facts |= {
+            f"auroc_{kind}": metrics.auroc(trust, strange),
+            f"fpr95_{kind}": metrics.fpr95(trust, strange),
+            f"aupr_{kind}": metrics.aupr(trust, strange)[0],
+            f"aupr_out_{kind}": metrics.aupr(trust, strange)[1],
+            f"auroc_{kind}_recon": metrics.auroc(error, -away.recon_error[:, 0].double().numpy()),
+        }
+    return facts | paths(system, protocol) | fixed_point(system, test) | probes_used(system, test.x)
+
+
+def paths(system: Satipatthana, protocol: Protocol) -> dict[str, float]:
+    """Mean trust by path, and AUROC of clean rows against each damaged path."""
+    generator, x, trusted = torch.Generator().manual_seed(protocol.seed), protocol.test.x, dict[str, np.ndarray]()
+    for path in ("clean", "augmented", "drunk", "mismatch"):
+        counts = {"clean": 0} | {path: len(x)}
+        rows = damaged(system, x, counts, protocol.settings, None, generator)
+        with torch.no_grad():
+            view = system.vipassana(
+                rows.state, rows.log, system.vitakka.read(), rows.recon_error, system.params.samatha.max_steps
+            )
+        trusted[path] = view.trust[:, 0].double().numpy()
+    facts = {f"trust_{path}": float(values.mean()) for path, values in trusted.items()}
+    return facts | {f"auroc_{path}": metrics.auroc(trusted["clean"], trusted[path]) for path in ("drunk", "mismatch")}
+
+
+def fixed_point(system: Satipatthana, test: Split) -> dict[str, float]:
+    """What more steps change: accuracy of the guide on the state, reconstruction, last step, distinct states (9.1)."""
+    facts: dict[str, float] = {}
+    horizon = system.params.samatha.max_steps
+    for factor in SWEEP:
+        found = system(test.x, max_steps=factor * horizon)
+        last = found.log.energies()[-1].sqrt()
+        facts |= {
+            f"recon_mse_{factor}T": float(found.recon_error.mean()),
+            f"last_step_{factor}T": float((last / found.s_star.norm(dim=1)).mean()),
+            f"distinct_{factor}T": len(torch.unique((found.s_star / 1e-3).round(), dim=0)) / len(test),
+        }
+        if system.aux is not None:
+            with torch.no_grad():
+                guess = system.aux(found.s_star).argmax(dim=1)
+            facts[f"aux_accuracy_{factor}T"] = float((guess == test.y).double().mean())
+    return facts
+
+
+def probes_used(system: Satipatthana, x: Tensor) -> dict[str, float]:
+    """Perplexity of the probes nearest to the settled states, and how alike the probes are."""
+    nearest = torch.cdist(system(x).s_star, system.vitakka.read()).argmin(dim=1)
+    share = torch.bincount(nearest, minlength=len(system.vitakka.probes)).double() / len(x)
+    entropy = -(share * share.clamp_min(1e-12).log()).sum()
+    return {
+        "probe_perplexity": float(entropy.exp()),
+        "probe_cosine": float(diversity(system.vitakka.probes, False).detach()),
+    }

@@ -1,0 +1,151 @@
+"""What the trust score is compared with: one-line scores on a plain network, an ensemble, an isolation forest (10)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.covariance import EmpiricalCovariance
+from sklearn.ensemble import IsolationForest
+from sklearn.neighbors import NearestNeighbors
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from lego.satipatthana import metrics
+from lego.satipatthana.nets import perceptron
+from lego.satipatthana.reject import fit_temperature
+from lego.satipatthana.sections import PeersParams
+from lego.satipatthana.tasks import Split, Task
+
+
+class Plain(nn.Module):
+    """A classifier as wide as the adapter: features before the last layer, and logits.
+
+    Args:
+        size: of an input, flattened.
+        hidden: width of its layers.
+        dim: of the features.
+        classes: C.
+    """
+
+    def __init__(self, size: int, hidden: int, dim: int, classes: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), perceptron([size, hidden, hidden, dim]), nn.ReLU())
+        self.head = nn.Linear(dim, classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(x)
+        return features, self.head(features)
+
+
+def train_plain(task: Task, settings: PeersParams, seed: int) -> Plain:
+    """One classifier, by cross-entropy on train rows with a linear schedule."""
+    torch.manual_seed(seed)
+    size = int(np.prod(task.shape))
+    model = Plain(size, settings.hidden, settings.dim, len(task.classes))
+    optimizer = AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
+    generator, rows = torch.Generator().manual_seed(seed), len(task.train)
+    steps = settings.epochs * -(-rows // settings.batch_size)
+    schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
+    for _ in range(settings.epochs):
+        for places in torch.randperm(rows, generator=generator).split(settings.batch_size):
+            loss = functional.cross_entropy(model(task.train.x[places])[1], task.train.y[places])
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A peer: probabilities (n, C) and trust (n,) of inputs (n, *shape)."""
+
+    probabilities: Callable[[Tensor], np.ndarray]
+    trust: Callable[[Tensor], np.ndarray]
+
+
+def peer(name: str, task: Task, settings: PeersParams, seed: int) -> Scored:
+    """A trained peer: msp, energy, knn, mahalanobis, ensemble, temperature, isolation_forest.
+
+    Raises:
+        ValueError: there is no such peer.
+    """
+    if name == "ensemble":
+        models = [train_plain(task, settings, seed * 1000 + number) for number in range(settings.members)]
+    else:
+        models = [train_plain(task, settings, seed)]
+    temperature = (
+        fit_temperature(_logits(models[0], task.validation.x), task.validation.y) if name == "temperature" else 1.0
+    )
+
+    def probabilities(x: Tensor) -> np.ndarray:
+        parts = [torch.softmax(_logits(model, x).double() / temperature, dim=1).numpy() for model in models]
+        return np.asarray(np.mean(parts, axis=0))
+
+    return Scored(probabilities, _trust(name, models[0], task, settings, seed, probabilities))
+
+
+def _trust(
+    name: str,
+    model: Plain,
+    task: Task,
+    settings: PeersParams,
+    seed: int,
+    probabilities: Callable[[Tensor], np.ndarray],
+) -> Callable[[Tensor], np.ndarray]:
+    match name:
+        case "msp" | "temperature" | "ensemble":
+            return lambda x: probabilities(x).max(axis=1)
+        case "energy":  # Liu et al. 2020
+            return lambda x: torch.logsumexp(_logits(model, x).double(), dim=1).numpy()
+        case "knn":  # Sun et al. 2022: distance to the k-th neighbour of normalized features
+            neighbours = NearestNeighbors(n_neighbors=settings.neighbours).fit(_unit(_features(model, task.train.x)))
+            return lambda x: -neighbours.kneighbors(_unit(_features(model, x)))[0][:, -1]
+        case "mahalanobis":  # Lee et al. 2018: nearest class mean under a shared covariance
+            rows, labels = _features(model, task.train.x), task.train.y.numpy()
+            means = np.stack([rows[labels == one].mean(axis=0) for one in range(len(task.classes))])
+            shared = EmpiricalCovariance(assume_centered=True).fit(rows - means[labels])
+            return lambda x: -np.stack([shared.mahalanobis(_features(model, x) - mean) for mean in means]).min(axis=0)
+        case "isolation_forest":  # Liu et al. 2008, on inputs
+            forest = IsolationForest(random_state=seed % 2**32).fit(task.train.x.flatten(1).numpy())
+            return lambda x: forest.score_samples(x.flatten(1).numpy())
+        case _:
+            raise ValueError(f"there is no peer {name}")
+
+
+@torch.no_grad()
+def _logits(model: Plain, x: Tensor) -> Tensor:
+    return model(x)[1]
+
+
+@torch.no_grad()
+def _features(model: Plain, x: Tensor) -> np.ndarray:
+    return model(x)[0].double().numpy()
+
+
+def _unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), np.finfo(np.float64).tiny)
+
+
+def judge(scored: Scored, test: Split, outside: dict[str, Tensor]) -> dict[str, float]:
+    """The same numbers as of the system, as far as a peer has them."""
+    p, trust, labels = scored.probabilities(test.x), scored.trust(test.x), test.y.numpy()
+    right = p.argmax(axis=1) == labels
+    facts = {
+        "accuracy": float(right.mean()),
+        "nll": metrics.nll(p, labels),
+        "ece": metrics.ece(p.max(axis=1), right),
+        "auroc_correct": metrics.correct_above_wrong(trust, right),
+        "aurc": metrics.aurc(trust, ~right),
+        "augrc": metrics.augrc(trust, ~right),
+        **metrics.risks(trust, ~right),
+    }
+    for kind, rows in outside.items():
+        strange = scored.trust(rows)
+        facts |= {f"auroc_{kind}": metrics.auroc(trust, strange), f"fpr95_{kind}": metrics.fpr95(trust, strange)}
+    return facts

@@ -1,0 +1,97 @@
+"""Answers, trust and whether to believe them, for the rows of a table.
+
+python -m lego.satipatthana.predict rows.csv --system data/satipatthana/system --out answers.csv
+python -m lego.satipatthana.predict rows.parquet --label species          also says how often accepted rows are right
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from lego.artifacts import ArtifactError, write_text
+from lego.params import ParamsError
+from lego.progress import track
+from lego.satipatthana.store import Use, load, standardized
+from lego.satipatthana.system import Satipatthana
+from lego.satipatthana.tasks import TaskError, features_of, read_table
+
+AT_A_TIME = 1024  # rows, which changes no answer
+
+
+def answers(system: Satipatthana, use: Use, x: torch.Tensor) -> pd.DataFrame:
+    """One row an input: answer, its probability, trust, how often such trust is right, accepted, steps, recon_error.
+
+    Args:
+        system: trained.
+        use: what goes with it.
+        x: inputs (n, *shape), standardized.
+    """
+    parts = [_part(system, use, rows) for rows in _batches(x)]
+    return pd.concat(parts, ignore_index=True)
+
+
+def _batches(x: torch.Tensor) -> Iterator[torch.Tensor]:
+    parts = x.split(AT_A_TIME)
+    yield from track(parts, len(x), "answering", "row", len)
+
+
+def _part(system: Satipatthana, use: Use, x: torch.Tensor) -> pd.DataFrame:
+    found = system(x)
+    p = torch.softmax(found.output.double() / use.temperature, dim=1)
+    trust = found.trust[:, 0].double().numpy()
+    return pd.DataFrame(
+        {
+            "answer": [use.classes[one] for one in p.argmax(dim=1).tolist()],
+            "probability": p.amax(dim=1).numpy(),
+            "trust": trust,
+            "trust_calibrated": use.trust(trust),
+            "accepted": trust >= use.threshold,
+            "known": found.known.numpy(),
+            "steps": found.steps.numpy(),
+            "recon_error": found.recon_error[:, 0].double().numpy(),
+        }
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path, help="CSV or Parquet with the columns the system was trained on")
+    parser.add_argument("--system", type=Path, default=Path("data/satipatthana/system"))
+    parser.add_argument("--out", type=Path, help="a CSV file; default: standard output")
+    parser.add_argument("--label", help="column with the right answers, to be compared with")
+    asked = parser.parse_args()
+    try:
+        system, use = load(asked.system)
+        frame = read_table(asked.table)
+        columns = use.columns or [f"feature_{n}" for n in range(int(np.prod(system.shape)))]
+        x = torch.from_numpy(features_of(frame, columns, str(asked.table))).float()
+        if asked.label and asked.label not in frame:
+            raise TaskError(f"{asked.table}: has no column {asked.label}, which --label names")
+        found = answers(system, use, standardized(x.view(len(x), *system.shape), use))
+        text = found.to_csv(index=False)
+        if asked.out:
+            write_text(asked.out, text)
+        else:
+            print(text, end="")
+        accepted = found["accepted"].to_numpy()
+        said = f"{len(found)} rows, {accepted.sum()} accepted at trust {use.threshold:.4f}"
+        if asked.label:
+            right = found["answer"].to_numpy() == frame[asked.label].astype(str).to_numpy()
+            share = right[accepted].mean() if accepted.any() else float("nan")
+            said += f"; right: {100 * right.mean():.1f} % of all, {100 * share:.1f} % of the accepted"
+        print(said, file=sys.stderr)
+    except (ArtifactError, ParamsError, TaskError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

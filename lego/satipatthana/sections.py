@@ -1,0 +1,348 @@
+"""The sections of stages/satipatthana/params.yaml, typed and with their ranges, and the profiles that change them.
+
+python -m lego.satipatthana.sections            checks the file and says what is wrong with it
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from lego.params import ParamsError, read_params
+from lego.sections import Count, CountOrZero, NonNegative, Number, Positive, Section, Share, at_least, within
+
+WRITTEN = "stages/satipatthana/params.yaml stages/satipatthana/dvc.lock metrics/satipatthana"
+PARAMS, PROFILES = Path("stages/satipatthana/params.yaml"), Path("stages/satipatthana/profiles.yaml")
+Unit = Annotated[Number, within("[0, 1]")]
+Cosine = Annotated[Number, within("[-1, 1]")]
+Attention = Literal["soft", "hard"]
+PATHS = ("clean", "augmented", "drunk", "mismatch", "void")
+VoidKind = Literal[
+    "gaussian", "uniform", "filtered_uniform", "mixup", "cut_paste", "patch_permutation", "feature_shuffle"
+]
+PeerName = Literal["msp", "energy", "knn", "mahalanobis", "ensemble", "temperature", "isolation_forest"]
+
+
+class TaskParams(Section):
+    """Which data are learned."""
+
+    name: Literal["digits", "breast_cancer", "wine", "sensors", "table"]
+    file: str | None
+    label: str | None
+    test_share: Share
+    validation_share: Share
+
+    @model_validator(mode="after")
+    def _has_a_file(self) -> TaskParams:
+        if self.name == "table" and not (self.file and self.label):
+            raise ValueError("file and label must name a CSV or Parquet file and its column when task.name is table")
+        return self
+
+
+class SystemParams(Section):
+    """Size, and what the system is asked for."""
+
+    dim: Annotated[int, at_least(2, 4096)]
+    guided: bool
+    job: Literal["classification", "regression", "anomaly"]
+
+
+class AdapterParams(Section):
+    """What turns an input into a latent vector (specification, 3.1)."""
+
+    kind: Literal["mlp", "cnn", "lstm", "transformer", "identity"]
+    hidden: Count
+    layers: Count
+    heads: Count
+    dropout: Annotated[Number, within("[0, 1)")]
+
+
+class AugmenterParams(Section):
+    """Noise of a known severity (3.2)."""
+
+    kind: Literal["identity", "gaussian"]
+    max_noise_std: NonNegative
+    per_sample: bool
+
+
+class VitakkaParams(Section):
+    """Probes that give the state a start (3.3)."""
+
+    n_probes: Annotated[int, at_least(2, 4096)]
+    probe_trainable: bool
+    mix_alpha: Unit
+    softmax_temp: Positive
+    training_gate_threshold: Cosine
+    inference_gate_threshold: Cosine
+    closed_gate: Literal["zeroes", "is_told"]
+    attention_training: Attention
+    attention_inference: Attention
+    init: Literal["random", "k_means"]
+    normalize_on_read: bool
+
+
+class VicaraParams(Section):
+    """The update map (3.4)."""
+
+    inertia: Annotated[Number, within("[0, 1)")]
+    inject: bool
+    rho: Annotated[Number, within("(0, 1)")]
+    kind: Literal["standard", "probe_mixed", "probe_picked", "none"]
+
+
+class SatiParams(Section):
+    """When a state has settled (3.5)."""
+
+    kind: Literal["fixed", "threshold"]
+    per_sample: bool
+    eps_abs: NonNegative
+    eps_rel: NonNegative
+    min_steps: Count
+
+
+class SamathaParams(Section):
+    """The loop, and how it is damaged on purpose (6.2)."""
+
+    max_steps: Annotated[int, at_least(2, 10_000)]
+    drunk_skip_prob: Unit
+    drunk_perturbation_std: NonNegative
+    drunk_s0_std: NonNegative
+    drunk_dropout_min: Annotated[Number, within("[0, 1)")]
+    drunk_per_sample: bool
+
+
+class VipassanaParams(Section):
+    """What looks at the way the state took (3.7)."""
+
+    trust_features: Literal["dynamics2", "grounded8"]
+    velocity: Literal["last_step", "whole_way"]
+    hidden: Count
+    context_dim: Count
+    gru_hidden: Count
+    metric_proj: Count
+    prototypes: CountOrZero
+    trust_limit: Positive
+    weight_trust: NonNegative
+    weight_conformity: NonNegative
+    weight_confidence: NonNegative
+
+
+class HeadsParams(Section):
+    """Decoder, reconstruction and guidance (3.8)."""
+
+    decoder_hidden: Count
+    recon_hidden: Count
+    aux_hidden: Count
+    output_activation: Literal["none", "tanh"]
+
+
+class StageParams(Section):
+    """How one stage of the curriculum trains (5)."""
+
+    epochs: Count
+    lr: Positive
+    batch_size: Annotated[int, at_least(2, 10**6)]
+    grad_clip: Positive
+
+
+class Stage1Params(StageParams):
+    noise_level: Unit
+    weight_stability: NonNegative
+    weight_recon: NonNegative
+    weight_guidance: NonNegative
+    weight_diversity: NonNegative
+    weight_usage: NonNegative
+    squared_diversity: bool
+
+
+class Stage2Params(StageParams):
+    noise_level: Unit
+    void_target: Annotated[Number, within("[0, 1)")]
+
+
+class PathsParams(Section):
+    """Shares of the rows of a batch in stage 2 (6.1)."""
+
+    clean: Share
+    augmented: Annotated[Number, within("[0, 1)")]
+    drunk: Annotated[Number, within("[0, 1)")]
+    mismatch: Annotated[Number, within("[0, 1)")]
+    void: Annotated[Number, within("[0, 1)")]
+
+    @model_validator(mode="after")
+    def _sum_to_one(self) -> PathsParams:
+        total = sum(getattr(self, path) for path in PATHS)
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"the shares of {', '.join(PATHS)} must sum to 1, got {total:g}")
+        return self
+
+    def shares(self) -> dict[str, float]:
+        """Those above 0, in their order."""
+        return {path: getattr(self, path) for path in PATHS if getattr(self, path)}
+
+
+class VoidParams(Section):
+    """What counts as outside of the data, while training (6.4)."""
+
+    kinds: Annotated[list[VoidKind], Field(min_length=1)]
+    min_distance: NonNegative
+    reference_rows: Count
+    max_attempts: Count
+
+
+class TestParams(Section):
+    """Out-of-distribution kinds that are held back for the test; none may be used in training."""
+
+    kinds: Annotated[list[str], Field(min_length=1)]
+    ood_seed: CountOrZero
+
+
+class RejectParams(Section):
+    """How the threshold of trust is chosen on validation data."""
+
+    rule: Literal["coverage", "risk", "conformal"]
+    wanted: Share
+    calibration: Literal["none", "temperature", "isotonic"]
+
+
+class PeersParams(Section):
+    """How the plain networks train that one-line scores read, and their number in an ensemble."""
+
+    names: Annotated[list[PeerName], Field(min_length=1)]
+    hidden: Count
+    dim: Count
+    epochs: Count
+    lr: Positive
+    batch_size: Annotated[int, at_least(2, 10**6)]
+    members: Annotated[int, at_least(2, 100)]
+    neighbours: Count
+
+
+class AblationsParams(Section):
+    """What parts of the system are worth: seeds of them, and how their heads are trained."""
+
+    seeds: Count
+    batches: Count
+    epochs: Count
+    lr: Positive
+
+
+class SatipatthanaParams(Section):
+    """The whole of stages/satipatthana/params.yaml."""
+
+    seed: Annotated[int, at_least(0, 2**63 - 1)]
+    seeds: Count
+    threads: Annotated[int, at_least(1, 4096)]
+    task: TaskParams
+    system: SystemParams
+    adapter: AdapterParams
+    augmenter: AugmenterParams
+    vitakka: VitakkaParams
+    vicara: VicaraParams
+    sati: SatiParams
+    samatha: SamathaParams
+    vipassana: VipassanaParams
+    heads: HeadsParams
+    stage0: StageParams
+    stage1: Stage1Params
+    stage2: Stage2Params
+    stage3: StageParams
+    paths: PathsParams
+    void: VoidParams
+    test: TestParams
+    reject: RejectParams
+    peers: PeersParams
+    ablations: AblationsParams
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> SatipatthanaParams:
+        if self.paths.augmented and self.augmenter.kind == "identity":
+            raise ValueError("augmenter.kind must not be identity when paths.augmented is above 0: its rows are clean")
+        if both := sorted(set(self.void.kinds) & set(self.test.kinds)):
+            raise ValueError(f"void.kinds must not name what test.kinds holds back, both name {', '.join(both)}")
+        if self.stage2.batch_size < len(self.paths.shares()):
+            raise ValueError(
+                f"stage2.batch_size must be at least the number of paths, {len(self.paths.shares())}, "
+                f"got {self.stage2.batch_size}"
+            )
+        if self.ablations.seeds > self.seeds:
+            raise ValueError(f"ablations.seeds must be at most seeds, {self.seeds}, got {self.ablations.seeds}")
+        if self.system.job == "anomaly" and self.system.guided:
+            raise ValueError("system.guided must be false when system.job is anomaly, which has no labels")
+        return self
+
+
+def load(path: str | Path = PARAMS) -> SatipatthanaParams:
+    """The parameters of the Satipatthana pipeline.
+
+    Raises:
+        ParamsError: unreadable file, unknown or missing key, wrong type or range; the message names file and key.
+    """
+    return read_params(path, SatipatthanaParams)
+
+
+def profiles(path: str | Path = PROFILES) -> dict[str, dict[str, Any]]:
+    """Named sets of changes to params.yaml, as `section.key: value`; `sound` is params.yaml itself.
+
+    Raises:
+        ParamsError: the file cannot be read.
+    """
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise ParamsError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    return {"sound": {}} | found
+
+
+def with_profile(params: SatipatthanaParams, name: str, path: str | Path = PROFILES) -> SatipatthanaParams:
+    """The parameters with a profile's changes.
+
+    Raises:
+        ParamsError: there is no such profile, or what it makes is not valid.
+    """
+    known = profiles(path)
+    if name not in known:
+        raise ParamsError(f"{path}: has no profile {name}; it has {', '.join(known)}")
+    return changed(params, known[name], f"{path}: {name}")
+
+
+def changed(params: SatipatthanaParams, changes: dict[str, Any], where: str) -> SatipatthanaParams:
+    """The parameters with some keys, written as `seed` or section.key, set to other values.
+
+    Raises:
+        ParamsError: there is no such key, or the values are not valid; the message begins with `where`.
+    """
+    values = copy.deepcopy(params.model_dump())
+    for key, value in changes.items():
+        section, _, last = key.rpartition(".")
+        place = values.get(section) if section else values
+        if not isinstance(place, dict) or last not in place:
+            raise ParamsError(f"{where}: {key} is no key of {PARAMS}")
+        place[last] = value
+    try:
+        return SatipatthanaParams.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, said = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+        raise ParamsError(f"{where}: {key} {said}".replace(":  ", ": ")) from None
+
+
+def main() -> int:
+    try:
+        params = load()
+        for name in profiles():
+            with_profile(params, name)
+    except ParamsError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(params.model_dump_json(indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,106 @@
+"""Systems in folders: weights in safetensors, and all that is needed to build them again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lego.artifacts import ArtifactError, read_json, read_tensors, write_json, write_tensors
+from lego.satipatthana.reject import TrustMap
+from lego.satipatthana.sections import SatipatthanaParams
+from lego.satipatthana.system import Satipatthana
+
+
+@dataclass(frozen=True)
+class Use:
+    """What using a system needs beside its weights.
+
+    Args:
+        classes: names of the outputs.
+        columns: names of the features, if inputs are rows of a table.
+        mean, std: by which its columns are standardized; empty = they are not.
+        temperature: of the decoder.
+        trust: its map to the share of right answers.
+        threshold: of trust, below which it abstains.
+    """
+
+    classes: list[str]
+    columns: list[str] = field(default_factory=list)
+    mean: list[float] = field(default_factory=list)
+    std: list[float] = field(default_factory=list)
+    temperature: float = 1.0
+    trust: TrustMap = field(default_factory=lambda: TrustMap([0.0, 1.0], [0.0, 1.0]))
+    threshold: float = 0.5
+
+
+def save(system: Satipatthana, folder: str | Path, use: Use, guide: bool = True) -> None:
+    """Writes into an existing folder.
+
+    Args:
+        system: of any stage.
+        folder: exists.
+        use: what goes with it.
+        guide: whether the auxiliary head, which inference never uses, is kept.
+    """
+    folder = Path(folder)
+    weights = {name: tensor for name, tensor in system.state_dict().items() if guide or not name.startswith("aux.")}
+    write_tensors(folder / "system.safetensors", weights)
+    facts = {"shape": list(system.shape), "outputs": system.outputs, "classes": use.classes, "columns": use.columns}
+    facts |= {"mean": use.mean, "std": use.std, "temperature": use.temperature, "threshold": use.threshold}
+    facts |= {"trust": {"x": use.trust.x, "y": use.trust.y}, "guide": guide}
+    write_json(folder / "system.json", facts | {"parameters": json.loads(system.params.model_dump_json())})
+
+
+def load(folder: str | Path) -> tuple[Satipatthana, Use]:
+    """The system in evaluation mode, and how it is used.
+
+    Raises:
+        ArtifactError: a file is missing or damaged.
+    """
+    folder = Path(folder)
+    keys = ("shape", "outputs", "classes", "columns", "mean", "std", "temperature", "threshold", "trust", "guide")
+    facts: dict[str, Any] = read_json(folder / "system.json", "parameters", *keys)
+    try:
+        params = SatipatthanaParams.model_validate(facts["parameters"])
+    except ValueError:
+        raise ArtifactError(f"{folder}/system.json: is not as it was written; run dvc repro") from None
+    system = Satipatthana(tuple(facts["shape"]), facts["outputs"], params)
+    if not facts["guide"]:
+        system.aux = None
+    try:
+        system.load_state_dict(read_tensors(folder / "system.safetensors"))
+    except RuntimeError:
+        raise ArtifactError(f"{folder}/system.safetensors: does not fit system.json; run dvc repro") from None
+    use = {key: facts[key] for key in ("classes", "columns", "mean", "std", "temperature", "threshold")}
+    return system.eval().requires_grad_(False), Use(**use, trust=TrustMap(facts["trust"]["x"], facts["trust"]["y"]))
+
+
+def restore(system: Satipatthana, folder: str | Path, rooms: set[str]) -> None:
+    """Puts the trained parts of a saved system into a fresh one, whose other parts may have other sizes.
+
+    Args:
+        system: fresh.
+        folder: that `save` wrote into.
+        rooms: attributes of the system that have been trained.
+
+    Raises:
+        ArtifactError: the weights are missing, damaged or of other sizes.
+    """
+    file = Path(folder) / "system.safetensors"
+    saved = {name: one for name, one in read_tensors(file).items() if name.split(".")[0] in rooms}
+    wanted = {name for name in system.state_dict() if name.split(".")[0] in rooms}
+    try:
+        system.load_state_dict(system.state_dict() | saved)
+    except RuntimeError:
+        wanted = set()
+    if wanted != saved.keys():
+        raise ArtifactError(f"{file}: is not of these parameters; run dvc repro stages/satipatthana/dvc.yaml")
+
+
+def standardized(x: torch.Tensor, use: Use) -> torch.Tensor:
+    """Rows of a table (n, features) as the system was trained on them."""
+    return (x - torch.tensor(use.mean)) / torch.tensor(use.std) if use.mean else x

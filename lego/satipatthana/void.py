@@ -1,0 +1,142 @@
+"""Inputs from outside of the data: what stage 2 calls unknown while training (specification, 6.4)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lego.satipatthana.sections import VoidParams
+
+
+class VoidError(RuntimeError):
+    """No row could be made that is far enough from the data; nothing unfiltered is put in its place."""
+
+
+class VoidSource:
+    """Rows of several kinds, made from train inputs.
+
+    Args:
+        x: train inputs (N, *shape).
+        y: their classes (N,), so that a mixture is of two different ones; None = any two rows.
+        settings: section `void`.
+    """
+
+    def __init__(self, x: Tensor, y: Tensor | None, settings: VoidParams) -> None:
+        self.x, self.y, self.settings = x, y, settings
+        self.low, self.high = x.amin(dim=0), x.amax(dim=0)
+        self.mean, self.std = x.mean(dim=0), x.std(dim=0, correction=0)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """Rows (count, *shape), of the kinds in turn."""
+        kinds = self.settings.kinds
+        offset = int(torch.randint(len(kinds), (1,), generator=generator))
+        sizes = [len(range((number - offset) % len(kinds), count, len(kinds))) for number in range(len(kinds))]
+        return torch.cat([self.of(kind, size, generator) for kind, size in zip(kinds, sizes, strict=True) if size])
+
+    def of(self, kind: str, count: int, generator: torch.Generator) -> Tensor:
+        """Rows (count, *shape) of one kind.
+
+        Raises:
+            VoidError: filtered_uniform found no row far enough from the data.
+        """
+        shape = (count, *self.x.shape[1:])
+        match kind:
+            case "gaussian":
+                return self.mean + self.std * torch.randn(shape, generator=generator)
+            case "uniform":
+                return self.low + (self.high - self.low) * torch.rand(shape, generator=generator)
+            case "filtered_uniform":
+                return self._filtered(count, generator)
+            case "mixup":
+                one, other = self._pairs(count, generator)
+                return (one + other) / 2
+            case "cut_paste":
+                one, other = self._pairs(count, generator)
+                return torch.where(_windows(shape, generator), other, one)
+            case "patch_permutation":
+                return self._patches(count, generator)
+            case _:  # feature_shuffle: every feature of another row
+                rows = torch.randint(len(self.x), shape, generator=generator)
+                return self.x.gather(0, rows)
+
+    def _pairs(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        one = torch.randint(len(self.x), (count,), generator=generator)
+        other = torch.randint(len(self.x), (count,), generator=generator)
+        if self.y is not None:
+            for _ in range(self.settings.max_attempts):
+                same = self.y[one] == self.y[other]
+                if not bool(same.any()):
+                    break
+                other[same] = torch.randint(len(self.x), (int(same.sum()),), generator=generator)
+        return self.x[one], self.x[other]
+
+    def _patches(self, count: int, generator: torch.Generator) -> Tensor:
+        """Quarters of an image, or of a row, in another order."""
+        rows = self.x[torch.randint(len(self.x), (count,), generator=generator)].flatten(1)
+        parts = rows.tensor_split(4, dim=1)
+        order = torch.stack([_derangement(4, generator) for _ in range(count)])  # (count, 4)
+        width = min(part.shape[1] for part in parts)
+        stacked = torch.stack([part[:, :width] for part in parts], dim=1)  # (count, 4, w)
+        moved = stacked.gather(1, order[:, :, None].expand_as(stacked)).flatten(1)
+        return torch.cat([moved, rows[:, moved.shape[1] :]], dim=1).view(count, *self.x.shape[1:])
+
+    def _filtered(self, count: int, generator: torch.Generator) -> Tensor:
+        """Uniform rows at least min_distance from `reference_rows` of the data."""
+        reference = self.x[torch.randperm(len(self.x), generator=generator)[: self.settings.reference_rows]].flatten(1)
+        kept: list[Tensor] = []
+        for _ in range(self.settings.max_attempts):
+            rows = self.of("uniform", count, generator)
+            far = torch.cdist(rows.flatten(1), reference).amin(dim=1) >= self.settings.min_distance
+            kept.append(rows[far])
+            if sum(map(len, kept)) >= count:
+                return torch.cat(kept)[:count]
+        raise VoidError(
+            f"void.filtered_uniform: {sum(map(len, kept))} of {count} rows lie at least {self.settings.min_distance:g} "
+            f"from the data after {self.settings.max_attempts} attempts; lower void.min_distance"
+        )
+
+
+def acceptance(source: VoidSource, generator: torch.Generator) -> float:
+    """Share of uniform rows that the filter keeps: near 1 it filters nothing, as in many dimensions (R-6.4)."""
+    rows = source.of("uniform", source.settings.reference_rows, generator).flatten(1)
+    reference = source.x[: source.settings.reference_rows].flatten(1)
+    return float((torch.cdist(rows, reference).amin(dim=1) >= source.settings.min_distance).double().mean())
+
+
+def _windows(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """True in a part of each row: a block of half the height and width of an image, else half of the features."""
+    count, *rest = shape
+    flat = int(np.prod(rest))
+    side = round(flat**0.5)
+    if len(rest) == 3:
+        side = rest[-1]
+    elif side * side != flat or len(rest) != 1:  # not an image
+        steps = rest[0]
+        begin = torch.randint(steps, (count, 1), generator=generator)
+        inside = (torch.arange(steps)[None] - begin) % steps < steps // 2  # (count, steps)
+        return inside.view(count, steps, *[1] * (len(rest) - 1)).expand(shape)
+    corner = torch.randint(side, (count, 2, 1), generator=generator)
+    near = (torch.arange(side) - corner) % side < side // 2  # (count, 2, side)
+    block = near[:, 0, :, None] & near[:, 1, None, :]  # (count, side, side)
+    return block.flatten(1) if len(rest) == 1 else block[:, None].expand(shape)
+
+
+def _derangement(n: int, generator: torch.Generator) -> Tensor:
+    """An order in which nothing keeps its place (Sattolo's cycle)."""
+    order = torch.arange(n)
+    for i in range(n - 1, 0, -1):
+        j = int(torch.randint(i, (1,), generator=generator))
+        order[[i, j]] = order[[j, i]]
+    return order
+
+
+def derangement(n: int, generator: torch.Generator) -> Tensor:
+    """A random order (n,) in which no row keeps its place (R-6.3).
+
+    Raises:
+        ValueError: fewer than two rows.
+    """
+    if n < 2:
+        raise ValueError(f"a mismatch needs at least 2 rows, got {n}")
+    return _derangement(n, generator)

@@ -1,0 +1,1 @@
+"""The pipeline of Satipatthana (docs/satipatthana.md)."""

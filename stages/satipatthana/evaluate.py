@@ -1,0 +1,32 @@
+"""All numbers of every seed, and the system in use -> metrics/satipatthana/evaluate.json, data/satipatthana/system.
+
+dvc repro stages/satipatthana/dvc.yaml:evaluate          (python -m stages.satipatthana.evaluate)
+"""
+
+from lego.artifacts import atomic_folder, write_json
+from lego.harness import Stage, exit_cleanly
+from lego.satipatthana.curriculum import STAGES, how_to_use, judge, resume
+from lego.satipatthana.sections import WRITTEN, load
+from lego.satipatthana.store import save
+from lego.satipatthana.tasks import read_task
+
+
+def main() -> None:
+    params = load()
+    with Stage("satipatthana/evaluate", params.seed, params.threads):
+        task, found = read_task("data/satipatthana/task"), []
+        for seed in range(params.seeds):
+            system = resume(task, params, seed, STAGES[-1], f"data/satipatthana/stage3/seed_{seed}")
+            use = how_to_use(system, task, params.reject)
+            found.append(judge(system, task, use, params, seed))
+            if not seed:
+                with atomic_folder("data/satipatthana/system") as folder:
+                    save(system, folder, use, guide=False)
+            print(f"seed {seed}: accuracy {found[-1]['accuracy']:.4f}, AURC {found[-1]['aurc']:.5f}", flush=True)
+        means = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
+        write_json("metrics/satipatthana/evaluate.json", means)
+        write_json("metrics/satipatthana/seeds.json", {str(seed): one for seed, one in enumerate(found)})
+
+
+if __name__ == "__main__":
+    exit_cleanly(main, WRITTEN)

@@ -1,0 +1,32 @@
+"""One peer over all seeds -> metrics/satipatthana/peers/<name>.json.
+
+dvc repro stages/satipatthana/dvc.yaml:peers          (python -m stages.satipatthana.peers mahalanobis)
+"""
+
+import sys
+from typing import get_args
+
+from lego.artifacts import derived_seed, write_json
+from lego.harness import Stage, StageError, exit_cleanly
+from lego.satipatthana.peers import judge, peer
+from lego.satipatthana.sections import WRITTEN, PeerName, load
+from lego.satipatthana.tasks import read_task
+
+
+def main() -> None:
+    names = get_args(PeerName)
+    if len(sys.argv) != 2 or sys.argv[1] not in names:
+        raise StageError(f"give one of the peers {', '.join(names)}")
+    name, params = sys.argv[1], load()
+    with Stage(f"satipatthana/peers@{name}", params.seed, params.threads):
+        task, found = read_task("data/satipatthana/task"), []
+        for seed in range(params.seeds):
+            own = derived_seed(params.seed, f"satipatthana/peers/{seed}")
+            found.append(judge(peer(name, task, params.peers, own), task.test, task.outside))
+        means = {key: sum(one[key] for one in found) / len(found) for key in found[0]}
+        write_json(f"metrics/satipatthana/peers/{name}.json", means | {"seeds": found})
+        print(f"{name}: accuracy {means['accuracy']:.4f}, AURC {means['aurc']:.5f}", flush=True)
+
+
+if __name__ == "__main__":
+    exit_cleanly(main, WRITTEN)

@@ -1,0 +1,22 @@
+"""A profile as options of `dvc exp run`.
+
+dvc exp run stages/satipatthana/dvc.yaml $(python -m stages.satipatthana.profile compat)
+"""
+
+import json
+import sys
+
+from lego.harness import StageError, exit_cleanly
+from lego.satipatthana.sections import PARAMS, WRITTEN, profiles
+
+
+def main() -> None:
+    known = profiles()
+    if len(sys.argv) != 2 or sys.argv[1] not in known:
+        raise StageError(f"give one of the profiles {', '.join(known)}")
+    for key, value in known[sys.argv[1]].items():
+        print(f"-S {PARAMS}:{key}={json.dumps(value, separators=(',', ':'))}")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main, WRITTEN)

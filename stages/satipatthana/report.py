@@ -1,0 +1,170 @@
+"""The results page of Satipatthana -> metrics/satipatthana/report.html, one file that opens offline, and report.md.
+
+dvc repro stages/satipatthana/dvc.yaml:report          (python -m stages.satipatthana.report)
+"""
+
+import json
+import platform
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from lego.artifacts import atomic_folder, read_json, write_text
+from lego.harness import RECORDED_PACKAGES, Stage, exit_cleanly
+from lego.page import Figure, Page
+from lego.satipatthana.evaluation import SWEEP
+from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load
+from lego.stats import Interval, mean_interval, verdict
+from stages.satipatthana.figures import abstaining, settling, strangers, trust_by_path
+
+FOLDER = Path("metrics/satipatthana")
+Found = dict[str, dict[str, list[float]]]
+PARTS = {
+    "all_features": "the head in use, trained again like the ones below: on stored rows",
+    "without_log": "four features that need no way: entropy, nearest prototype, reconstruction error, and no more",
+    "latent": "the latent z alone",
+    "recon_error": "no head: the reconstruction error",
+    "without_vicara": "the whole curriculum without the loop: states stay where they start",
+}
+
+
+def over_seeds(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Each metric's values by seed."""
+    return {key: [row[key] for row in rows] for key in rows[0]}
+
+
+def collected(params: SatipatthanaParams) -> Found:
+    """Metrics by model and seed: the system, compat, the peers."""
+    seeds = read_json(FOLDER / "seeds.json")
+    found = {"satipatthana": over_seeds([seeds[str(seed)] for seed in range(params.seeds)])}
+    found["compat"] = over_seeds(read_json(FOLDER / "compat.json", "seeds")["seeds"])
+    for name in params.peers.names:
+        found[name] = over_seeds(read_json(FOLDER / f"peers/{name}.json", "seeds")["seeds"])
+    return found
+
+
+def interval(found: Found, model: str, key: str) -> Interval | None:
+    values = [value for value in found[model].get(key, []) if value == value]
+    return mean_interval(values) if values else None
+
+
+def shown(value: Interval | None, digits: int = 4) -> str:
+    return "" if value is None else f"{value.mean:.{digits}f} ± {(value.high - value.low) / 2:.{digits}f}"
+
+
+def answer(found: Found, kinds: list[str]) -> str:
+    """One sentence with the intervals that decide it."""
+    mine = found["satipatthana"]
+    peers = [name for name in found if name not in ("satipatthana", "compat")]
+    hardest = min(kinds, key=lambda kind: sum(mine[f"auroc_{kind}"]))
+    best = max(peers, key=lambda name: sum(found[name][f"auroc_{hardest}"]))
+    pairs = zip(mine[f"auroc_{hardest}"], found[best][f"auroc_{hardest}"], strict=True)
+    difference = mean_interval([a - b for a, b in pairs])
+    word = {"better": "worse", "worse": "better"}.get(verdict(difference), verdict(difference))  # higher is better here
+    mine_shown, theirs = (shown(interval(found, name, f"auroc_{hardest}")) for name in ("satipatthana", best))
+    accuracy = [shown(interval(found, name, "accuracy")) for name in ("satipatthana", best)]
+    return (
+        f"Trust tells the hardest strangers ({hardest}) from test rows with an AUROC of **{mine_shown}**; the best "
+        f"one-line score on a plain network, {best}, with {theirs} ({difference:+.4f}: {word}). Accuracy "
+        f"{accuracy[0]}, of the plain network {accuracy[1]}."
+    )
+
+
+def ablations(page: Page, kinds: list[str]) -> None:
+    """What the parts of the trust are worth, and what an answer costs."""
+    said = read_json(FOLDER / "ablations.json", "means", "macs", "seeds")
+    page.heading("What the parts are worth")
+    keys = ("aurc", "auroc_correct", *(f"auroc_{kind}" for kind in kinds))
+    rows = [[name, *(f"{one[key]:.4f}" for key in keys)] for name, one in said["means"].items()]
+    header = ["trust from", "AURC", "right above wrong", *(f"AUROC {kind}" for kind in kinds)]
+    page.table(header, rows, f"Means over {said['seeds']} seeds.")
+    page.points([f"`{name}`: {what}" for name, what in PARTS.items() if name in said["means"]])
+    costs = said["macs"]
+    page.text(
+        f"An answer with its trust takes {costs['satipatthana'] / 1e3:,.0f} thousand multiply-accumulates, "
+        f"{costs['satipatthana'] / costs['plain']:.1f} times those of the plain network; an ensemble "
+        f"{costs['ensemble'] / costs['plain']:.0f} times."
+    )
+
+
+def build(params: SatipatthanaParams, found: Found, figures: dict[str, Figure]) -> Page:
+    kinds = [key.removeprefix("fpr95_") for key in found["satipatthana"] if key.startswith("fpr95_")]
+    page = Page("Satipatthana: does a network that settles know what it does not know?")
+    page.text(answer(found, kinds), lead=True)
+    page.heading("Strangers and mistakes")
+    header = ["model", "accuracy", "right above wrong", "AURC", "ECE", *(f"AUROC {kind}" for kind in kinds)]
+    rows = []
+    for name in found:
+        keys = ("accuracy", "auroc_correct", "aurc", "ece", *(f"auroc_{kind}" for kind in kinds))
+        rows.append(
+            [f"**{name}**" if name == "satipatthana" else name, *(shown(interval(found, name, k)) for k in keys)]
+        )
+    recon = ["its -recon_error alone", "", "", "", ""]
+    rows.insert(1, recon + [shown(interval(found, "satipatthana", f"auroc_{kind}_recon")) for kind in kinds])
+    seeds = len(found["satipatthana"]["accuracy"])
+    page.table(
+        header, rows, f"Mean and half a 95 % interval over {seeds} seeds; trust of the system, the score of a peer."
+    )
+    page.figure(figures["strangers"], FOLDER)
+    page.text(
+        f"Kinds of strangers that stage 2 was trained with: {', '.join(params.void.kinds)}; none of the tested ones. "
+        "`compat` is what the founding note and the original describe; its numbers are of this code."
+    )
+    page.heading("Abstaining")
+    keys = ("coverage", "risk_of_accepted", "risk_at_80", "risk_at_90", "risk_at_95", "trust_ece_calibrated")
+    page.table(
+        ["", *keys],
+        [[name, *(shown(interval(found, name, key)) for key in keys)] for name in ("satipatthana", "compat")],
+        f"Threshold from validation rows by the rule {params.reject.rule} {params.reject.wanted:g}.",
+    )
+    page.figure(figures["abstaining"], FOLDER)
+    ablations(page, kinds)
+    page.heading("The fixed point")
+    page.figure(figures["settling"], FOLDER)
+    keys = ("last_step_1T", "recon_mse", "mean_steps", "probe_perplexity", "distinct_20T")
+    page.table(
+        ["", *keys],
+        [[name, *(shown(interval(found, name, key), 3) for key in keys)] for name in ("satipatthana", "compat")],
+        "Relative length of the last step, reconstruction error of the settled state, steps, perplexity of the probes "
+        "nearest to it, share of distinct states after twenty times as many steps.",
+    )
+    page.heading("Trust by path")
+    page.figure(figures["paths"], FOLDER)
+    page.heading("Threats to validity")
+    page.points(
+        [
+            "One small task; intervals are over seeds, with the rows as they are.",
+            "Few test rows are answered wrongly: AUROC of right above wrong and AURC rest on a handful of them.",
+            "A mismatch of state and way cannot occur in use; it is a training signal.",
+        ]
+    )
+    page.heading("Made with")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}}
+    page.code("\n".join(f"{name} {number}" for name, number in versions.items()))
+    page.code(
+        "\n".join(f"{section} {json.dumps(one)}" for section, one in params.model_dump(exclude={"threads"}).items())
+    )
+    return page
+
+
+def main() -> None:
+    params = load()
+    with Stage("satipatthana/report", params.seed):
+        found, pictures = collected(params), FOLDER / "pictures"
+        with atomic_folder(pictures) as folder:
+            drawn = {
+                "strangers": strangers(folder, found),
+                "settling": settling(folder, found, SWEEP),
+                "paths": trust_by_path(folder, found),
+                "abstaining": abstaining(folder, found),
+            }
+        figures = {name: replace(one, file=pictures / one.file.name) for name, one in drawn.items()}
+        page = build(params, found, figures)
+        write_text(FOLDER / "report.html", page.html())
+        write_text(FOLDER / "report.md", page.markdown())
+        print(f"{FOLDER}/report.html: {len(found)} models, {len(figures)} pictures")
+
+
+if __name__ == "__main__":
+    exit_cleanly(main, WRITTEN)

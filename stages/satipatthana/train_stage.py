@@ -1,0 +1,40 @@
+"""One stage of the curriculum for all seeds -> data/satipatthana/stage<number>.
+
+dvc repro stages/satipatthana/dvc.yaml:train_stage2          (python -m stages.satipatthana.train_stage 2)
+"""
+
+import sys
+
+from lego.artifacts import atomic_folder, write_csv, write_json
+from lego.harness import Stage, StageError, exit_cleanly
+from lego.satipatthana.curriculum import STAGES, advance, begin, resume
+from lego.satipatthana.sections import WRITTEN, load
+from lego.satipatthana.store import Use, save
+from lego.satipatthana.tasks import read_task
+
+
+def main() -> None:
+    if len(sys.argv) != 2 or sys.argv[1] not in map(str, STAGES):
+        raise StageError(f"give the number of a stage, {STAGES[0]} to {STAGES[-1]}")
+    number, params = int(sys.argv[1]), load()
+    with Stage(f"satipatthana/train_stage{number}", params.seed, params.threads) as stage:
+        task, rows, last = read_task("data/satipatthana/task"), [], []
+        with atomic_folder(f"data/satipatthana/stage{number}") as folder:
+            for seed in range(params.seeds):
+                before = f"data/satipatthana/stage{number - 1}/seed_{seed}"
+                system = resume(task, params, seed, number - 1, before) if number else begin(task, params, seed)
+                history = advance(system, number, task, params, seed)
+                rows += [{"seed": seed, "epoch": epoch} | terms for epoch, terms in enumerate(history, 1)]
+                last.append(history[-1])
+                (folder / f"seed_{seed}").mkdir()
+                save(system, folder / f"seed_{seed}", Use(task.classes))
+                said = ", ".join(f"{name} {value:.4f}" for name, value in history[-1].items())
+                print(f"stage {number}, seed {seed}: {said}", flush=True)
+        means = {name: sum(one[name] for one in last) / len(last) for name in last[0]}
+        write_json(f"metrics/satipatthana/stage{number}.json", means)
+        write_csv(f"metrics/satipatthana/curves/stage{number}.csv", rows)
+        stage.record |= {"counts": {"rows": len(task.train) * sum(1 for _ in rows)}}
+
+
+if __name__ == "__main__":
+    exit_cleanly(main, WRITTEN)

@@ -1,0 +1,169 @@
+"""Satipatthana's pipeline: deps equal imports, which change reruns what, all stages through real dvc at test size."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import shutil
+import sys
+
+import pytest
+import yaml
+from clones import Clone
+from conftest import ROOT
+from test_pipeline import names, transitive_imports
+
+from lego.artifacts import read_json
+from lego.satipatthana import EXPOSED
+from lego.satipatthana.sections import PARAMS, SatipatthanaParams, changed, load
+from lego.satipatthana.store import load as load_system
+
+STAGES = yaml.safe_load((ROOT / "stages/satipatthana/dvc.yaml").read_text())["stages"]
+ENTRIES = {name: entry.get("do", entry) for name, entry in STAGES.items()}
+SCRIPTS = {name: re.sub(r"\d$", "", name) for name in STAGES}
+TINY = {
+    "seeds": 2,
+    "task.name": "wine",
+    "test.kinds": ["uniform", "noisy_0.5"],
+    "peers.names": ["msp", "mahalanobis"],
+    "peers.epochs": 2,
+    "ablations.seeds": 1,
+    "ablations.batches": 3,
+    "ablations.epochs": 2,
+    "system.dim": 8,
+    "adapter.hidden": 16,
+    "vipassana.prototypes": 6,
+    **{f"stage{number}.epochs": 2 for number in range(4)},
+}
+
+
+def declared(entry: dict) -> list[str]:
+    return [key for one in entry["params"] for keys in one.values() for key in keys]
+
+
+@pytest.mark.parametrize("stage", ENTRIES)
+def test_deps_equal_the_transitive_imports(stage):
+    found = {dep for dep in ENTRIES[stage]["deps"] if dep.endswith(".py")}
+    assert found == transitive_imports(f"satipatthana/{SCRIPTS[stage]}")
+    expected = f"python -m stages.satipatthana.{SCRIPTS[stage]}"
+    assert ENTRIES[stage]["cmd"].startswith(expected)
+
+
+def test_every_section_is_declared_and_every_declared_key_exists():
+    keys = {key for entry in ENTRIES.values() for key in declared(entry)}
+    assert {key.split(".")[0] for key in keys} == set(SatipatthanaParams.model_fields)
+    values = yaml.safe_load((ROOT / PARAMS).read_text())
+    for key in keys:
+        section, _, last = key.partition(".")
+        assert section in values
+        assert not last or last in values[section], key
+
+
+def test_what_a_stage_reads_an_earlier_one_writes_and_timing_is_no_dependency():
+    made: set[str] = set()
+    for entry in ENTRIES.values():
+        data = {dep for dep in entry["deps"] if dep.startswith(("data/", "metrics/"))}
+        assert data <= made | {"metrics/satipatthana/peers"}
+        assert not any("timing" in dep for dep in data)
+        made |= {name for kind in ("outs", "metrics", "plots") for name in names(entry.get(kind, []))}
+
+
+@pytest.mark.parametrize(
+    ("key", "stages"),
+    [
+        ("stage0.lr", {"train_stage0"}),
+        ("stage1.weight_recon", {"train_stage1"}),
+        ("vicara.rho", {"train_stage1"}),
+        ("stage2.lr", {"train_stage2", "evaluate"}),
+        ("vipassana.hidden", {"train_stage2"}),
+        ("paths.void", {"train_stage2"}),
+        ("stage3.epochs", {"train_stage3"}),
+        ("reject.wanted", {"evaluate"}),
+        ("peers.lr", {"peers"}),
+    ],
+)
+def test_a_key_reruns_its_stage_and_nothing_before(key, stages):
+    found = {
+        stage
+        for stage, entry in ENTRIES.items()
+        if any(one in (key, key.split(".")[0]) for one in declared(entry))
+        and stage not in ("report", "compat", "ablations")
+    }
+    assert found == stages
+
+
+def test_all_stages_in_one_process(tmp_path, monkeypatch):
+    """The same scripts without dvc, which test_the_pipeline_runs_once uses."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stages/satipatthana").mkdir(parents=True)
+    values = changed(load(ROOT / PARAMS), TINY, "tiny").model_dump()
+    (tmp_path / PARAMS).write_text(yaml.safe_dump(values, sort_keys=False))
+    shutil.copy(ROOT / "stages/satipatthana/profiles.yaml", tmp_path / "stages/satipatthana/profiles.yaml")
+    for name, entry in ENTRIES.items():
+        words = entry["cmd"].split()[3:]
+        for argument in values["peers"]["names"] if words == ["${item}"] else words or [None]:
+            monkeypatch.setattr(sys, "argv", ["stage"] + ([argument] if argument else []))
+            importlib.import_module(f"stages.satipatthana.{SCRIPTS[name]}").main()
+    found = read_json("metrics/satipatthana/evaluate.json")
+    assert 0 <= found["accuracy"] <= 1
+    assert all(isinstance(value, float) and not math.isinf(value) for value in found.values())
+    page = (tmp_path / "metrics/satipatthana/report.html").read_text()
+    assert page.count("<img") == 4
+    parts = read_json("metrics/satipatthana/ablations.json")
+    assert set(parts["means"]) == {"all_features", "without_log", "latent", "recon_error", "without_vicara"}
+    width = 13 * 16 + 16 * 16 + 16 * 8  # of the plain network: its layers are counted exactly
+    assert parts["macs"]["ensemble"] == 5 * parts["macs"]["plain"]
+    assert parts["macs"]["satipatthana"] > width
+    system, use = load_system("data/satipatthana/system")
+    assert system.aux is None
+    assert len(use.columns) == 13
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Clone:
+    """A clone of this tree with tiny parameters, whose pipeline has run."""
+    clone = Clone.of_this_tree(tmp_path_factory.mktemp("satipatthana"))
+    values = changed(load(ROOT / PARAMS), TINY, "tiny").model_dump()
+    (clone.folder / PARAMS).write_text(yaml.safe_dump(values, sort_keys=False))
+    clone.run("dvc", "init", "-q", "-f")
+    clone.output = clone.run("dvc", "repro", "stages/satipatthana/dvc.yaml")  # type: ignore[attr-defined]
+    return clone
+
+
+def ran(output: str) -> list[str]:
+    return re.findall(r"^Running stage 'stages/satipatthana/dvc\.yaml:([\w@]+)':$", output, re.M)
+
+
+@pytest.mark.slow
+def test_the_pipeline_runs_once_and_a_parameter_of_stage_2_reruns_what_follows(clone):
+    everything = {name for name in STAGES if name != "peers"} | {"peers@msp", "peers@mahalanobis"}
+    assert set(ran(clone.output)) == everything
+    assert ran(clone.run("dvc", "repro", "stages/satipatthana/dvc.yaml")) == []
+    found = clone.json("metrics/satipatthana/evaluate.json")
+    assert 0 <= found["accuracy"] <= 1
+    assert all(isinstance(value, float) and not math.isinf(value) for value in found.values())
+    page = (clone.folder / "metrics/satipatthana/report.html").read_text()
+    assert page.count("<img") == 4
+    assert "http" not in page.replace("http://www.w3.org", "")
+    assert not (clone.folder / "data/tokens").exists()  # the root's pipeline did not run
+    before = (clone.folder / "data/satipatthana/stage1/seed_0/system.safetensors").read_bytes()
+    file = clone.folder / PARAMS
+    file.write_text(file.read_text().replace("  trust_limit: 2.5", "  trust_limit: 3.0"))
+    again = ran(clone.run("dvc", "repro", "stages/satipatthana/dvc.yaml"))
+    assert set(again) == {"train_stage2", "train_stage3", "evaluate", "compat", "ablations", "report"}
+    assert (clone.folder / "data/satipatthana/stage1/seed_0/system.safetensors").read_bytes() == before
+    options = clone.run("python", "-m", "stages.satipatthana.profile", "compat").split()
+    assert "stages/satipatthana/params.yaml:vicara.inject=false" in options
+    assert "error: give the number of a stage, 0 to 3" in clone.run(
+        "python", "-m", "stages.satipatthana.train_stage", "7", fails=True
+    )
+
+
+def test_r11_1_the_package_exposes_what_scores_a_system():
+    import lego.satipatthana
+
+    assert EXPOSED == ("evaluate", "Protocol")
+    assert lego.satipatthana.evaluate is lego.satipatthana.evaluation.evaluate
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = lego.satipatthana.nothing

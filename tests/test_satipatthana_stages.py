@@ -1,0 +1,367 @@
+"""The curriculum: what each stage changes and nothing else, fresh optimizers, pre-flight; saving, using, bad input."""
+
+from __future__ import annotations
+
+import copy
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from satipatthana_systems import COMPAT, PARAMS, clusters, small, system
+
+from lego.artifacts import ArtifactError
+from lego.params import ParamsError
+from lego.satipatthana import stages, tasks
+from lego.satipatthana.curriculum import advance, begin, how_to_use, judge, resume
+from lego.satipatthana.peers import judge as judge_peer
+from lego.satipatthana.peers import peer
+from lego.satipatthana.sections import changed
+from lego.satipatthana.stages import (
+    TRAINABLE,
+    StageCheckError,
+    StageSpec,
+    check_gradients,
+    check_states,
+    run_stage,
+    spec_of,
+    start_probes,
+    trainable,
+)
+from lego.satipatthana.store import load, save
+from lego.satipatthana.tasks import Task, TaskError, outside_sets
+
+ONCE = {f"stage{number}__epochs": 1 for number in range(4)}
+
+
+def state(made) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in made.state_dict().items()}
+
+
+@pytest.mark.parametrize("base", [PARAMS, COMPAT], ids=["sound", "compat"])
+@pytest.mark.parametrize("kind", ["mlp", "cnn"])
+def test_r5_1_and_r5_2_a_stage_changes_its_own_tensors_and_no_other_buffers_included(base, kind):
+    shape = (12,) if kind == "mlp" else (1, 16, 16)
+    params = small(base, adapter__kind=kind, stage1__noise_level=0.1, **ONCE)
+    made, train = system(params, shape), clusters(40, math.prod(shape))
+    train = type(train)(train.x.view(40, *shape), train.y)
+    for number in range(4):
+        before = state(made)
+        if number == 1:
+            start_probes(made, train.x, 0)
+        run_stage(made, spec_of(number, made, train, params, 0), number)
+        changed = {name for name, tensor in made.state_dict().items() if not torch.equal(tensor, before[name])}
+        rooms = {name.split(".")[0] for name in changed}
+        assert rooms <= set(TRAINABLE[number])
+        assert rooms >= set(TRAINABLE[number]) - {"aux"}
+        weights = {name for name, one in made.named_parameters() if name.split(".")[0] in TRAINABLE[number]}
+        still = {name for name in weights - changed if "context" not in name}
+        assert not still
+        assert not any(one.training for one in made.modules())
+        assert not any(one.requires_grad for one in made.parameters())
+
+
+def test_r5_3_stage_3_thinks_once(monkeypatch):
+    params = small(**(ONCE | {"stage3__epochs": 4}))
+    made, train = system(params), clusters()
+    calls = []
+    real = type(made).samatha
+    monkeypatch.setattr(type(made), "samatha", lambda self, *a, **k: calls.append(1) or real(self, *a, **k))
+    spec = spec_of(3, made, train, params, 0)
+    run_stage(made, spec, 0)
+    assert len(calls) == 1
+
+
+def test_r5_4_guidance_is_one_switch():
+    assert system(small()).aux is not None
+    assert system(small(system__guided=False)).aux is None
+    with pytest.raises(ParamsError, match=r"system\.guided must be false when system\.job is anomaly"):
+        small(system__job="anomaly")
+
+
+def test_r5_5_unknown_and_missing_keys_are_refused():
+    with pytest.raises(ParamsError, match=r"test: stage1\.speed is no key"):
+        small(stage1__speed=1)
+    with pytest.raises(ParamsError, match=r"stage2\.batch_size must be at least the number of paths, 5, got 4"):
+        small(stage2__batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("stage1__weight_stability", 50.0),
+        ("stage1__weight_recon", 0.0),
+        ("stage1__weight_guidance", 0.0),
+        ("stage1__weight_diversity", 5.0),
+        ("stage1__weight_usage", 5.0),
+        ("stage1__noise_level", 1.0),
+        ("stage1__lr", 0.1),
+        ("stage1__batch_size", 8),
+        ("stage1__grad_clip", 1e-4),
+        ("stage1__squared_diversity", False),
+        ("stage2__lr", 0.1),
+        ("stage2__noise_level", 0.2),
+        ("stage2__void_target", 0.5),
+        ("vipassana__weight_trust", 0.1),
+        ("vipassana__weight_conformity", 0.0),
+        ("vipassana__weight_confidence", 0.0),
+        ("paths__void", None),
+        ("seed", 7),
+    ],
+)
+def test_r5_5_and_r5_6_every_field_of_a_stage_counts(key, value):
+    changes = {"paths__void": 0.1, "paths__clean": 0.45} if key == "paths__void" else {key: value}
+    found = []
+    for wanted in ({}, changes):
+        params = small(**(ONCE | wanted))
+        task = a_task()
+        made = begin(task, params, 0)
+        for number in range(3):
+            advance(made, number, task, params, 0)
+        found.append(torch.cat([one.flatten() for one in made.state_dict().values()]))
+    assert not torch.equal(*found)
+
+
+def a_task(rows: int = 60) -> Task:
+    return Task(clusters(rows), clusters(30, seed=1), clusters(30, seed=2), {}, ["a", "b", "c"])
+
+
+def test_r5_6_a_seed_gives_the_same_bits_twice_and_r4_1_so_does_inference():
+    params, task = small(**ONCE), a_task()
+    made = []
+    for _ in range(2):
+        one = begin(task, params, 3)
+        for number in range(4):
+            advance(one, number, task, params, 3)
+        made.append(one)
+    first, second = (one(task.test.x) for one in made)
+    assert torch.equal(first.output, second.output)
+    assert torch.equal(first.trust, second.trust)
+    assert torch.equal(made[0](task.test.x).trust, first.trust)
+    assert not torch.equal(begin(task, params, 4).vitakka.probes, begin(task, params, 3).vitakka.probes)
+
+
+def test_r8_2_every_stage_has_an_optimizer_of_its_own(monkeypatch):
+    params, train = small(**ONCE), clusters()
+    made, seen = system(params), []
+    real = stages.AdamW
+    monkeypatch.setattr(stages, "AdamW", lambda parameters, **k: seen.append(parameters) or real(parameters, **k))
+    for number in (0, 1, 1, 3):
+        before = state(made)
+        run_stage(made, spec_of(number, made, train, params, 0), number)
+        wanted = {id(one) for name in TRAINABLE[number] for one in getattr(made, name).parameters()}
+        assert {id(one) for one in seen[-1]} == wanted
+        if number == 1:
+            moved = (made.vicara.inner - before["vicara.inner"]).abs().max()
+            assert moved > 1e-4  # also the second time
+
+
+def test_r8_3_parameters_exist_before_anything_is_frozen_and_stay(monkeypatch):
+    made = system(small())
+    before = [id(one) for one in made.parameters()]
+    made(torch.randn(4, 12))
+    made.samatha(torch.randn(4, 12))
+    assert [id(one) for one in made.parameters()] == before
+    monkeypatch.setitem(TRAINABLE, 2, ())
+    with pytest.raises(StageCheckError, match="stage 2: there is nothing to train"):
+        trainable(made, 2)
+
+
+@pytest.mark.slow
+def test_r8_6_the_loss_of_stage_2_falls_by_80_percent_of_its_way_to_the_floor():
+    """Of the note's two features, on digits, at the note's rate; at the rate of its successor it does not."""
+    task, falls = tasks.load(PARAMS.task, PARAMS.test), []
+    made = begin(task, COMPAT, 0)
+    for number in range(2):
+        advance(made, number, task, COMPAT, 0)
+    for lr in (1e-2, 1e-4):
+        params, one = changed(COMPAT, {"stage2.lr": lr}, "test"), copy.deepcopy(made)
+        spec = spec_of(2, one, task.train, params, 0)
+        start = spec.loss(torch.arange(858), torch.Generator().manual_seed(0))
+        last = run_stage(one, spec, 0)[-1]
+        begun = float(start["trust"].detach()) - float(start["floor"])
+        falls.append(1 - (last["trust"] - last["floor"]) / begun)
+    assert falls[0] >= 0.8
+    assert falls[1] < 0.8
+
+
+def test_r8_12_what_has_no_gradient_and_states_that_are_alike_are_found():
+    params, train = small(**ONCE), clusters()
+    made = system(params)
+    trainable(made, 1)
+    spec = spec_of(1, made, train, params, 0)
+    names = check_gradients(made, spec, torch.Generator().manual_seed(0))
+    assert {name.split(".")[0] for name in names} == set(TRAINABLE[1])
+    blind = StageSpec(1, spec.settings, lambda p, g: {"loss": made.aux(made.samatha(train.x[p]).state).sum()}, 60)
+    with pytest.raises(StageCheckError, match=r"stage 1: no gradient reaches samatha_recon\.trunk\.0\.weight"):
+        run_stage(made, blind, 0)
+    facts = check_states(made, train.x)
+    assert facts["distinct"] > 0.9
+    assert {"cosine", "z_std", "s0_std", "gates_open"} < facts.keys()
+    gated = system(small(COMPAT, vitakka__inference_gate_threshold=1.0))
+    with pytest.raises(StageCheckError, match="settled states are alike: 2 % of 60 rows are distinct"):
+        check_states(gated, train.x)
+
+
+def test_r4_3_and_r4_4_a_saved_system_is_the_same_and_errors_are_of_what_was_encoded(tmp_path):
+    params, task = small(**ONCE), a_task()
+    made = begin(task, params, 0)
+    for number in range(4):
+        advance(made, number, task, params, 0)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        save(made, folder, how_to_use(made, task, params.reject))
+        again, _ = load(folder)
+        assert torch.equal(again(task.test.x).trust, made(task.test.x).trust)
+    (tmp_path / "out").mkdir()
+    use = how_to_use(made, task, params.reject)
+    save(made, tmp_path / "out", use, guide=False)
+    exported, same = load(tmp_path / "out")
+    assert exported.aux is None
+    assert (same.threshold, same.temperature) == (use.threshold, use.temperature)
+    assert torch.equal(exported(task.test.x).output, made(task.test.x).output)
+    noisy = made.samatha(task.test.x, 1.0, generator=torch.Generator().manual_seed(0))
+    expected = (made.samatha_recon(noisy.state) - noisy.encoded).square().mean(1, keepdim=True)
+    torch.testing.assert_close(made.look(noisy)[1], expected)
+    assert not torch.equal(noisy.encoded, task.test.x)
+    (tmp_path / "out/system.safetensors").write_bytes(b"x")
+    with pytest.raises(ArtifactError):
+        load(tmp_path / "out")
+
+
+def test_a_later_part_of_another_size_leaves_the_trained_ones_as_they_are(tmp_path):
+    """So a changed parameter of stage 2 needs nothing before it to run again."""
+    params, task = small(**ONCE), a_task()
+    made = begin(task, params, 0)
+    for number in range(2):
+        advance(made, number, task, params, 0)
+    save(made, tmp_path, how_to_use(made, task, params.reject))
+    other = resume(task, small(**(ONCE | {"vipassana__hidden": 9, "heads__decoder_hidden": 5})), 0, 1, tmp_path)
+    assert torch.equal(other.samatha(task.test.x).state, made.samatha(task.test.x).state)
+    assert torch.equal(other.samatha_recon.trunk[0].weight, made.samatha_recon.trunk[0].weight)
+    with pytest.raises(ArtifactError, match="is not of these parameters; run dvc repro stages/satipatthana"):
+        resume(task, small(**(ONCE | {"adapter__hidden": 9})), 0, 1, tmp_path)
+
+
+def test_predict_abstains_below_the_threshold_and_numbers_are_flat():
+    params, task = small(**ONCE), a_task()
+    made = begin(task, params, 0)
+    for number in range(4):
+        advance(made, number, task, params, 0)
+    found = made(task.test.x)
+    cut = float(found.trust.median())
+    output, accepted, trust = made.predict(task.test.x, reject_below=cut)
+    assert torch.equal(accepted, trust[:, 0] >= cut)
+    assert torch.equal(output, found.output)
+    task = Task(**{**vars(task), "outside": outside_sets(task.train.x.numpy(), task.test.x.numpy(), PARAMS.test)})
+    facts = judge(made, task, how_to_use(made, task, params.reject), params, 0)
+    assert all(isinstance(value, float) for value in facts.values())
+    assert 0 <= facts["accuracy"] <= 1
+    assert facts["auroc_uniform"] > 0.5
+    assert facts["recon_mse_1T"] == pytest.approx(facts["recon_mse_20T"], rel=0.02)
+
+
+# tasks and tables
+
+
+def test_digits_are_split_as_the_specification_says():
+    task = tasks.load(PARAMS.task, PARAMS.test)
+    assert (len(task.train), len(task.validation), len(task.test)) == (858, 152, 433)
+    assert {kind: len(rows) for kind, rows in task.outside.items()} == {"near": 354} | dict.fromkeys(
+        ("gauss_matched", "uniform", "pixel_perm", "inverted", "noisy_0.5"), 433
+    )
+    assert task.train.x.min() >= -1
+    assert task.train.x.max() <= 1
+    torch.testing.assert_close(task.outside["inverted"], -task.test.x)
+    again = tasks.load(PARAMS.task, PARAMS.test)
+    assert all(torch.equal(rows, again.outside[kind]) for kind, rows in task.outside.items())
+
+
+@pytest.mark.parametrize(("name", "features"), [("breast_cancer", (30,)), ("wine", (13,)), ("sensors", (30, 4))])
+def test_other_tasks_come_with_their_shapes_and_sets_from_outside(name, features):
+    kinds = ["stuck", "drift", "spikes", "swapped"] if name == "sensors" else ["uniform", "noisy_0.5"]
+    task = tasks.load(PARAMS.task.model_copy(update={"name": name}), PARAMS.test.model_copy(update={"kinds": kinds}))
+    assert task.shape == features
+    assert list(task.outside) == kinds
+    for rows in task.outside.values():
+        assert rows.shape == task.test.x.shape
+        assert not torch.equal(rows, task.test.x)
+    if name != "sensors":
+        assert task.train.x.mean(0).abs().max() < 1e-4
+
+
+def test_a_table_of_ones_own_and_what_is_wrong_with_it(tmp_path):
+    random = np.random.default_rng(0)
+    frame = pd.DataFrame(random.normal(size=(60, 3)), columns=["a", "b", "c"])
+    frame["kind"] = ["x", "y"] * 30
+    file = tmp_path / "rows.csv"
+    frame.to_csv(file, index=False)
+    settings = PARAMS.task.model_copy(update={"name": "table", "file": str(file), "label": "kind"})
+    task = tasks.load(settings, PARAMS.test.model_copy(update={"kinds": ["uniform"]}))
+    assert (task.classes, task.columns, task.shape) == (["x", "y"], ["a", "b", "c"], (3,))
+    folder = tmp_path / "task"
+    folder.mkdir()
+    tasks.write_task(task, folder)
+    again = tasks.read_task(folder)
+    assert torch.equal(again.outside["uniform"], task.outside["uniform"])
+    assert torch.equal(again.mean, task.mean)
+    for change, sentence in (
+        ({"label": "sort"}, "has no column sort; task.label must name one of a, b, c, kind"),
+        ({"file": str(tmp_path / "none.csv")}, "cannot be read as .csv"),
+    ):
+        with pytest.raises(TaskError, match=sentence):
+            tasks.load(settings.model_copy(update=change), PARAMS.test)
+    with pytest.raises(TaskError, match=r"rows: row 7, column b is not a finite number"):
+        broken = frame.copy()
+        broken.loc[7, "b"] = np.nan
+        tasks.features_of(broken, ["a", "b"], "rows")
+    with pytest.raises(TaskError, match="rows: column kind is not numeric"):
+        tasks.features_of(frame, ["kind"], "rows")
+    with pytest.raises(TaskError, match="rows: has no column q"):
+        tasks.features_of(frame, ["q"], "rows")
+
+
+def test_the_command_line_answers_a_table(tmp_path):
+    params, task = small(**ONCE), a_task()
+    task = Task(**{**vars(task), "columns": [f"c{n}" for n in range(12)]})
+    made = begin(task, params, 0)
+    for number in range(4):
+        advance(made, number, task, params, 0)
+    folder = tmp_path / "system"
+    folder.mkdir()
+    save(made, folder, how_to_use(made, task, params.reject), guide=False)
+    frame = pd.DataFrame(task.test.x.numpy(), columns=task.columns)
+    frame["truth"] = [task.classes[one] for one in task.test.y]
+    frame.to_parquet(tmp_path / "rows.parquet")
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "lego.satipatthana.predict", str(tmp_path / "rows.parquet"), *arguments]
+        return subprocess.run([*command, "--system", str(folder)], cwd=ROOT, capture_output=True, text=True)
+
+    done = run("--out", str(tmp_path / "a.csv"), "--label", "truth")
+    assert done.returncode == 0, done.stderr
+    assert "30 rows, " in done.stderr
+    found = pd.read_csv(tmp_path / "a.csv")
+    assert list(found.columns[:5]) == ["answer", "probability", "trust", "trust_calibrated", "accepted"]
+    np.testing.assert_allclose(found["trust"], made(task.test.x).trust[:, 0], rtol=1e-5)
+    refused = run("--label", "nothing")
+    assert refused.returncode == 1
+    assert "has no column nothing, which --label names" in refused.stderr
+
+
+@pytest.mark.parametrize("name", PARAMS.peers.names)
+def test_peers_tell_what_is_far_from_what_is_near(name):
+    task = a_task(120)
+    outside = {"far": 3 * torch.randn(60, 12, generator=torch.Generator().manual_seed(5))}
+    settings = PARAMS.peers.model_copy(update={"epochs": 8, "hidden": 32, "dim": 16})
+    found = judge_peer(peer(name, task, settings, 0), task.test, outside)
+    assert found["accuracy"] > 0.9
+    assert 0 <= found["auroc_far"] <= 1
+    if name in ("knn", "mahalanobis", "isolation_forest"):
+        assert found["auroc_far"] > 0.8
+    again = judge_peer(peer(name, task, settings, 0), task.test, outside)
+    assert found == again or (math.isnan(found["auroc_correct"]) and copy.copy(found).keys() == again.keys())
