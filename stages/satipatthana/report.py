@@ -22,7 +22,7 @@ FOLDER = Path("metrics/satipatthana")
 Found = dict[str, dict[str, list[float]]]
 PARTS = {
     "all_features": "the head in use, trained again like the ones below: on stored rows",
-    "without_log": "four features that need no way: entropy, nearest prototype, reconstruction error, and no more",
+    "without_log": "the three features that need no way: entropy, nearest prototype and reconstruction error",
     "latent": "the latent z alone",
     "recon_error": "no head: the reconstruction error",
     "without_vicara": "the whole curriculum without the loop: states stay where they start",
@@ -71,6 +71,18 @@ def answer(found: Found, kinds: list[str]) -> str:
     )
 
 
+def worth(means: dict[str, dict[str, float]], kinds: list[str]) -> str:
+    """Which parts can be left out without a loss, by rule: mean AUROC over the kinds, to the third digit."""
+    mean = {name: round(sum(one[f"auroc_{kind}"] for kind in kinds) / len(kinds), 3) for name, one in means.items()}
+    whole = mean["all_features"]
+    spared = [name for name in PARTS if name != "all_features" and mean[name] >= whole]
+    needed = [name for name in PARTS if mean[name] < whole]
+    said = f"Mean AUROC over the kinds: {', '.join(f'{name} {mean[name]:.3f}' for name in PARTS)}. "
+    if spared:
+        said += f"Not below the whole: {', '.join(spared)}; what these leave out is not what tells strangers here. "
+    return said + (f"Below it: {', '.join(needed)}." if needed else "")
+
+
 def ablations(page: Page, kinds: list[str]) -> None:
     """What the parts of the trust are worth, and what an answer costs."""
     said = read_json(FOLDER / "ablations.json", "means", "macs", "seeds")
@@ -80,6 +92,7 @@ def ablations(page: Page, kinds: list[str]) -> None:
     header = ["trust from", "AURC", "right above wrong", *(f"AUROC {kind}" for kind in kinds)]
     page.table(header, rows, f"Means over {said['seeds']} seeds.")
     page.points([f"`{name}`: {what}" for name, what in PARTS.items() if name in said["means"]])
+    page.text(worth(said["means"], kinds))
     costs = said["macs"]
     page.text(
         f"An answer with its trust takes {costs['satipatthana'] / 1e3:,.0f} thousand multiply-accumulates, "
