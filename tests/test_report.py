@@ -189,3 +189,11 @@ def test_an_end_of_the_search_is_marked_by_the_settings_own_rates(records):
     assert tables.at_end(core, "default", "random", PARAMS, asked(2.0, **other)) == ""  # one rate is no search
     _, rows, _ = tables.difference_table(core, "default", PARAMS, asked(0.5, 1.0, 2.0, **other))
     assert {row[0]: "(end)" in row[1] for row in rows if "deep" not in row[0]}["random"]
+
+
+def test_records_whose_text_is_not_here_are_not_called_outdated():
+    suites = {name: Suite.of(name, {"default": {"ashem": {"0": ashem(30.0)}}}) for name in ("core", "wikitext2")}
+    said = wording.provenance(suites, {"core": 1, "wikitext2": None})
+    assert "1 of its 1 records are of other parameters" in said[0]
+    assert "its text is not here, so whether its records are still current was not checked" in said[1]
+    assert "records are of other" not in said[1]

@@ -27,7 +27,7 @@ from stages.evidence.summary import Suite, by_regime
 from stages.evidence.token_pictures import confidences, hard_by_class, sample
 from stages.evidence.wanted import outdated
 
-SETTING, SATURATED, SAMPLED = "default", "tokens_5500k", 900
+SETTING, SATURATED, SAMPLED, OTHER_TEXT = "default", "tokens_5500k", 900, "wikitext2"
 NOT_RUN = "Not run yet: `python -m stages.evidence.run --full`."
 PICTURES = Path("metrics/pictures")
 
@@ -108,17 +108,24 @@ def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict
         page.table(*tables.options_table(suites["options"], SATURATED))
     else:
         page.text(NOT_RUN)
+    other = suites[OTHER_TEXT]
+    page.heading("On other text: WikiText-2")
+    if "ashem" in other.models(SETTING):
+        page.text(wording.facts(other, SETTING))
+        page.table(*tables.main_table(other, SETTING, params, asked[OTHER_TEXT]))
+    else:
+        page.text(f"Not run yet: `python -m stages.evidence.run --suite {OTHER_TEXT}` (docs/evidence.md).")
     page.heading("The historical protocol")
     page.text(wording.leak(core, SETTING))
 
 
-def count_outdated(suite: Suite, asked: graph.Suite) -> int:
-    """How many records follow from other parameters than today's; all, if today's could not be compared."""
+def count_outdated(suite: Suite, asked: graph.Suite) -> int | None:
+    """How many records follow from other parameters, code or text than today's; None if that cannot be told here."""
     try:
         return len(outdated(suite.name, asked))
     except StageError as error:
         print(f"{suite.name}: {error}", flush=True)
-        return sum(len(seeds) for models in suite.records.values() for seeds in models.values())
+        return None
 
 
 def build(params: Params, suites: dict[str, Suite], figures: dict[str, Figure], test: TokenTable) -> Page:
@@ -147,7 +154,7 @@ def build(params: Params, suites: dict[str, Suite], figures: dict[str, Figure], 
 def main() -> None:
     params = load_params()
     with Stage("report", threads=params.train.threads):
-        suites = {name: Suite.load(name) for name in FULL}
+        suites = {name: Suite.load(name) for name in (*FULL, OTHER_TEXT)}
         if "ashem" not in suites["core"].models(SETTING):
             suites["core"] = Suite.load("quick")
             if "ashem" not in suites["core"].models(SETTING):

@@ -156,7 +156,7 @@ def break_even(ledger: Ledger, hard_ratio: float) -> str:
     )
 
 
-def provenance(suites: dict[str, Suite], outdated: dict[str, int]) -> list[str]:
+def provenance(suites: dict[str, Suite], outdated: dict[str, int | None]) -> list[str]:
     """Which revisions the records were made at, and how many follow from what is no longer so, by suite."""
     said = []
     for suite in suites.values():
@@ -165,7 +165,10 @@ def provenance(suites: dict[str, Suite], outdated: dict[str, int]) -> list[str]:
         if records:
             revisions, old = sorted({record["revision"] for record in records}), outdated.get(suite.name, 0)
             note = f"; {old} of its {len(records)} records are of other parameters, code or text than today's"
-            said.append(f"metrics/evidence/{suite.name}.json, made at {', '.join(revisions)}{note if old else ''}")
+            if old is None:
+                note = "; its text is not here, so whether its records are still current was not checked"
+            shown = note if old is None or old else ""
+            said.append(f"metrics/evidence/{suite.name}.json, made at {', '.join(revisions)}{shown}")
     said.append(
         "reproduce: `python -m stages.evidence.run --seeds 5`; `--full` runs all suites; then "
         "`dvc repro stages/evidence/dvc.yaml:report`"
