@@ -125,7 +125,8 @@ def names_tests(names: Iterable[str]) -> bool:
     return all(f"def {name}" in tests for name in names)
 
 
-SOUND = changed(PARAMS, SMALL | {"predict.streams": 4, "phase2.batch_tokens": 32, "phase2.epochs": 2}, "test")
+FEW = {"predict.streams": 4, "predict.epochs": 1, "phase2.batch_tokens": 32, "phase2.epochs": 2}
+SOUND = changed(PARAMS, SMALL | FEW, "test")
 WIDER = {"model.context_dim": 32, "model.hidden_dim": 48}
 SECTIONS = {  # section: key, another value, and what else must be so for it to matter
     "model": {
@@ -144,7 +145,7 @@ SECTIONS = {  # section: key, another value, and what else must be so for it to 
     "predict": {
         "loss": ("infonce", {"predict.keep_reader": False}),
         "keep_reader": (False, {}),
-        "epochs": (3, {}),
+        "epochs": (2, {}),
         "streams": (2, {}),
         "bptt_len": (16, {}),
         "lr": (0.02, {}),
@@ -174,7 +175,7 @@ BY_NAME = {
 
 def both_phases(params: CvfpParams) -> dict[str, Tensor]:
     """All weights after both phases, and the contexts in between, with how often the solver swept."""
-    model, ids = network(params), text(200)
+    model, ids = network(params), text(180)
     train_contexts(model, ids, params.predict, params.phase1, params.model.train_embedding, 0)
     model.eval()
     splits = Text({"train": ids, "validation": ids[:9], "test": ids[:9]}, VOCAB, torch.ones(VOCAB), "")

@@ -1,4 +1,4 @@
-"""CVFP's pipelines: deps equal imports, which change reruns what, through real dvc; profiles; equal bytes twice."""
+"""CVFP's pipelines: deps equal imports, which change reruns what; profiles; slow: real dvc, bytes, the contest."""
 
 from __future__ import annotations
 
@@ -137,6 +137,7 @@ def ran(output: str) -> list[str]:
     return re.findall(r"^Running stage 'stages/cvfp/dvc\.yaml:(\w+)':$", output, re.M)
 
 
+@pytest.mark.slow
 def test_the_pipeline_runs_and_a_second_time_nothing_does(clone):
     assert sorted(ran(clone.output)) == sorted(STAGES)
     assert ran(clone.run("dvc", "repro", "stages/cvfp/dvc.yaml")) == []
@@ -152,6 +153,7 @@ def test_the_pipeline_runs_and_a_second_time_nothing_does(clone):
     assert not (clone.folder / "data/tokens").exists()  # the root's pipeline did not run
 
 
+@pytest.mark.slow
 def test_a_changed_parameter_reruns_what_it_affects(clone):
     file = clone.folder / PARAMS
     before = file.read_text()
@@ -170,6 +172,7 @@ def stage(folder: Path, name: str, *arguments: str, fails: bool = False) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a5_the_same_bytes_twice(clone, monkeypatch):
     before = {name: sha256(clone.folder / f"data/cvfp/{name}") for name in ("tokens", "phase1", "contexts", "phase2")}
     monkeypatch.chdir(clone.folder)
@@ -178,6 +181,7 @@ def test_a5_the_same_bytes_twice(clone, monkeypatch):
     assert before == {name: sha256(clone.folder / f"data/cvfp/{name}") for name in before}
 
 
+@pytest.mark.slow
 def test_the_command_line_check_and_bad_input(clone, tmp_path):
     timing = clone.folder / "metrics/timing/cvfp/check_val_convergence.json"
     before = timing.read_bytes()
@@ -197,7 +201,7 @@ def test_the_command_line_check_and_bad_input(clone, tmp_path):
     assert "model.hidden_dim must be context_dim + embed_dim = 40, got 41" in stage(tmp_path, "tokenize", fails=True)
 
 
-def test_a6_the_legacy_profile_stops_after_one_step_with_contexts_of_before_it(clone):
+def test_a6_the_legacy_profile_stops_after_one_step_with_contexts_of_before_it():
     params = changed(
         with_profile(load(ROOT / PARAMS), "legacy_seed3", ROOT / "stages/cvfp/profiles.yaml"),
         {"model.context_dim": 32, "model.embed_dim": 32, "model.hidden_dim": 64},
@@ -250,6 +254,7 @@ def test_the_profiles_of_the_notes_run_through_all_stages(tmp_path, monkeypatch,
     assert "train-subset, not generalization" in (tmp_path / "metrics/cvfp/report.md").read_text()
 
 
+@pytest.mark.slow
 def test_b22_no_document_is_in_two_splits(clone):
     """Documents are between end-of-text ids; identical ones are one document."""
     found = {}
@@ -262,6 +267,7 @@ def test_b22_no_document_is_in_two_splits(clone):
     assert not found["validation"] & found["test"]
 
 
+@pytest.mark.slow
 def test_profiles_are_options_of_dvc(clone):
     options = clone.run("python", "-m", "stages.cvfp.profile", "seed").split()
     assert options[0] == "-S"
