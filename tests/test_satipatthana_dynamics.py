@@ -138,17 +138,19 @@ def test_r9_1_the_map_without_the_input_forgets_it():
 
 
 @settings(max_examples=15, deadline=None)
-@given(st.integers(1, 9), st.integers(0, 10**6))
+@given(st.sampled_from([1, 2, 9, 60]), st.integers(0, 10**6))
 def test_r3_5_a_row_settles_alone_as_in_any_batch(rows, seed):
-    made = system(small(sati__eps_rel=0.05))
+    made = system(small(sati__eps_rel=0.05, vipassana__prototypes=40))
+    made.vipassana.prototypes.copy_(torch.randn(40, 8, generator=torch.Generator().manual_seed(seed)))
     x = torch.randn(rows, 12, generator=torch.Generator().manual_seed(seed))
     together = made(x)
-    for row in range(rows):
+    for row in range(0, rows, max(1, rows // 7)):
         alone = made(x[row : row + 1])
         assert int(alone.steps) == int(together.steps[row])
         torch.testing.assert_close(alone.s_star[0], together.s_star[row], rtol=0, atol=1e-6)
-        torch.testing.assert_close(alone.trust[0], together.trust[row], rtol=0, atol=1e-5)
-        torch.testing.assert_close(alone.output[0], together.output[row], rtol=0, atol=1e-5)
+        for name in ("trust", "output", "v_ctx", "conformity", "confidence", "recon_error", "features"):
+            one, many = getattr(alone, name)[0], getattr(together, name)[row]
+            torch.testing.assert_close(one, many, rtol=0, atol=2e-6, msg=name)
 
 
 def test_r3_5_the_original_asks_the_batch_and_ours_the_row():

@@ -80,6 +80,7 @@ def test_what_a_stage_reads_an_earlier_one_writes_and_timing_is_no_dependency():
         ("paths.void", {"train_stage2"}),
         ("stage3.epochs", {"train_stage3"}),
         ("reject.wanted", {"evaluate"}),
+        ("seed", {"train_stage0", "train_stage1", "train_stage2", "train_stage3", "evaluate", "peers"}),
         ("peers.lr", {"peers"}),
     ],
 )
@@ -118,6 +119,12 @@ def test_all_stages_in_one_process(tmp_path, monkeypatch):
     system, use = load_system("data/satipatthana/system")
     assert system.aux is None
     assert len(use.columns) == 13
+
+
+def test_compat_declares_what_its_profile_leaves_to_the_parameters():
+    wanted = set(SatipatthanaParams.model_fields) - {"task", "test", "peers", "ablations"}
+    assert set(declared(ENTRIES["compat"])) == wanted
+    assert set(declared(ENTRIES["report"])) >= set(SatipatthanaParams.model_fields) - {"threads"}
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from conftest import ROOT
 from satipatthana_systems import COMPAT, PARAMS, clusters, small, system
 
 from lego.artifacts import ArtifactError
+from lego.harness import StageError, exit_cleanly
 from lego.params import ParamsError
 from lego.satipatthana import stages, tasks
 from lego.satipatthana.curriculum import advance, begin, how_to_use, judge, resume
@@ -25,6 +26,7 @@ from lego.satipatthana.stages import (
     TRAINABLE,
     StageCheckError,
     StageSpec,
+    batches,
     check_gradients,
     check_states,
     run_stage,
@@ -32,7 +34,7 @@ from lego.satipatthana.stages import (
     start_probes,
     trainable,
 )
-from lego.satipatthana.store import load, save
+from lego.satipatthana.store import Use, load, save, standardized
 from lego.satipatthana.tasks import Task, TaskError, outside_sets
 
 ONCE = {f"stage{number}__epochs": 1 for number in range(4)}
@@ -79,8 +81,6 @@ def test_r5_3_stage_3_thinks_once(monkeypatch):
 def test_r5_4_guidance_is_one_switch():
     assert system(small()).aux is not None
     assert system(small(system__guided=False)).aux is None
-    with pytest.raises(ParamsError, match=r"system\.guided must be false when system\.job is anomaly"):
-        small(system__job="anomaly")
 
 
 def test_r5_5_unknown_and_missing_keys_are_refused():
@@ -169,6 +169,54 @@ def test_r8_3_parameters_exist_before_anything_is_frozen_and_stay(monkeypatch):
     monkeypatch.setitem(TRAINABLE, 2, ())
     with pytest.raises(StageCheckError, match="stage 2: there is nothing to train"):
         trainable(made, 2)
+
+
+def test_rows_that_cannot_be_learned_are_one_sentence(capsys):
+    task, params = a_task(), small(**ONCE)
+    x = task.train.x.clone()
+    x[3, 2] = math.nan
+    with pytest.raises(StageError, match="train: row 3 has a feature that is not a finite number"):
+        begin(Task(**{**vars(task), "train": type(task.train)(x, task.train.y)}), params, 0)
+    with pytest.raises(StageError, match="test: row 0 has the label 7, but the classes are 0 to 2"):
+        begin(Task(**{**vars(task), "test": type(task.test)(task.test.x, task.test.y + 7)}), params, 0)
+    with pytest.raises(StageError, match=r"params\.yaml: adapter\.kind lstm needs inputs of 2 dimensions"):
+        begin(task, small(adapter__kind="lstm"), 0)
+    made = begin(task, params, 0)
+    for number in range(2):
+        advance(made, number, task, params, 0)
+    many = small(vipassana__prototypes=61, **ONCE)
+    with pytest.raises(StageError, match=r"vipassana\.prototypes is 61, but there are only 60 train rows; lower it"):
+        advance(begin(task, many, 0).eval(), 2, task, many, 0)
+    with pytest.raises(SystemExit):  # as every stage says it
+        exit_cleanly(lambda: tasks.load(PARAMS.task, PARAMS.test.model_copy(update={"kinds": ["unifrom"]})))
+    assert (
+        "error: stages/satipatthana/params.yaml: test.kinds has unifrom, which the task digits"
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("rows", [35, 36, 37, 33])
+def test_a_last_batch_too_small_for_the_paths_is_left_out(rows):
+    params, task = small(**ONCE), a_task(rows)
+    made = begin(task, params, 0)
+    for number in range(3):
+        advance(made, number, task, params, 0)
+    few = StageSpec(2, params.stage2, lambda p, g: {}, 4, 5)
+    with pytest.raises(StageCheckError, match="stage 2: needs at least 5 train rows, got 4"):
+        next(batches(few, torch.Generator()))
+
+
+def test_large_columns_are_standardized_alike_in_training_and_use(tmp_path):
+    random = np.random.default_rng(0)
+    frame = pd.DataFrame({"time": 1.7e9 + 50 * random.normal(size=60), "b": random.normal(size=60)})
+    frame["kind"] = ["x", "y"] * 30
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    settings = PARAMS.task.model_copy(update={"name": "table", "file": str(tmp_path / "t.csv"), "label": "kind"})
+    task = tasks.load(settings, PARAMS.test.model_copy(update={"kinds": ["uniform"]}))
+    use = Use(task.classes, task.columns, task.mean.tolist(), task.std.tolist())
+    rows = standardized(torch.from_numpy(frame[["time", "b"]].to_numpy(copy=True)), use)
+    apart = (rows[:, None] - torch.cat([task.train.x, task.validation.x, task.test.x])[None]).abs().amax(2).amin(0)
+    assert apart.max() < 1e-5
 
 
 @pytest.mark.slow
@@ -263,6 +311,10 @@ def test_predict_abstains_below_the_threshold_and_numbers_are_flat():
     assert 0 <= facts["accuracy"] <= 1
     assert facts["auroc_uniform"] > 0.5
     assert facts["recon_mse_1T"] == pytest.approx(facts["recon_mse_20T"], rel=0.02)
+    assert facts["last_step_20T"] < 1e-5 < facts["last_step"]
+    longer = made(task.test.x, max_steps=200, rests=False)
+    assert (longer.steps == 200).all()  # the sweep takes its steps
+    torch.testing.assert_close(longer.s_star, found.s_star, rtol=0, atol=2e-2)
 
 
 # tasks and tables
@@ -314,7 +366,7 @@ def test_a_table_of_ones_own_and_what_is_wrong_with_it(tmp_path):
         ({"file": str(tmp_path / "none.csv")}, "cannot be read as .csv"),
     ):
         with pytest.raises(TaskError, match=sentence):
-            tasks.load(settings.model_copy(update=change), PARAMS.test)
+            tasks.load(settings.model_copy(update=change), PARAMS.test.model_copy(update={"kinds": ["uniform"]}))
     with pytest.raises(TaskError, match=r"rows: row 7, column b is not a finite number"):
         broken = frame.copy()
         broken.loc[7, "b"] = np.nan

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from lego.artifacts import derived_seed
+from lego.harness import StageError
 from lego.satipatthana.evaluation import Protocol, evaluate, probabilities
 from lego.satipatthana.metrics import ece
 from lego.satipatthana.reject import TrustMap, fit_temperature, fit_trust, threshold
-from lego.satipatthana.sections import RejectParams, SatipatthanaParams
+from lego.satipatthana.sections import PARAMS, RejectParams, SatipatthanaParams
 from lego.satipatthana.stages import TRAINABLE, build, check_states, run_stage, spec_of, start_probes
 from lego.satipatthana.store import Use, restore
 from lego.satipatthana.system import Satipatthana
-from lego.satipatthana.tasks import Task
+from lego.satipatthana.tasks import Split, Task, TaskError
 
 STAGES = (0, 1, 2, 3)
 
@@ -25,8 +30,29 @@ def begin(task: Task, params: SatipatthanaParams, seed: int) -> Satipatthana:
         params: all of them.
         seed: number of the run, from 0.
     """
-    outputs = 1 if params.system.job == "regression" else len(task.classes)
-    return build(task.shape, outputs, params, task.train.x, derived_seed(params.seed, f"satipatthana/{seed}"))
+    for name in ("train", "validation", "test"):
+        check_rows(name, getattr(task, name), len(task.classes))
+    try:
+        return build(
+            task.shape, len(task.classes), params, task.train.x, derived_seed(params.seed, f"satipatthana/{seed}")
+        )
+    except ValueError as error:  # an adapter that does not fit the inputs
+        raise StageError(f"{PARAMS}: {error}") from None
+
+
+def check_rows(name: str, rows: Split, classes: int) -> None:
+    """Checks inputs and labels.
+
+    Raises:
+        TaskError: an input is not finite, or a label is no class.
+    """
+    bad = ~torch.isfinite(rows.x.flatten(1)).all(dim=1)
+    if bool(bad.any()):
+        raise TaskError(f"{name}: row {int(bad.nonzero()[0])} has a feature that is not a finite number")
+    outside = (rows.y < 0) | (rows.y >= classes)
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        raise TaskError(f"{name}: row {row} has the label {int(rows.y[row])}, but the classes are 0 to {classes - 1}")
 
 
 def resume(task: Task, params: SatipatthanaParams, seed: int, before: int, folder: str | Path) -> Satipatthana:
@@ -86,9 +112,23 @@ def judge(system: Satipatthana, task: Task, use: Use, params: SatipatthanaParams
     mapped = use.trust(trust[:, 0].double().numpy())
     facts |= {
         "coverage": float(accepted.double().mean()),
-        "risk_of_accepted": float((~right[accepted]).double().mean()) if bool(accepted.any()) else 0.0,
+        "risk_of_accepted": float((~right[accepted]).double().mean()) if bool(accepted.any()) else math.nan,
         "trust_ece_calibrated": ece(mapped, right.numpy()),
     }
     for kind, rows in task.outside.items():
         facts[f"accepted_{kind}"] = float(system.predict(rows, use.threshold)[1].double().mean())
     return facts
+
+
+def written(facts: dict[str, float]) -> dict[str, float | None]:
+    """Numbers as JSON takes them: what is not defined, as an AUROC without a wrong row, is None."""
+    return {key: value if math.isfinite(value) else None for key, value in facts.items()}
+
+
+def means(rows: Sequence[dict[str, float]]) -> dict[str, float | None]:
+    """Mean over seeds of each number, of those seeds where it is defined."""
+    found: dict[str, float | None] = {}
+    for key in rows[0]:
+        values = [row[key] for row in rows if math.isfinite(row[key])]
+        found[key] = sum(values) / len(values) if values else None
+    return found

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lego.satipatthana import metrics
+from lego.satipatthana.introspect import velocity
 from lego.satipatthana.paths import damaged
 from lego.satipatthana.sections import Stage2Params
 from lego.satipatthana.stages import diversity
@@ -61,6 +62,7 @@ def evaluate(system: Satipatthana, protocol: Protocol, temperature: float = 1.0)
         "ece_before_temperature": metrics.ece(probabilities(found.output).max(axis=1), right),
         "known_share": float(found.known.double().mean()),
         "mean_steps": float(found.steps.double().mean()),
+        "last_step": float((velocity(found.s_star, found.log) / found.s_star.norm(dim=1)).mean()),
         "recon_mse": float(found.recon_error.mean()),
         "trust_ece": metrics.ece(trust, right),
         "auroc_correct": metrics.correct_above_wrong(trust, right),
@@ -99,14 +101,18 @@ def paths(system: Satipatthana, protocol: Protocol) -> dict[str, float]:
 
 
 def fixed_point(system: Satipatthana, test: Split) -> dict[str, float]:
-    """What more steps change: accuracy of the guide on the state, reconstruction, last step, distinct states (9.1)."""
+    """What more steps change, with the stop rule off: accuracies, reconstruction, last step, distinct states (9.1).
+
+    The decoder reads the way as well, which is longer than any that it was trained with.
+    """
     facts: dict[str, float] = {}
     horizon = system.params.samatha.max_steps
     for factor in SWEEP:
-        found = system(test.x, max_steps=factor * horizon)
-        last = found.log.energies()[-1].sqrt()
+        found = system(test.x, max_steps=factor * horizon, rests=False)
+        last = velocity(found.s_star, found.log)
         facts |= {
             f"recon_mse_{factor}T": float(found.recon_error.mean()),
+            f"accuracy_{factor}T": float((found.output.argmax(dim=1) == test.y).double().mean()),
             f"last_step_{factor}T": float((last / found.s_star.norm(dim=1)).mean()),
             f"distinct_{factor}T": len(torch.unique((found.s_star / 1e-3).round(), dim=0)) / len(test),
         }

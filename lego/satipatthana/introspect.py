@@ -13,6 +13,7 @@ from torch.nn import functional
 from lego.satipatthana.log import SantanaLog
 from lego.satipatthana.sections import VipassanaParams
 
+EXACT = "donot_use_mm_for_euclid_dist"
 SMALLEST = 1e-3  # deviation of a feature that is taken for one
 
 
@@ -72,10 +73,11 @@ def grounded8(state: Tensor, log: SantanaLog, probes: Tensor, recon_error: Tenso
     Steps taken, entropy of the assignment, distance to the nearest probe, that of the start, way from the start,
     reconstruction error, velocity, energy; distances, errors and energies as log(1 + x).
     """
-    distances = torch.cdist(state, probes)  # (B, K)
+    # not by a matrix product, whose rounding depends on the rows beside a row
+    distances = torch.cdist(state, probes, compute_mode=EXACT)  # (B, K)
     shares = torch.softmax(-distances, dim=1)
     entropy = -(shares * shares.clamp_min(torch.finfo(shares.dtype).tiny).log()).sum(dim=1)
-    start = torch.cdist(log.initial, probes).amin(dim=1)
+    start = torch.cdist(log.initial, probes, compute_mode=EXACT).amin(dim=1)
     way = (state - log.initial).norm(dim=1)
     grounded = [distances.amin(dim=1), start, way, recon_error.reshape(-1)]
     columns = [log.steps / max_steps, entropy, *(one.log1p() for one in grounded)]

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 
 from lego.artifacts import ArtifactError, write_text
+from lego.harness import StageError
 from lego.params import ParamsError
 from lego.progress import track
 from lego.satipatthana.store import Use, load, standardized
@@ -71,10 +72,12 @@ def main() -> int:
         system, use = load(asked.system)
         frame = read_table(asked.table)
         columns = use.columns or [f"feature_{n}" for n in range(int(np.prod(system.shape)))]
-        x = torch.from_numpy(features_of(frame, columns, str(asked.table))).float()
+        x = torch.from_numpy(features_of(frame, columns, str(asked.table)))
         if asked.label and asked.label not in frame:
             raise TaskError(f"{asked.table}: has no column {asked.label}, which --label names")
-        found = answers(system, use, standardized(x.view(len(x), *system.shape), use))
+        if asked.label and (odd := sorted(set(frame[asked.label].astype(str)) - set(use.classes))):
+            raise TaskError(f"{asked.table}: column {asked.label} has {odd[0]}, which is no class of the system")
+        found = answers(system, use, standardized(x, use).view(len(x), *system.shape))
         text = found.to_csv(index=False)
         if asked.out:
             write_text(asked.out, text)
@@ -87,7 +90,7 @@ def main() -> int:
             share = right[accepted].mean() if accepted.any() else float("nan")
             said += f"; right: {100 * right.mean():.1f} % of all, {100 * share:.1f} % of the accepted"
         print(said, file=sys.stderr)
-    except (ArtifactError, ParamsError, TaskError) as error:
+    except (ArtifactError, ParamsError, StageError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

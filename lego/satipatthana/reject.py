@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.nn import functional
 
 TEMPERATURES = (0.5, 20.0)  # where every validation row is right, the best one would be 0
+EVERYTHING, NOTHING = 0.0, 2.0  # thresholds of a trust in (0, 1)
+ROUNDING = 1e-9  # of (n + 1) (1 - wanted), which should be whole
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -85,17 +87,17 @@ def threshold(trust: np.ndarray, right: np.ndarray, rule: str, wanted: float) ->
         wanted: in (0, 1).
 
     Returns:
-        a threshold; -inf accepts everything, inf nothing.
+        a threshold; 0 accepts everything, above 1 nothing.
     """
     n, ordered = len(trust), np.sort(trust)
     if not n:
         raise ValueError("a threshold needs validation rows")
     if rule == "coverage":
         return float(ordered[min(n - 1, math.floor((1 - wanted) * n))])
-    if rule == "conformal":
-        allowed = math.floor((n + 1) * (1 - wanted))
-        return float(ordered[allowed]) if 0 < allowed < n else (-math.inf if not allowed else math.inf)
+    if rule == "conformal":  # a new row lies below the k-th smallest of n with chance k / (n + 1)
+        k = math.floor((n + 1) * (1 - wanted) + ROUNDING)
+        return float(ordered[k - 1]) if k else EVERYTHING
     order = np.argsort(-trust, kind="stable")
     errors = np.cumsum(~np.asarray(right, dtype=bool)[order])
     good = np.flatnonzero((errors + 1) / (np.arange(n) + 2) <= wanted)
-    return float(trust[order[good[-1]]]) if len(good) else math.inf
+    return float(trust[order[good[-1]]]) if len(good) else NOTHING

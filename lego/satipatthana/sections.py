@@ -25,6 +25,12 @@ PATHS = ("clean", "augmented", "drunk", "mismatch", "void")
 VoidKind = Literal[
     "gaussian", "uniform", "filtered_uniform", "mixup", "cut_paste", "patch_permutation", "feature_shuffle"
 ]
+SAME = {  # kinds of void and of test that are one kind, however they are called (R-6.4)
+    "gaussian": ("gaussian", "gauss_matched", "noisy_0.5"),
+    "uniform": ("uniform",),
+    "filtered_uniform": ("filtered_uniform", "uniform"),
+    "patch_permutation": ("patch_permutation", "pixel_perm"),
+}
 PeerName = Literal["msp", "energy", "knn", "mahalanobis", "ensemble", "temperature", "isolation_forest"]
 
 
@@ -49,7 +55,6 @@ class SystemParams(Section):
 
     dim: Annotated[int, at_least(2, 4096)]
     guided: bool
-    job: Literal["classification", "regression", "anomaly"]
 
 
 class AdapterParams(Section):
@@ -177,13 +182,15 @@ class PathsParams(Section):
     @model_validator(mode="after")
     def _sum_to_one(self) -> PathsParams:
         total = sum(getattr(self, path) for path in PATHS)
-        if abs(total - 1) > 1e-6:
+        if abs(total - 1) > 1e-6 and (self.void or total > 1):
             raise ValueError(f"the shares of {', '.join(PATHS)} must sum to 1, got {total:g}")
         return self
 
     def shares(self) -> dict[str, float]:
-        """Those above 0, in their order."""
-        return {path: getattr(self, path) for path in PATHS if getattr(self, path)}
+        """Those above 0, in their order; what void leaves goes to clean and augmented rows where it is 0."""
+        found = {path: getattr(self, path) for path in PATHS if getattr(self, path)}
+        left, heirs = 1 - sum(found.values()), [path for path in ("clean", "augmented") if path in found]
+        return found | {path: found[path] + left / len(heirs) for path in heirs}
 
 
 class VoidParams(Section):
@@ -263,8 +270,14 @@ class SatipatthanaParams(Section):
     def _fits_together(self) -> SatipatthanaParams:
         if self.paths.augmented and self.augmenter.kind == "identity":
             raise ValueError("augmenter.kind must not be identity when paths.augmented is above 0: its rows are clean")
-        if both := sorted(set(self.void.kinds) & set(self.test.kinds)):
-            raise ValueError(f"void.kinds must not name what test.kinds holds back, both name {', '.join(both)}")
+        alike = [
+            f"{void} and {test}"
+            for void in self.void.kinds
+            for test in self.test.kinds
+            if test in SAME.get(void, (void,))
+        ]
+        if alike:
+            raise ValueError(f"void.kinds must not be of a kind that test.kinds holds back, as are {', '.join(alike)}")
         if self.stage2.batch_size < len(self.paths.shares()):
             raise ValueError(
                 f"stage2.batch_size must be at least the number of paths, {len(self.paths.shares())}, "
@@ -272,8 +285,6 @@ class SatipatthanaParams(Section):
             )
         if self.ablations.seeds > self.seeds:
             raise ValueError(f"ablations.seeds must be at most seeds, {self.seeds}, got {self.ablations.seeds}")
-        if self.system.job == "anomaly" and self.system.guided:
-            raise ValueError("system.guided must be false when system.job is anomaly, which has no labels")
         return self
 
 

@@ -16,12 +16,13 @@ from torch.nn import functional
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from lego.harness import StageError
 from lego.progress import track
 from lego.satipatthana.paths import allocate, damaged, floor, losses
 from lego.satipatthana.sections import PATHS, SatipatthanaParams, StageParams
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Split
-from lego.satipatthana.void import VoidSource
+from lego.satipatthana.void import VoidSource, acceptance
 
 TRAINABLE = {
     0: ("adapter", "adapter_recon"),
@@ -30,10 +31,11 @@ TRAINABLE = {
     3: ("decoder",),
 }
 LEAST_DISTINCT = 0.5  # share of train rows whose settled states differ, below which a stage is not begun
+VACUOUS = 0.99  # share of uniform rows that a filter keeps, above which it is none
 POOLED = {"dynamics2": ("clean", "augmented", "mismatch"), "grounded8": ()}  # what a trust head cannot tell apart
 
 
-class StageCheckError(RuntimeError):
+class StageCheckError(StageError):
     """A stage that would train nothing, or on states that are all alike; the message says which."""
 
 
@@ -46,12 +48,14 @@ class StageSpec:
         settings: epochs, rate, batch size, clipping.
         loss: of the rows at some places (B,), with draws of a generator: terms by name, `loss` among them.
         rows: to learn from.
+        least: rows of a batch that its loss can be taken of.
     """
 
     number: int
     settings: StageParams
     loss: Callable[[Tensor, torch.Generator], dict[str, Tensor]]
     rows: int
+    least: int = 2
 
 
 def trainable(system: Satipatthana, number: int) -> list[nn.Parameter]:
@@ -79,10 +83,16 @@ def trainable(system: Satipatthana, number: int) -> list[nn.Parameter]:
     return found
 
 
-def batches(rows: int, size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Places (B,) in random order; a last batch of fewer than two rows is left out."""
-    for places in torch.randperm(rows, generator=generator).split(size):
-        if len(places) > 1:
+def batches(spec: StageSpec, generator: torch.Generator) -> Iterator[Tensor]:
+    """Places (B,) in random order; a last batch of fewer than `least` rows is left out.
+
+    Raises:
+        StageCheckError: there are fewer rows than that.
+    """
+    if spec.rows < spec.least:
+        raise StageCheckError(f"stage {spec.number}: needs at least {spec.least} train rows, got {spec.rows}")
+    for places in torch.randperm(spec.rows, generator=generator).split(spec.settings.batch_size):
+        if len(places) >= spec.least:
             yield places
 
 
@@ -102,13 +112,13 @@ def run_stage(system: Satipatthana, spec: StageSpec, seed: int) -> list[dict[str
     parameters = trainable(system, spec.number)
     check_gradients(system, spec, torch.Generator().manual_seed(seed))
     optimizer = AdamW(parameters, lr=settings.lr, weight_decay=0.0, fused=True)
-    per_epoch = sum(1 for _ in batches(spec.rows, settings.batch_size, torch.Generator().manual_seed(seed)))
+    per_epoch = sum(1 for _ in batches(spec, torch.Generator().manual_seed(seed)))
     total = per_epoch * settings.epochs
     schedule = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / total))
     history = []
     for epoch in range(settings.epochs):
         sums: dict[str, float] = {}
-        work = batches(spec.rows, settings.batch_size, generator)
+        work = batches(spec, generator)
         for places in track(work, per_epoch, f"stage {spec.number}, epoch {epoch + 1}/{settings.epochs}", "batch"):
             terms = spec.loss(places, generator)
             if not torch.isfinite(terms["loss"]):
@@ -137,7 +147,7 @@ def check_gradients(system: Satipatthana, spec: StageSpec, generator: torch.Gene
     """
     named = {name: one for name, one in system.named_parameters() if one.requires_grad}
     before = {name: buffer.clone() for name, buffer in system.named_buffers()}  # BatchNorm counts what it sees
-    places = next(batches(spec.rows, spec.settings.batch_size, generator))
+    places = next(batches(spec, generator))
     spec.loss(places, generator)["loss"].backward()
     without = [name for name, one in named.items() if one.grad is None]
     system.zero_grad(set_to_none=True)
@@ -189,13 +199,12 @@ def spec_of(number: int, system: Satipatthana, train: Split, params: Satipatthan
         return _stage2(system, train, params, seed)
     with torch.no_grad():  # frozen thinking is a pure function (R-5.3)
         found = system(train.x)
-    loss = functional.mse_loss if params.system.job == "regression" else functional.cross_entropy
-    return StageSpec(
-        3,
-        params.stage3,
-        lambda places, _: {"loss": loss(system.decoder(found.s_star[places], found.v_ctx[places]), train.y[places])},
-        len(train),
-    )
+
+    def loss(places: Tensor, _: torch.Generator) -> dict[str, Tensor]:
+        answered = system.decoder(found.s_star[places], found.v_ctx[places])
+        return {"loss": functional.cross_entropy(answered, train.y[places])}
+
+    return StageSpec(3, params.stage3, loss, len(train))
 
 
 def _stage0(system: Satipatthana, x: Tensor) -> dict[str, Tensor]:
@@ -219,7 +228,7 @@ def usage(shares: Tensor) -> Tensor:
 
 
 def _stage1(system: Satipatthana, train: Split, places: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    settings, job = system.params.stage1, system.params.system.job
+    settings = system.params.stage1
     thought = system.samatha(train.x[places], settings.noise_level, generator=generator)
     last, before = thought.pair
     terms = {
@@ -229,9 +238,7 @@ def _stage1(system: Satipatthana, train: Split, places: Tensor, generator: torch
         "usage": usage(thought.meta.probs),
     }
     if system.aux is not None:
-        guided = system.aux(thought.state)
-        task = functional.mse_loss if job == "regression" else functional.cross_entropy
-        terms["guidance"] = task(guided, train.y[places])
+        terms["guidance"] = functional.cross_entropy(system.aux(thought.state), train.y[places])
     weighted = [getattr(settings, f"weight_{name}") * term for name, term in terms.items()]
     return terms | {"loss": torch.stack(weighted).sum()}
 
@@ -242,6 +249,9 @@ def start_probes(system: Satipatthana, x: Tensor, seed: int) -> None:
         return
     with torch.no_grad():
         latents = functional.normalize(system.adapter(x), dim=1).double().numpy()
+    if system.params.vitakka.n_probes > len(x):
+        wanted = system.params.vitakka.n_probes
+        raise StageCheckError(f"vitakka.n_probes is {wanted}, but there are only {len(x)} train rows; lower it")
     centres = KMeans(system.params.vitakka.n_probes, n_init=4, random_state=seed % 2**32).fit(latents).cluster_centers_
     system.vitakka.load_probes(torch.from_numpy(centres).float())
 
@@ -251,6 +261,15 @@ def _stage2(system: Satipatthana, train: Split, params: SatipatthanaParams, seed
     source = VoidSource(train.x, train.y, params.void) if "void" in shares else None
     weights = {head: getattr(params.vipassana, f"weight_{head}") for head in ("trust", "conformity", "confidence")}
     pooled = POOLED[params.vipassana.trust_features]
+    if (wanted := params.vipassana.prototypes) > len(train) and system.vipassana.grounded:
+        raise StageCheckError(f"vipassana.prototypes is {wanted}, but there are only {len(train)} train rows; lower it")
+    if source is not None and "filtered_uniform" in params.void.kinds:
+        kept = acceptance(source, torch.Generator().manual_seed(seed))
+        if kept > VACUOUS:
+            print(
+                f"warning: void.min_distance keeps {100 * kept:.1f} % of uniform rows, so it filters nothing",
+                flush=True,
+            )
     with torch.no_grad():
         system.eval()
         system.vipassana.learn_range(system(train.x).s_star, lambda: system(train.x).features, seed)
@@ -270,7 +289,7 @@ def _stage2(system: Satipatthana, train: Split, params: SatipatthanaParams, seed
                 facts[f"trust_{path}"] = torch.sigmoid(scores["trust"][rows.path == number]).mean().detach()
         return terms | facts
 
-    return StageSpec(2, settings, loss, len(train))
+    return StageSpec(2, settings, loss, len(train), len(shares))
 
 
 def build(shape: tuple[int, ...], outputs: int, params: SatipatthanaParams, train: Tensor, seed: int) -> Satipatthana:

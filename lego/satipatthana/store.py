@@ -102,5 +102,8 @@ def restore(system: Satipatthana, folder: str | Path, rooms: set[str]) -> None:
 
 
 def standardized(x: torch.Tensor, use: Use) -> torch.Tensor:
-    """Rows of a table (n, features) as the system was trained on them."""
-    return (x - torch.tensor(use.mean)) / torch.tensor(use.std) if use.mean else x
+    """Rows of a table (n, features), in double precision, as the system was trained on them (n, features)."""
+    if not use.mean:
+        return x.float()
+    mean, std = (torch.tensor(one, dtype=torch.double) for one in (use.mean, use.std))
+    return ((x.double() - mean) / std).float()

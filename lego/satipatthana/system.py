@@ -83,6 +83,7 @@ class Satipatthana(nn.Module):
         drunk: bool = False,
         generator: torch.Generator | None = None,
         max_steps: int | None = None,
+        rests: bool = True,
     ) -> Thought:
         """Augments, encodes, and lets the state settle.
 
@@ -92,6 +93,7 @@ class Satipatthana(nn.Module):
             drunk: whether the loop is damaged; then a generator is needed.
             generator: of noise and damage.
             max_steps: default samatha.max_steps.
+            rests: whether the stop rule counts; else every row takes all steps.
 
         Raises:
             ValueError: drunk without a generator.
@@ -108,7 +110,8 @@ class Satipatthana(nn.Module):
         else:
             latent = self.adapter(encoded)
         start, meta = self.vitakka(latent)
-        found = settle(start, latent, meta, self.vicara, self.sati, max_steps or settings.max_steps, damage)
+        sati = self.sati if rests else Sati(self.params.sati.model_copy(update={"kind": "fixed"}))
+        found = settle(start, latent, meta, self.vicara, sati, max_steps or settings.max_steps, damage)
         return Thought(latent, found.state, found.log, severity, found.pair, meta, encoded)
 
     def recon_error(self, state: Tensor, encoded: Tensor) -> Tensor:
@@ -122,10 +125,10 @@ class Satipatthana(nn.Module):
         return self.vipassana(state, thought.log, self.vitakka.read(), error, self.params.samatha.max_steps), error
 
     @torch.no_grad()
-    def forward(self, x: Tensor, max_steps: int | None = None) -> Output:
+    def forward(self, x: Tensor, max_steps: int | None = None, rests: bool = True) -> Output:
         """Answers and trust for inputs (B, *shape), deterministic, in evaluation mode whatever the mode was."""
         with evaluation(self):
-            thought = self.samatha(x, max_steps=max_steps)
+            thought = self.samatha(x, max_steps=max_steps, rests=rests)
             view, error = self.look(thought)
             return Output(
                 output=self.decoder(thought.state, view.context),

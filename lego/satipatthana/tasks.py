@@ -13,12 +13,15 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from lego.artifacts import read_json, read_tensors, write_json, write_tensors
-from lego.satipatthana.sections import TaskParams, TestParams
+from lego.harness import StageError
+from lego.satipatthana.sections import PARAMS, TaskParams, TestParams
 
+SYNTHETIC = ("gauss_matched", "uniform", "pixel_perm", "inverted", "noisy_0.5")
+FAULTS = ("stuck", "drift", "spikes", "swapped")
 NEAR = (8, 9)  # digits that are held back as near-OOD (specification, section 11)
 
 
-class TaskError(RuntimeError):
+class TaskError(StageError):
     """Data that cannot be used; the message names file, column and row."""
 
 
@@ -57,6 +60,12 @@ def load(settings: TaskParams, test: TestParams) -> Task:
     Raises:
         TaskError: a table that cannot be used.
     """
+    known = FAULTS if settings.name == "sensors" else (*SYNTHETIC, *(("near",) if settings.name == "digits" else ()))
+    if unknown := [kind for kind in test.kinds if kind not in known]:
+        raise TaskError(
+            f"{PARAMS}: test.kinds has {', '.join(unknown)}, which the task {settings.name} cannot make; it has "
+            f"{', '.join(known)}"
+        )
     match settings.name:
         case "digits":
             return _digits(settings, test)
@@ -135,8 +144,7 @@ def _table(
     std[std == 0] = 1
     scaled = _tensors({name: ((rows - mean) / std, labels) for name, (rows, labels) in parts.items()})
     outside = outside_sets(scaled["train"].x.numpy(), scaled["test"].x.numpy(), test)
-    as_tensors = [torch.from_numpy(one.astype(np.float32)) for one in (mean, std)]
-    return _task(scaled, outside, classes, columns, *as_tensors)
+    return _task(scaled, outside, classes, columns, torch.from_numpy(mean), torch.from_numpy(std))
 
 
 def _task(
@@ -281,5 +289,5 @@ def read_task(folder: str | Path) -> Task:
         parts[name] = Split(tensors["x"], tensors["y"])
     rows = read_tensors(folder / "outside.safetensors") if facts["outside"] else {}
     outside = {kind: rows[kind] for kind in facts["outside"]}
-    scale = (torch.tensor(facts[name]) if facts[name] else None for name in ("mean", "std"))
+    scale = (torch.tensor(facts[name], dtype=torch.double) if facts[name] else None for name in ("mean", "std"))
     return _task(parts, outside, facts["classes"], facts["columns"], *scale)

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lego.harness import StageError
 from lego.satipatthana.sections import VoidParams
 
 
-class VoidError(RuntimeError):
+class VoidError(StageError):
     """No row could be made that is far enough from the data; nothing unfiltered is put in its place."""
 
 

@@ -3,12 +3,14 @@
 dvc repro stages/satipatthana/dvc.yaml:ablations          (python -m stages.satipatthana.ablations)
 """
 
+from typing import Any
+
 import numpy as np
 
 from lego.artifacts import derived_seed, write_json
 from lego.harness import Stage, exit_cleanly
 from lego.satipatthana.ablation import heads, macs
-from lego.satipatthana.curriculum import STAGES, advance, begin, how_to_use, judge, resume
+from lego.satipatthana.curriculum import STAGES, advance, begin, means, resume, written
 from lego.satipatthana.peers import Plain
 from lego.satipatthana.sections import WRITTEN, changed, load
 from lego.satipatthana.tasks import read_task
@@ -27,19 +29,19 @@ def main() -> None:
             still = begin(task, without, seed)
             for number in STAGES:
                 advance(still, number, task, without, seed)
-            facts = judge(still, task, how_to_use(still, task, params.reject), without, seed)
-            kept = [key for key in found["latent"][0] if key in facts]
-            found.setdefault("without_vicara", []).append({key: facts[key] for key in [*kept, "accuracy", "recon_mse"]})
+            alone = heads(still, task, without, own)  # the same head on the same draws
+            found.setdefault("without_vicara", []).append(alone.get("all_features", alone["recon_error"]))
             print(f"seed {seed}: {', '.join(found)}", flush=True)
         plain = Plain(int(np.prod(task.shape)), params.peers.hidden, params.peers.dim, len(task.classes)).eval()
         costs = {"satipatthana": macs(system, task.test.x), "plain": macs(plain, task.test.x)}
         costs["ensemble"] = params.peers.members * costs["plain"]
-        means = {
-            name: {key: float(np.mean([one[key] for one in rows])) for key in rows[0]} for name, rows in found.items()
+        seeds = {name: [written(one) for one in rows] for name, rows in found.items()}
+        facts: dict[str, Any] = {
+            "means": {name: means(rows) for name, rows in found.items()},
+            "macs": costs,
+            "seeds": seeds,
         }
-        write_json(
-            "metrics/satipatthana/ablations.json", {"means": means, "macs": costs, "seeds": params.ablations.seeds}
-        )
+        write_json("metrics/satipatthana/ablations.json", facts)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ dvc repro stages/satipatthana/dvc.yaml:compat          (python -m stages.satipat
 
 from lego.artifacts import write_json
 from lego.harness import Stage, exit_cleanly
-from lego.satipatthana.curriculum import STAGES, advance, begin, how_to_use, judge
+from lego.satipatthana.curriculum import STAGES, advance, begin, how_to_use, judge, means, written
 from lego.satipatthana.sections import WRITTEN, load, with_profile
 from lego.satipatthana.tasks import read_task
 
@@ -20,8 +20,7 @@ def main() -> None:
                 advance(system, number, task, params, seed)
             found.append(judge(system, task, how_to_use(system, task, params.reject), params, seed))
             print(f"seed {seed}: accuracy {found[-1]['accuracy']:.4f}, AURC {found[-1]['aurc']:.5f}", flush=True)
-        means = {key: sum(one[key] for one in found) / len(found) for key in found[0]}
-        write_json("metrics/satipatthana/compat.json", means | {"seeds": found})
+        write_json("metrics/satipatthana/compat.json", means(found) | {"seeds": [written(one) for one in found]})
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ dvc repro stages/satipatthana/dvc.yaml:evaluate          (python -m stages.satip
 
 from lego.artifacts import atomic_folder, write_json
 from lego.harness import Stage, exit_cleanly
-from lego.satipatthana.curriculum import STAGES, how_to_use, judge, resume
+from lego.satipatthana.curriculum import STAGES, how_to_use, judge, means, resume, written
 from lego.satipatthana.sections import WRITTEN, load
 from lego.satipatthana.store import save
 from lego.satipatthana.tasks import read_task
@@ -23,9 +23,8 @@ def main() -> None:
                 with atomic_folder("data/satipatthana/system") as folder:
                     save(system, folder, use, guide=False)
             print(f"seed {seed}: accuracy {found[-1]['accuracy']:.4f}, AURC {found[-1]['aurc']:.5f}", flush=True)
-        means = {name: sum(one[name] for one in found) / len(found) for name in found[0]}
-        write_json("metrics/satipatthana/evaluate.json", means)
-        write_json("metrics/satipatthana/seeds.json", {str(seed): one for seed, one in enumerate(found)})
+        write_json("metrics/satipatthana/evaluate.json", means(found))
+        write_json("metrics/satipatthana/seeds.json", {str(seed): written(one) for seed, one in enumerate(found)})
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from lego.page import Figure
 from lego.pictures import look, picture
 from lego.stats import mean_interval
 
-Found = dict[str, dict[str, list[float]]]
+Found = dict[str, dict[str, list[Any]]]
 CLOSEST = 1e-4  # to a perfect AUROC that the picture tells apart
 
 
@@ -44,7 +45,7 @@ def settling(folder: Path, found: Found, sweep: Sequence[int]) -> Figure:
         axes.set_xscale("log")
         axes.set_xticks(list(sweep), [f"{factor} T" for factor in sweep])
         axes.set_ylabel("accuracy of the guide on the state")
-        axes.set_xlabel("steps, in multiples of those it was trained with")
+        axes.set_xlabel("steps with the stop rule off, in multiples of those it was trained with")
         axes.legend()
     said = "; ".join(
         f"{name}: {np.mean(found[name][f'aux_accuracy_{sweep[0]}T']):.3f} at T, "

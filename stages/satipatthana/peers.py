@@ -8,6 +8,7 @@ from typing import get_args
 
 from lego.artifacts import derived_seed, write_json
 from lego.harness import Stage, StageError, exit_cleanly
+from lego.satipatthana.curriculum import means, written
 from lego.satipatthana.peers import judge, peer
 from lego.satipatthana.sections import WRITTEN, PeerName, load
 from lego.satipatthana.tasks import read_task
@@ -23,9 +24,9 @@ def main() -> None:
         for seed in range(params.seeds):
             own = derived_seed(params.seed, f"satipatthana/peers/{seed}")
             found.append(judge(peer(name, task, params.peers, own), task.test, task.outside))
-        means = {key: sum(one[key] for one in found) / len(found) for key in found[0]}
-        write_json(f"metrics/satipatthana/peers/{name}.json", means | {"seeds": found})
-        print(f"{name}: accuracy {means['accuracy']:.4f}, AURC {means['aurc']:.5f}", flush=True)
+        facts = means(found)
+        write_json(f"metrics/satipatthana/peers/{name}.json", facts | {"seeds": [written(one) for one in found]})
+        print(f"{name}: accuracy {facts['accuracy']:.4f}, AURC {facts['aurc']:.5f}", flush=True)
 
 
 if __name__ == "__main__":
