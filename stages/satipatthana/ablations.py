@@ -36,12 +36,8 @@ def main() -> None:
         costs = {"satipatthana": macs(system, task.test.x), "plain": macs(plain, task.test.x)}
         costs["ensemble"] = params.peers.members * costs["plain"]
         seeds = {name: [written(one) for one in rows] for name, rows in found.items()}
-        facts: dict[str, Any] = {
-            "means": {name: means(rows) for name, rows in found.items()},
-            "macs": costs,
-            "seeds": seeds,
-        }
-        write_json("metrics/satipatthana/ablations.json", facts)
+        content: dict[str, Any] = {"means": {name: means(rows) for name, rows in found.items()}}
+        write_json("metrics/satipatthana/ablations.json", content | {"macs": costs, "seeds": seeds})
 
 
 if __name__ == "__main__":
