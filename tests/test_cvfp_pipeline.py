@@ -225,6 +225,7 @@ def test_a6_the_legacy_profile_stops_after_one_step_with_contexts_of_before_it()
     assert done.weights_version == 0
 
 
+@pytest.mark.slow
 def test_the_profiles_of_the_notes_run_through_all_stages(tmp_path, monkeypatch, capsys):
     sizes = {"model.context_dim": 24, "model.embed_dim": 24, "model.hidden_dim": 48, "data.max_train_tokens": 1600}
     small = {key: value for key, value in TINY.items() if key.split(".")[0] in ("data", "text", "checks")}

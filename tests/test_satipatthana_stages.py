@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 import math
-import subprocess
 import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
 from satipatthana_systems import COMPAT, PARAMS, clusters, small, system
 
 from lego.artifacts import ArtifactError
 from lego.harness import StageError, exit_cleanly
 from lego.params import ParamsError
-from lego.satipatthana import stages, tasks
+from lego.satipatthana import predict, stages, tasks
 from lego.satipatthana.curriculum import advance, begin, how_to_use, judge, resume
 from lego.satipatthana.peers import judge as judge_peer
 from lego.satipatthana.peers import peer
@@ -377,7 +375,7 @@ def test_a_table_of_ones_own_and_what_is_wrong_with_it(tmp_path):
         tasks.features_of(frame, ["q"], "rows")
 
 
-def test_the_command_line_answers_a_table(tmp_path):
+def test_the_command_line_answers_a_table(tmp_path, monkeypatch, capsys):
     params, task = small(**ONCE), a_task()
     task = Task(**{**vars(task), "columns": [f"c{n}" for n in range(12)]})
     made = begin(task, params, 0)
@@ -390,19 +388,23 @@ def test_the_command_line_answers_a_table(tmp_path):
     frame["truth"] = [task.classes[one] for one in task.test.y]
     frame.to_parquet(tmp_path / "rows.parquet")
 
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "lego.satipatthana.predict", str(tmp_path / "rows.parquet"), *arguments]
-        return subprocess.run([*command, "--system", str(folder)], cwd=ROOT, capture_output=True, text=True)
+    def run(*arguments: str) -> tuple[int, str]:
+        rows = [str(tmp_path / "rows.parquet"), "--system", str(folder)]
+        monkeypatch.setattr(sys, "argv", ["predict", *rows, *arguments])
+        return predict.main(), capsys.readouterr().err
 
-    done = run("--out", str(tmp_path / "a.csv"), "--label", "truth")
-    assert done.returncode == 0, done.stderr
-    assert "30 rows, " in done.stderr
+    code, said = run("--out", str(tmp_path / "a.csv"), "--label", "truth")
+    assert code == 0
+    assert "30 rows, " in said
     found = pd.read_csv(tmp_path / "a.csv")
     assert list(found.columns[:5]) == ["answer", "probability", "trust", "trust_calibrated", "accepted"]
     np.testing.assert_allclose(found["trust"], made(task.test.x).trust[:, 0], rtol=1e-5)
-    refused = run("--label", "nothing")
-    assert refused.returncode == 1
-    assert "has no column nothing, which --label names" in refused.stderr
+    code, said = run("--label", "nothing")
+    assert code == 1
+    assert "has no column nothing, which --label names" in said
+    code, said = run("--label", "c0")
+    assert code == 1
+    assert "which is no class of the system" in said
 
 
 @pytest.mark.parametrize("name", PARAMS.peers.names)

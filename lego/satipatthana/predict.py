@@ -72,7 +72,7 @@ def main() -> int:
         system, use = load(asked.system)
         frame = read_table(asked.table)
         columns = use.columns or [f"feature_{n}" for n in range(int(np.prod(system.shape)))]
-        x = torch.from_numpy(features_of(frame, columns, str(asked.table)))
+        x = torch.tensor(features_of(frame, columns, str(asked.table)))
         if asked.label and asked.label not in frame:
             raise TaskError(f"{asked.table}: has no column {asked.label}, which --label names")
         if asked.label and (odd := sorted(set(frame[asked.label].astype(str)) - set(use.classes))):
