@@ -176,6 +176,7 @@ def test_dry_runs_agree_with_the_table(clone, key, value):
         path.write_text(text)
 
 
+@pytest.mark.slow
 def test_phase_2s_rate_leaves_the_yardstick_alone_when_no_step_was_taken_more_or_less(clone):
     before = recorded(clone)
     output = clone.run("dvc", "exp", "run", "-S", "ashem.phase2_lr=1e-05")

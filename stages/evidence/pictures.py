@@ -138,6 +138,7 @@ def hard_against_random(folder: Path, suite: Suite) -> Figure:
             known = [(ratio + number, d.over_seeds) for ratio, d in found_all if d]
             points(axes, [r for r, _ in known], [one for _, one in known], number, label)
         axes.axhline(0, color="#000000", linewidth=1)
+        axes.set_yscale("symlog", linthresh=1)  # routed differences are below 1, those on hard tokens far beyond
         axes.set_xlabel("hard_example_ratio, %")
         axes.set_ylabel("ASHEM less random selection,\ntest perplexity")
         axes.legend()
