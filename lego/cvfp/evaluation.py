@@ -40,7 +40,7 @@ def worth(
         seed: of the shuffling.
     """
     losses, right = nll(model, test, mode)
-    whole = Score(float(losses.double().mean()), float(right.double().mean()))
+    whole = Score.of(losses, right)
     found = {
         "ppl": whole.ppl,
         "acc": whole.accuracy,

@@ -92,6 +92,11 @@ class Score:
     loss: float
     accuracy: float
 
+    @classmethod
+    def of(cls, losses: Tensor, right: Tensor) -> Score:
+        """Of what `nll` gives, position by position (n,)."""
+        return cls(float(losses.double().mean()), float(right.double().mean()))
+
     @property
     def ppl(self) -> float:
         return ppl(self.loss)
@@ -149,8 +154,7 @@ def nll(model: NewLLMResidual, text: FixedText, mode: str, batch: int = JUDGED_A
 
 def score(model: NewLLMResidual, text: FixedText, mode: str) -> Score:
     """Mean loss and accuracy of a text with fixed contexts; see `nll`."""
-    losses, right = nll(model, text, mode)
-    return Score(float(losses.double().mean()), float(right.double().mean()))
+    return Score.of(*nll(model, text, mode))
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,12 @@ def heads(system: Satipatthana, task: Task, params: SatipatthanaParams, seed: in
     found = {"recon_error": _judged(system, task, lambda out, x: -out.recon_error[:, 0])}
     if not system.vipassana.grounded:  # two numbers of the way, of which nothing can be left out
         return found
+    look = system.vipassana
     features, latents, target = _rows(system, task, params, seed)
     kept = [column for column in range(features.shape[1]) if column not in FROM_LOG]
     readers: dict[str, tuple[Tensor, Callable[[Output, Tensor], Tensor]]] = {
-        "all_features": (features, lambda out, x: _standard(system, out.features)),
-        "without_log": (features[:, kept], lambda out, x: _standard(system, out.features)[:, kept]),
+        "all_features": (features, lambda out, x: look.standardized(out.features)),
+        "without_log": (features[:, kept], lambda out, x: look.standardized(out.features)[:, kept]),
         "latent": (latents, lambda out, x: system.adapter(x)),
     }
     for name, (rows, read) in readers.items():
@@ -55,10 +56,6 @@ def _read_by(head: nn.Module, read: Callable[[Output, Tensor], Tensor], out: Out
     return logits[:, 0]
 
 
-def _standard(system: Satipatthana, features: Tensor) -> Tensor:
-    return (features - system.vipassana.mean) / system.vipassana.std
-
-
 @torch.no_grad()
 def _rows(system: Satipatthana, task: Task, params: SatipatthanaParams, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Standardized features (N, F), latents (N, d) and targets (N,) of batches of stage 2."""
@@ -69,8 +66,8 @@ def _rows(system: Satipatthana, task: Task, params: SatipatthanaParams, seed: in
     for _ in range(params.ablations.batches):
         places = torch.randperm(len(train), generator=generator)[:size]
         rows = damaged(system, train.x[places], allocate(params.paths.shares(), size), params.stage2, source, generator)
-        view = system.vipassana(rows.state, rows.log, system.vitakka.read(), rows.recon_error, params.samatha.max_steps)
-        features.append(_standard(system, view.features))
+        view = system.view(rows.state, rows.log, rows.recon_error)
+        features.append(system.vipassana.standardized(view.features))
         latents.append(system.adapter(rows.encoded))
         targets.append(rows.target)
     return torch.cat(features), torch.cat(latents), torch.cat(targets)

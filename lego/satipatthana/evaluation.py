@@ -12,7 +12,7 @@ from lego.satipatthana import metrics
 from lego.satipatthana.introspect import velocity
 from lego.satipatthana.paths import damaged
 from lego.satipatthana.sections import Stage2Params
-from lego.satipatthana.stages import diversity
+from lego.satipatthana.stages import distinct_share, diversity
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Split
 
@@ -75,14 +75,15 @@ def evaluate(system: Satipatthana, protocol: Protocol, temperature: float = 1.0)
     for kind, rows in protocol.outside.items():
         away = system(rows)
         strange = away.trust[:, 0].double().numpy()
+        inward, outward = metrics.aupr(trust, strange)
         facts |= {
             f"auroc_{kind}": metrics.auroc(trust, strange),
             f"fpr95_{kind}": metrics.fpr95(trust, strange),
-            f"aupr_{kind}": metrics.aupr(trust, strange)[0],
-            f"aupr_out_{kind}": metrics.aupr(trust, strange)[1],
+            f"aupr_{kind}": inward,
+            f"aupr_out_{kind}": outward,
             f"auroc_{kind}_recon": metrics.auroc(error, -away.recon_error[:, 0].double().numpy()),
         }
-    return facts | paths(system, protocol) | fixed_point(system, test) | probes_used(system, test.x)
+    return facts | paths(system, protocol) | fixed_point(system, test) | probes_used(system, found.s_star)
 
 
 def paths(system: Satipatthana, protocol: Protocol) -> dict[str, float]:
@@ -92,9 +93,7 @@ def paths(system: Satipatthana, protocol: Protocol) -> dict[str, float]:
         counts = {"clean": 0} | {path: len(x)}
         rows = damaged(system, x, counts, protocol.settings, None, generator)
         with torch.no_grad():
-            view = system.vipassana(
-                rows.state, rows.log, system.vitakka.read(), rows.recon_error, system.params.samatha.max_steps
-            )
+            view = system.view(rows.state, rows.log, rows.recon_error)
         trusted[path] = view.trust[:, 0].double().numpy()
     facts = {f"trust_{path}": float(values.mean()) for path, values in trusted.items()}
     return facts | {f"auroc_{path}": metrics.auroc(trusted["clean"], trusted[path]) for path in ("drunk", "mismatch")}
@@ -114,7 +113,7 @@ def fixed_point(system: Satipatthana, test: Split) -> dict[str, float]:
             f"recon_mse_{factor}T": float(found.recon_error.mean()),
             f"accuracy_{factor}T": float((found.output.argmax(dim=1) == test.y).double().mean()),
             f"last_step_{factor}T": float((last / found.s_star.norm(dim=1)).mean()),
-            f"distinct_{factor}T": len(torch.unique((found.s_star / 1e-3).round(), dim=0)) / len(test),
+            f"distinct_{factor}T": distinct_share(found.s_star),
         }
         if system.aux is not None:
             with torch.no_grad():
@@ -123,10 +122,10 @@ def fixed_point(system: Satipatthana, test: Split) -> dict[str, float]:
     return facts
 
 
-def probes_used(system: Satipatthana, x: Tensor) -> dict[str, float]:
-    """Perplexity of the probes nearest to the settled states, and how alike the probes are."""
-    nearest = torch.cdist(system(x).s_star, system.vitakka.read()).argmin(dim=1)
-    share = torch.bincount(nearest, minlength=len(system.vitakka.probes)).double() / len(x)
+def probes_used(system: Satipatthana, states: Tensor) -> dict[str, float]:
+    """Perplexity of the probes nearest to settled states (B, d), and how alike the probes are."""
+    nearest = torch.cdist(states, system.vitakka.read()).argmin(dim=1)
+    share = torch.bincount(nearest, minlength=len(system.vitakka.probes)).double() / len(states)
     entropy = -(share * share.clamp_min(1e-12).log()).sum()
     return {
         "probe_perplexity": float(entropy.exp()),

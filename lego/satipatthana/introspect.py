@@ -127,6 +127,10 @@ class Vipassana(nn.Module):
             return grounded8(state, log, self.prototypes if len(self.prototypes) else probes, recon_error, max_steps)
         return dynamics2(state, log, self.settings.velocity)
 
+    def standardized(self, features: Tensor) -> Tensor:
+        """Grounded features (B, 8) in deviations of clean train rows."""
+        return (features - self.mean) / self.std
+
     @torch.no_grad()
     def learn_range(self, states: Tensor, features: Callable[[], Tensor], seed: int) -> None:
         """Takes prototypes and the range of the features from clean train rows, before stage 2.
@@ -152,7 +156,7 @@ class Vipassana(nn.Module):
             velocity_and_energy = features.expm1()
             context = self.context(torch.cat([state, velocity_and_energy], dim=1))
             return View(context, self.trust_head(features)[:, 0], None, None, features)
-        standard = (features - self.mean) / self.std
+        standard = self.standardized(features)
         rows, _ = self.way(log.to_tensor())  # (T + 1, B, g)
         way = rows[log.lengths - 1, torch.arange(len(state), device=state.device)]  # (B, g)
         context = torch.cat([way, self.metrics(standard)], dim=1)

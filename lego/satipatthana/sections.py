@@ -5,15 +5,15 @@ python -m lego.satipatthana.sections            checks the file and says what is
 
 from __future__ import annotations
 
-import copy
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from lego.params import ParamsError, read_params
+from lego.profiles import changed as changed_in
+from lego.profiles import profiled, read_profiles
 from lego.sections import Count, CountOrZero, NonNegative, Number, Positive, Section, Share, at_least, within
 
 WRITTEN = "stages/satipatthana/params.yaml stages/satipatthana/dvc.lock metrics/satipatthana"
@@ -298,49 +298,18 @@ def load(path: str | Path = PARAMS) -> SatipatthanaParams:
 
 
 def profiles(path: str | Path = PROFILES) -> dict[str, dict[str, Any]]:
-    """Named sets of changes to params.yaml, as `section.key: value`; `sound` is params.yaml itself.
-
-    Raises:
-        ParamsError: the file cannot be read.
-    """
-    try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ParamsError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    return {"sound": {}} | found
+    """Named sets of changes to params.yaml; see `lego.profiles`."""
+    return read_profiles(path)
 
 
 def with_profile(params: SatipatthanaParams, name: str, path: str | Path = PROFILES) -> SatipatthanaParams:
-    """The parameters with a profile's changes.
-
-    Raises:
-        ParamsError: there is no such profile, or what it makes is not valid.
-    """
-    known = profiles(path)
-    if name not in known:
-        raise ParamsError(f"{path}: has no profile {name}; it has {', '.join(known)}")
-    return changed(params, known[name], f"{path}: {name}")
+    """The parameters with a profile's changes; see `lego.profiles.profiled`."""
+    return profiled(params, name, path, PARAMS)
 
 
 def changed(params: SatipatthanaParams, changes: dict[str, Any], where: str) -> SatipatthanaParams:
-    """The parameters with some keys, written as `seed` or section.key, set to other values.
-
-    Raises:
-        ParamsError: there is no such key, or the values are not valid; the message begins with `where`.
-    """
-    values = copy.deepcopy(params.model_dump())
-    for key, value in changes.items():
-        section, _, last = key.rpartition(".")
-        place = values.get(section) if section else values
-        if not isinstance(place, dict) or last not in place:
-            raise ParamsError(f"{where}: {key} is no key of {PARAMS}")
-        place[last] = value
-    try:
-        return SatipatthanaParams.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key, said = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
-        raise ParamsError(f"{where}: {key} {said}".replace(":  ", ": ")) from None
+    """The parameters with some keys set to other values; see `lego.profiles.changed`."""
+    return changed_in(params, changes, where, PARAMS)
 
 
 def main() -> int:

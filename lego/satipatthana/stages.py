@@ -158,6 +158,11 @@ def check_gradients(system: Satipatthana, spec: StageSpec, generator: torch.Gene
     return list(named)
 
 
+def distinct_share(states: Tensor) -> float:
+    """Share of states (B, d) that differ from each other, to a thousandth."""
+    return len(torch.unique((states / 1e-3).round(), dim=0)) / len(states)
+
+
 def check_states(system: Satipatthana, x: Tensor) -> dict[str, float]:
     """How different latents, starts and settled states of inputs (B, *shape) are (R-8.4, R-8.12).
 
@@ -168,7 +173,7 @@ def check_states(system: Satipatthana, x: Tensor) -> dict[str, float]:
         thought = system.samatha(x)
     rows = functional.normalize(thought.state, dim=1)
     cosine = float((rows.sum(dim=0).square().sum() - len(rows)) / (len(rows) * (len(rows) - 1)))
-    distinct = len(torch.unique((thought.state / 1e-3).round(), dim=0)) / len(x)
+    distinct = distinct_share(thought.state)
     facts = {"cosine": cosine, "distinct": distinct, "z_std": float(thought.latent.std())}
     facts |= {"s0_std": float(thought.log.initial.std()), "gates_open": float(thought.meta.gate_open.double().mean())}
     if distinct < LEAST_DISTINCT:
@@ -272,13 +277,13 @@ def _stage2(system: Satipatthana, train: Split, params: SatipatthanaParams, seed
             )
     with torch.no_grad():
         system.eval()
-        system.vipassana.learn_range(system(train.x).s_star, lambda: system(train.x).features, seed)
+        thought = system.samatha(train.x)
+        system.vipassana.learn_range(thought.state, lambda: system.look(thought)[0].features, seed)
 
     def loss(places: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         counts = allocate(shares, len(places))
         rows = damaged(system, train.x[places], counts, settings, source, generator)
-        view = system.vipassana(rows.state, rows.log, system.vitakka.read(), rows.recon_error, params.samatha.max_steps)
-        scores = view.scores()
+        scores = system.view(rows.state, rows.log, rows.recon_error).scores()
         terms = losses(scores, rows, weights)
         lowest, constant = floor(rows.target, rows.path, pooled)
         facts = {"floor": torch.tensor(lowest)}

@@ -122,7 +122,11 @@ class Satipatthana(nn.Module):
         """Introspection of a thought, or of its log with other states (B, d); and reconstruction errors (B, 1)."""
         state = thought.state if state is None else state
         error = self.recon_error(state, thought.encoded)
-        return self.vipassana(state, thought.log, self.vitakka.read(), error, self.params.samatha.max_steps), error
+        return self.view(state, thought.log, error), error
+
+    def view(self, state: Tensor, log: SantanaLog, recon_error: Tensor) -> View:
+        """Introspection of states (B, d) that are shown with a log, and of their reconstruction errors (B, 1)."""
+        return self.vipassana(state, log, self.vitakka.read(), recon_error, self.params.samatha.max_steps)
 
     @torch.no_grad()
     def forward(self, x: Tensor, max_steps: int | None = None, rests: bool = True) -> Output:

@@ -3,11 +3,11 @@
 dvc exp run stages/cvfp/dvc.yaml $(python -m stages.cvfp.profile seed)
 """
 
-import json
 import sys
 
 from lego.cvfp.sections import PARAMS, load, profiles, with_profile
 from lego.params import ParamsError
+from lego.profiles import options
 
 
 def main() -> int:
@@ -20,8 +20,7 @@ def main() -> int:
     except ParamsError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    changes = profiles()[sys.argv[1]].items()
-    print(" ".join(f"-S {PARAMS}:{key}={json.dumps(value, separators=(',', ':'))}" for key, value in changes))
+    print(options(profiles()[sys.argv[1]], PARAMS))
     return 0
 
 

@@ -3,10 +3,10 @@
 dvc exp run stages/satipatthana/dvc.yaml $(python -m stages.satipatthana.profile compat)
 """
 
-import json
 import sys
 
 from lego.harness import StageError, exit_cleanly
+from lego.profiles import options
 from lego.satipatthana.sections import PARAMS, WRITTEN, profiles
 
 
@@ -14,8 +14,7 @@ def main() -> None:
     known = profiles()
     if len(sys.argv) != 2 or sys.argv[1] not in known:
         raise StageError(f"give one of the profiles {', '.join(known)}")
-    for key, value in known[sys.argv[1]].items():
-        print(f"-S {PARAMS}:{key}={json.dumps(value, separators=(',', ':'))}")
+    print(options(known[sys.argv[1]], PARAMS))
 
 
 if __name__ == "__main__":
