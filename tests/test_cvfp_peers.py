@@ -17,8 +17,10 @@ from lego.cvfp.store import build
 from lego.cvfp.text import Text
 from lego.harness import StageError
 from lego.page import Page
-from stages.cvfp.baselines.contest import chosen
+from lego.params import ParamsError
+from stages.cvfp.baselines.contest import Run, chosen
 from stages.cvfp.compared import NGRAMS, Compared
+from stages.cvfp.figures import scaling
 
 OWN, NAMES = PARAMS.contest.own, list(PARAMS.contest.peers)
 SIZED = [name for name in NAMES if name != "end_to_end"]
@@ -178,16 +180,16 @@ def test_the_digest_of_a_row_follows_what_it_is_made_of(monkeypatch):
 def test_the_search_takes_the_best_rate_of_the_first_seed_and_says_when_it_is_an_end():
     asked = []
 
-    def runs(wanted: list[tuple[int, float]]) -> list[dict[str, float]]:
+    def runs(wanted: list[Run]) -> list[dict[str, float]]:
         asked.extend(wanted)
-        return [{"val_loss": abs(lr - 0.02) + 0.1 * seed, "ppl": 5.0, "bits_per_byte": 1.0} for seed, lr in wanted]
+        return [{"val_loss": abs(lr - 0.02) + 0.1 * seed, "ppl": 5.0, "bits_per_byte": 1.0} for seed, lr, _ in wanted]
 
-    def diverges(wanted: list[tuple[int, float]]) -> list[dict[str, object]]:
-        return [{"val_loss": 1.0} | ({"diverged": "x"} if seed else {}) for seed, _ in wanted]
+    def diverges(wanted: list[Run]) -> list[dict[str, object]]:
+        return [{"val_loss": 1.0} | ({"diverged": "x"} if seed else {}) for seed, *_ in wanted]
 
     params = changed(PARAMS, {"contest.seeds": 3, "contest.lr_factors": [0.5, 1.0, 2.0]}, "test")
     found, searched = chosen("gru", params, 0.01, runs)
-    assert asked == [(0, 0.005), (0, 0.01), (0, 0.02), (1, 0.02), (2, 0.02)]
+    assert asked == [Run(0, 0.005), Run(0, 0.01), Run(0, 0.02), Run(1, 0.02), Run(2, 0.02)]
     assert len(found) == 3
     assert (searched["lr"], searched["rate_at_an_end"]) == (0.02, True)
     _, searched = chosen("gru", params, 0.02, runs)
@@ -205,20 +207,55 @@ def test_no_sentence_of_the_page_speaks_of_an_outdated_row(monkeypatch):
     def of(name: str, ppl: float) -> dict[str, object]:
         seeds = {f"{key}_{seed}": ppl + seed / 10 for key in ("ppl", "bits_per_byte") for seed in range(3)}
         blind = {"ppl_trained_zero_contexts": 70.0, "ppl_trained_shuffled_contexts": 71.0}
-        facts = {"parameters": 9, "parameters_without_embeddings": 8, "tokens": 7, "seconds": 6.0, "lr": 0.1}
+        facts = {
+            "parameters": 9,
+            "parameters_without_embeddings": 8,
+            "tokens": 7,
+            "seconds": 6.0,
+            "peak_mib": 5.0,
+            "lr": 0.1,
+        }
         made = {"made_of": made_of(name, PARAMS, digests), "rate_at_an_end": False}
         return {"ppl": ppl, "bits_per_byte": 1.0} | seeds | blind | facts | made
 
     found = {name: of(name, ppl) for name, ppl in (("sound", 40), ("untrained", 60), ("gru", 39), ("lstm", 30))}
-    compared = Compared(PARAMS, found, tokens)
+    compared = Compared(PARAMS, found, {}, tokens)
     assert compared.rivals() == ["untrained", "gru", "lstm"]  # the best of all is named, whoever it is
     assert "lstm 30.0 (+10.0" in compared.answer()
     assert "gru 39.0 (+1.0" in compared.answer()
     assert len(compared.claims()) == 1
-    old = Compared(PARAMS, found | {"lstm": found["lstm"] | {"made_of": "x"}}, tokens)
+    old = Compared(PARAMS, found | {"lstm": found["lstm"] | {"made_of": "x"}}, {}, tokens)
     assert "lstm" not in old.answer()
     page = Page("t")
     old.write(page, {})
     assert "**outdated**" in next(line for line in page.markdown().splitlines() if line.startswith("| lstm"))
-    assert Compared(PARAMS, found, tokens | {"test_sha256": "y"}).answer().startswith("Outdated")
-    assert Compared(PARAMS, {}, tokens).answer().startswith("Not run yet")
+    assert Compared(PARAMS, found, {}, tokens | {"test_sha256": "y"}).answer().startswith("Outdated")
+    assert Compared(PARAMS, {}, {}, tokens).answer().startswith("Not run yet")
+
+
+def test_the_curve_over_train_text_ends_in_the_contest_and_leaves_outdated_rows_out(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    text = toy_text()
+    half = text.first(0.5)
+    assert text.first(1.0) is text
+    assert torch.equal(half.ids["train"], text.ids["train"][: len(text.ids["train"]) // 2])
+    assert torch.equal(half.ids["test"], text.ids["test"])
+    assert Run(2, 0.01, 0.5).file() != Run(2, 0.01, 0.25).file() != Run(2, 0.01).file()
+    tokens = {f"{split}_sha256": one for split, one in text.digests().items()}
+    tokens |= {"train_tokens": 1000, "test_fivegram_ppl": 50.0}
+    made = {name: {"made_of": made_of(name, PARAMS, text.digests())} for name in ("gru", "fivegram")}
+    found = {"gru": {"ppl": 31.0, "ppl_0": 30.0, "ppl_1": 32.0} | made["gru"]}
+    curves = {"gru": {"0.25": {"ppl_0": 60.0, "ppl_1": 62.0}}, "fivegram": {"0.25": {"ppl_0": 70.0}}}
+    curves = {name: one | made[name] for name, one in curves.items()}
+    compared = Compared(PARAMS, found, curves, tokens)
+    assert [(size, one.mean) for size, one in compared.curves["gru"]] == [(250, 61), (1000, 31)]
+    assert [(size, one.mean) for size, one in compared.curves["fivegram"]] == [(250, 70), (1000, 50)]
+    drawn = {"scaling": scaling(tmp_path, compared.curves)}
+    assert (tmp_path / "scaling.svg").stat().st_size > 1000
+    assert "gru 61.0 to 31.0" in drawn["scaling"].alt
+    for old in ({"gru": curves["gru"] | {"made_of": "x"}}, {"gru": curves["gru"]}):
+        kept = found if old["gru"]["made_of"] == "x" else {}
+        assert not Compared(PARAMS, kept, old, tokens).curves
+    wrong = {"contest.scaling.models": {"gru": 1}, "contest.peers": {"lstm": 0.1}}
+    with pytest.raises(ParamsError, match=r"scaling\.models must be of contest\.own or contest\.peers, got gru"):
+        changed(PARAMS, wrong, "test")

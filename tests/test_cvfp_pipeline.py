@@ -29,10 +29,13 @@ from lego.cvfp.text import SPLITS, Text, digest, stream
 from lego.scratch import fingerprint, pipeline_entry
 
 STAGES = yaml.safe_load((ROOT / "stages/cvfp/dvc.yaml").read_text())["stages"]
-BASELINES = yaml.safe_load((ROOT / "stages/cvfp/baselines/dvc.yaml").read_text())["stages"]
-ENTRIES = {f"cvfp/{name}": entry for name, entry in STAGES.items()} | {
-    f"cvfp/baselines/{name}": entry.get("do", entry) for name, entry in BASELINES.items()
-}
+BASELINES, SCALING = (
+    yaml.safe_load((ROOT / f"stages/cvfp/{folder}/dvc.yaml").read_text())["stages"]
+    for folder in ("baselines", "scaling")
+)
+ENTRIES = {f"cvfp/{name}": entry for name, entry in STAGES.items()}
+ENTRIES |= {f"cvfp/baselines/{name}": entry.get("do", entry) for name, entry in BASELINES.items()}
+ENTRIES |= {f"cvfp/scaling/{name}": entry.get("do", entry) for name, entry in SCALING.items()}
 TINY = {
     "data.vocab_size": 300,
     "data.max_tokenizer_bytes": 200_000,
@@ -54,6 +57,8 @@ TINY = {
     "contest.lr_factors": [1.0, 2.0],
     "contest.own": {"sound": 0.01},
     "contest.peers": {"mlp_1": 0.01},
+    "contest.scaling.models": {"sound": 2},
+    "contest.scaling.shares": [0.5],
 }
 
 
@@ -74,9 +79,10 @@ def test_every_section_is_declared_and_every_declared_key_exists():
     assert sections == set(CvfpParams.model_fields)
     values = yaml.safe_load((ROOT / PARAMS).read_text())
     for key in {key.removesuffix(".${key}") for key in keys}:
-        section, _, last = key.partition(".")
-        assert section in values
-        assert not last or last in values[section], key
+        found = values
+        for part in key.split("."):
+            assert part in found, key
+            found = found[part]
 
 
 def test_a_peer_does_not_rerun_for_what_only_cvfp_reads():
@@ -89,7 +95,7 @@ def test_what_a_stage_reads_an_earlier_one_writes_and_timing_is_no_dependency():
     made: set[str] = set()
     for entry in STAGES.values():
         data = {dep for dep in entry["deps"] if dep.startswith(("data/", "metrics/"))}
-        assert data <= made | {"metrics/cvfp/contest.json"}
+        assert data <= made | {"metrics/cvfp/contest.json", "metrics/cvfp/scaling.json"}
         assert not any("timing" in dep for dep in data)
         made |= {name for kind in ("outs", "metrics", "plots") for name in names(entry.get(kind, []))}
 
@@ -127,7 +133,8 @@ def clone(tmp_path_factory) -> Clone:
     values = changed(load(ROOT / PARAMS), TINY, "tiny").model_dump()
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     (clone.folder / "metrics/cvfp").mkdir(parents=True)
-    (clone.folder / "metrics/cvfp/contest.json").write_text("{}\n")
+    for name in ("contest", "scaling"):
+        (clone.folder / f"metrics/cvfp/{name}.json").write_text("{}\n")
     clone.run("dvc", "init", "-q", "-f")
     clone.output = clone.run("dvc", "repro", "stages/cvfp/dvc.yaml")  # type: ignore[attr-defined]
     return clone
@@ -232,7 +239,8 @@ def test_the_profiles_of_the_notes_run_through_all_stages(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["stage"])
     (tmp_path / "stages/cvfp").mkdir(parents=True)
-    write_json("metrics/cvfp/contest.json", {})
+    for name in ("contest", "scaling"):
+        write_json(f"metrics/cvfp/{name}.json", {})
     found = {}
     for profile, left_out in (("seed", ()), ("legacy_seed3", ("tokenize", "report"))):
         params = with_profile(load(ROOT / PARAMS), profile, ROOT / "stages/cvfp/profiles.yaml")
@@ -306,16 +314,23 @@ def test_the_contest_runs_goes_on_after_a_kill_and_reaches_the_page(clone):
     runs = scratch / fingerprint_in(clone, "cvfp/baselines/peers@mlp_1") / "runs"
     runs.mkdir(parents=True)  # as a killed run leaves it: the first rate of the first seed is done
     made = {"val_loss": 0.5, "ppl": 2.0, "bits_per_byte": 1.0, "parameters": 3, "tokens": 4, "seconds": 5.0}
-    made |= {"parameters_without_embeddings": 2}
+    made |= {"parameters_without_embeddings": 2, "peak_mib": 6.0}
     (runs / "0-0.01.json").write_text(json.dumps(made))
     said = clone.run("python", "-m", "stages.cvfp.baselines.peers", "mlp_1")
     assert said.count("seed 0, rate") == 1
     assert clone.json("metrics/cvfp/baselines/mlp_1.json")["ppl_0"] == 2.0
     clone.run("dvc", "repro", "-f", "stages/cvfp/baselines/dvc.yaml:peers@mlp_1")
+    clone.run("dvc", "repro", "stages/cvfp/scaling/dvc.yaml")
+    curves = clone.json("metrics/cvfp/scaling.json")
+    assert set(curves) == {"sound", "fivegram"}
+    assert set(curves["sound"]["0.5"]) == {"ppl_0", "ppl_1"}
+    assert curves["sound"]["0.5"]["ppl_0"] > found["sound"]["ppl_0"]  # half of the text
+    assert curves["fivegram"]["0.5"]["ppl_0"] > clone.json("metrics/cvfp/tokenize.json")["test_fivegram_ppl"]
     clone.run("dvc", "repro", "stages/cvfp/dvc.yaml:report")
     page = (clone.folder / "metrics/cvfp/report.md").read_text()
     assert "On text that neither phase has seen, `sound` has a perplexity of" in page
     assert "| mlp_1 |" in page
+    assert "Held-out perplexity by train text" in page
     assert "outdated" not in page
     refused = clone.run("python", "-m", "stages.cvfp.baselines.peers", "bert", fails=True)
     assert "error: give one of the models of contest.peers: mlp_1" in refused

@@ -283,8 +283,8 @@ SIBLINGS = {  # rooms of lego that a sibling system may import: the ground floor
 
 @pytest.mark.parametrize("system", SIBLINGS)
 def test_a_sibling_system_stands_on_the_ground_floor_and_the_house_not_on_it(system):
-    files = [*(ROOT / "lego" / system).glob("*.py"), *(ROOT / "stages" / system).glob("*.py")]
-    for file in files:
+    files = {*(ROOT / "lego" / system).glob("*.py"), *(ROOT / "stages" / system).glob("*.py")}
+    for file in files - {ROOT / "stages/satipatthana/bridge.py"}:  # whose task it is to know both
         for imported in imported_files(file):
             place = imported.relative_to(ROOT).as_posix()
             if place.startswith("lego/") and not place.startswith(f"lego/{system}/") and imported.stem != "__init__":

@@ -20,8 +20,9 @@ from lego.satipatthana.sections import PARAMS, SatipatthanaParams, changed, load
 from lego.satipatthana.store import load as load_system
 
 STAGES = yaml.safe_load((ROOT / "stages/satipatthana/dvc.yaml").read_text())["stages"]
+BRIDGE = yaml.safe_load((ROOT / "stages/satipatthana/ashem/dvc.yaml").read_text())["stages"]
 ENTRIES = {name: entry.get("do", entry) for name, entry in STAGES.items()}
-SCRIPTS = {name: re.sub(r"\d$", "", name) for name in STAGES}
+SCRIPTS = {name: re.sub(r"\d$", "", name) for name in (*STAGES, *BRIDGE)}
 TINY = {
     "seeds": 2,
     "task.name": "wine",
@@ -38,20 +39,30 @@ TINY = {
 }
 
 
-def declared(entry: dict) -> list[str]:
-    return [key for one in entry["params"] for keys in one.values() for key in keys]
+def declared(entry: dict, file: str = PARAMS.as_posix()) -> list[str]:
+    return [key for one in entry["params"] for key in one.get(file, [])]
 
 
-@pytest.mark.parametrize("stage", ENTRIES)
+@pytest.mark.parametrize("stage", SCRIPTS)
 def test_deps_equal_the_transitive_imports(stage):
-    found = {dep for dep in ENTRIES[stage]["deps"] if dep.endswith(".py")}
+    entry = (ENTRIES | BRIDGE)[stage]
+    found = {dep for dep in entry["deps"] if dep.endswith(".py")}
     assert found == transitive_imports(f"satipatthana/{SCRIPTS[stage]}")
     expected = f"python -m stages.satipatthana.{SCRIPTS[stage]}"
-    assert ENTRIES[stage]["cmd"].startswith(expected)
+    assert entry["cmd"].startswith(expected)
+
+
+def test_the_bridge_reads_what_the_root_makes_and_no_stage_waits_for_it():
+    root = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    made = {name for entry in root.values() for kind in ("outs", "metrics") for name in names(entry.get(kind, []))}
+    bridge = BRIDGE["bridge"]
+    assert {dep for dep in bridge["deps"] if dep.startswith(("data/", "metrics/"))} <= made
+    assert declared(bridge, "params.yaml") == ["evaluation.batch_size", "routing.hard_ratio"]
+    assert not any("ashem" in dep for entry in ENTRIES.values() for dep in entry["deps"])
 
 
 def test_every_section_is_declared_and_every_declared_key_exists():
-    keys = {key for entry in ENTRIES.values() for key in declared(entry)}
+    keys = {key for entry in (ENTRIES | BRIDGE).values() for key in declared(entry)}
     assert {key.split(".")[0] for key in keys} == set(SatipatthanaParams.model_fields)
     values = yaml.safe_load((ROOT / PARAMS).read_text())
     for key in keys:
@@ -122,9 +133,9 @@ def test_all_stages_in_one_process(tmp_path, monkeypatch):
 
 
 def test_compat_declares_what_its_profile_leaves_to_the_parameters():
-    wanted = set(SatipatthanaParams.model_fields) - {"task", "test", "peers", "ablations"}
+    wanted = set(SatipatthanaParams.model_fields) - {"task", "test", "peers", "ablations", "bridge"}
     assert set(declared(ENTRIES["compat"])) == wanted
-    assert set(declared(ENTRIES["report"])) >= set(SatipatthanaParams.model_fields) - {"threads"}
+    assert set(declared(ENTRIES["report"])) >= set(SatipatthanaParams.model_fields) - {"threads", "bridge"}
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,8 @@ def made_of(name: str, params: CvfpParams, text: dict[str, Any]) -> str:
         params: all of them.
         text: digests of the ids by split, as `lego.cvfp.text.digests` gives them.
     """
+    if name not in params.contest.lr:  # an n-gram
+        return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
     values = params.model_dump()
     own = name in params.contest.own
     used = {key: values[key] for key in (*OF_ALL, *(OF_OWN if own else ("peers",)))}

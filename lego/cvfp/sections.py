@@ -166,6 +166,13 @@ class Phase2Params(Section):
     grad_clip: Positive
 
 
+class ScalingParams(Section):
+    """The curve over train text: which models, on which parts of it, how often."""
+
+    models: dict[Form | Peer, Count]
+    shares: Annotated[list[Share], Field(min_length=1)]
+
+
 class ContestParams(Section):
     """Which models are compared over seeds, and the rates their search begins from (specification, section 12)."""
 
@@ -175,6 +182,14 @@ class ContestParams(Section):
     lr_factors: Annotated[list[Positive], Field(min_length=1)]
     own: dict[Form, Positive]
     peers: dict[Peer, Positive]
+    scaling: ScalingParams
+
+    @model_validator(mode="after")
+    def _scaled_models_are_of_the_contest(self) -> ContestParams:
+        for name in self.scaling.models:
+            if name not in self.lr:
+                raise ValueError(f"scaling.models must be of contest.own or contest.peers, got {name}")
+        return self
 
     @property
     def lr(self) -> dict[str, float]:

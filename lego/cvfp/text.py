@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +140,13 @@ class Text:
     def bits_per_byte(self, loss: float, split: str) -> float:
         """A mean loss in nats a token as bits a byte of text."""
         return loss / math.log(2) * (len(self.ids[split]) - 1) / self.bytes_of(split)
+
+    def first(self, share: float) -> Text:
+        """The same held-out text with the first `share` of train alone."""
+        if share == 1:
+            return self
+        train = self.ids["train"]
+        return replace(self, ids=self.ids | {"train": train[: round(share * len(train))]})
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of the ids by split."""

@@ -239,6 +239,12 @@ class AblationsParams(Section):
     lr: Positive
 
 
+class BridgeParams(Section):
+    """Trust as an exit criterion of ASHEM: how many tokens it is trained on."""
+
+    rows: Annotated[int, at_least(64)]
+
+
 class SatipatthanaParams(Section):
     """The whole of stages/satipatthana/params.yaml."""
 
@@ -265,6 +271,7 @@ class SatipatthanaParams(Section):
     reject: RejectParams
     peers: PeersParams
     ablations: AblationsParams
+    bridge: BridgeParams
 
     @model_validator(mode="after")
     def _fits_together(self) -> SatipatthanaParams:

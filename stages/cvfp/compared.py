@@ -37,21 +37,39 @@ CLAIMS = {  # what training contexts changes: with it and without, the same netw
 
 @dataclass(frozen=True)
 class Compared:
-    """What metrics/cvfp/contest.json holds, under these parameters and metrics of tokenize."""
+    """What metrics/cvfp/contest.json and scaling.json hold, under these parameters and metrics of tokenize."""
 
     params: CvfpParams
     found: dict[str, dict[str, Any]]
+    scaling: dict[str, dict[str, Any]]
     tokens: dict[str, Any]
 
     @cached_property
     def current(self) -> dict[str, dict[str, Any]]:
         """Models whose rows are of this text and these parameters."""
-        text = {split: self.tokens[f"{split}_sha256"] for split in SPLITS}
         return {
-            name: one
-            for name, one in self.found.items()
-            if name in self.params.contest.lr and one["made_of"] == made_of(name, self.params, text)
+            name: one for name, one in self.found.items() if name in self.params.contest.lr and self.fits(name, one)
         }
+
+    def fits(self, name: str, one: dict[str, Any]) -> bool:
+        """Whether a model's numbers are of this text and these parameters."""
+        text = {split: self.tokens[f"{split}_sha256"] for split in SPLITS}
+        return one["made_of"] == made_of(name, self.params, text)
+
+    @cached_property
+    def curves(self) -> dict[str, list[tuple[float, Interval]]]:
+        """Train tokens and perplexity with its interval, by current model of the curve over train text."""
+        found, train = {}, self.tokens["train_tokens"]
+        for name, one in self.scaling.items():
+            whole = [self.tokens["test_fivegram_ppl"]] if name == "fivegram" else None
+            if whole is None and name in self.current:
+                whole = self.over_seeds(name)
+            if whole is None or not self.fits(name, one):
+                continue
+            shares = {float(share): list(seeds.values()) for share, seeds in one.items() if share != "made_of"}
+            points = sorted((shares | {1.0: whole}).items())
+            found[name] = [(share * train, mean_interval(seeds)) for share, seeds in points]
+        return found
 
     def over_seeds(self, name: str, key: str = "ppl") -> list[float]:
         one = self.found[name]
@@ -124,13 +142,29 @@ class Compared:
             page.figure(figures["perplexity"], FOLDER)
         rows = [self._row(name) for name in sorted(self.found, key=lambda name: self.found[name]["ppl"])]
         for name, ppl in self.ngrams().items():
-            rows.append([name, f"{ppl:.2f}", f"{self.tokens[f'test_{name}_bits_per_byte']:.3f}", *[""] * 6])
+            rows.append([name, f"{ppl:.2f}", f"{self.tokens[f'test_{name}_bits_per_byte']:.3f}", *[""] * 7])
         header = ["model", "held-out perplexity", "bits per byte", "parameters", "without embeddings"]
-        header += ["tokens in training", "a run took", "rate", ""]
+        header += ["tokens in training", "a run took", "peak memory", "rate", ""]
         page.table(header, rows, "Held-out text, mean and 95 % interval over seeds.")
         page.points([f"`{name}`: {said}" for name, said in FORMS.items() if name in self.found])
         if said := self.claims():
             page.points(said)
+        self._write_curves(page, figures)
+
+    def _write_curves(self, page: Page, figures: dict[str, Figure]) -> None:
+        if "scaling" not in figures:
+            return
+        page.figure(figures["scaling"], FOLDER)
+        sizes = sorted({tokens for points in self.curves.values() for tokens, _ in points})
+        rows = [
+            [name, *(f"{values[size]:.2f}" if size in values else "" for size in sizes)]
+            for name, values in ((name, dict(points)) for name, points in self.curves.items())
+        ]
+        page.table(
+            ["train tokens", *(f"{size / 1e3:,.0f} k" for size in sizes)],
+            rows,
+            "Held-out perplexity by train text, with intervals over seeds; parts at the rate found on the whole.",
+        )
 
     def _row(self, name: str) -> list[str]:
         one = self.found[name]
@@ -144,6 +178,7 @@ class Compared:
             f"{one['parameters_without_embeddings'] / 1e3:,.0f} k",
             f"{one['tokens'] / 1e6:.2f} M",
             f"{one['seconds']:.0f} s",
+            f"{one['peak_mib']:,.0f} MiB",
             f"{one['lr']:g}",
             "; ".join(notes),
         ]

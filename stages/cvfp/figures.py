@@ -36,6 +36,29 @@ def perplexities(folder: Path, found: dict[str, Interval], ngrams: dict[str, flo
     )
 
 
+def scaling(folder: Path, curves: dict[str, list[tuple[float, Interval]]]) -> Figure:
+    """Held-out perplexity by train tokens."""
+    with picture(folder, "scaling", height=3.8) as axes:
+        for number, (name, points) in enumerate(curves.items()):
+            colour, marker = look(number)
+            sizes, values = [size for size, _ in points], [one for _, one in points]
+            errors = [[one.mean - one.low for one in values], [one.high - one.mean for one in values]]
+            axes.errorbar(
+                sizes, [one.mean for one in values], errors, marker=marker, color=colour, label=name, capsize=3
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("train tokens (log scale)")
+        axes.set_ylabel("held-out perplexity (log scale)")
+        axes.legend()
+    ends = ", ".join(f"{name} {points[0][1].mean:.1f} to {points[-1][1].mean:.1f}" for name, points in curves.items())
+    return Figure(
+        folder / "scaling.svg",
+        f"Held-out perplexity falls with train text: {ends}",
+        "Held-out perplexity by train text, equal parameters; bars: 95 % interval over seeds.",
+    )
+
+
 def memory(folder: Path, facts: dict[str, Any], params: CvfpParams) -> Figure:
     """What a context tells of the tokens before it."""
     lags = [lag for lag in range(params.checks.lags + 1) if f"r2_lag_{lag}" in facts]

@@ -18,7 +18,7 @@ from lego.harness import RECORDED_PACKAGES, Stage, exit_cleanly
 from lego.page import Figure, Page
 from lego.progress import share
 from stages.cvfp.compared import FOLDER, Compared
-from stages.cvfp.figures import Column, memory, perplexities, settling
+from stages.cvfp.figures import Column, memory, perplexities, scaling, settling
 
 DEGENERATE = ("constant", "identity", "token_blind", "memoryless")
 
@@ -124,7 +124,7 @@ def build(params: CvfpParams, figures: dict[str, Figure], compared: Compared) ->
             f"Train contexts of `seed` and `seed_untrained` are settled in {params.contest.seed_sweeps} sweeps (0 = "
             "until they rest), as their networks do not forget; test contexts are exact.",
             "Equal tokens are not equal time: what a run took is in the table (one thread, others beside it), and "
-            "recurrent networks of our own step in Python.",
+            "recurrent networks of our own step in Python. Peak memory is of the whole process, PyTorch included.",
         ]
     )
     page.heading("Made with")
@@ -138,7 +138,9 @@ def build(params: CvfpParams, figures: dict[str, Figure], compared: Compared) ->
 def main() -> None:
     params = load()
     with Stage("cvfp/report", params.seed):
-        compared = Compared(params, read_json(FOLDER / "contest.json"), read_json(FOLDER / "tokenize.json"))
+        compared = Compared(
+            params, *(read_json(FOLDER / f"{name}.json") for name in ("contest", "scaling", "tokenize"))
+        )
         facts, pictures = read_json(FOLDER / "evaluate.json"), FOLDER / "pictures"
         curves = {name: table(FOLDER / f"curves/{name}.csv") for name in ("convergence", "check_val_convergence")}
         with atomic_folder(pictures) as folder:
@@ -150,6 +152,8 @@ def main() -> None:
             }
             if compared.current:
                 drawn["perplexity"] = perplexities(folder, compared.intervals(), compared.ngrams())
+            if compared.curves:
+                drawn["scaling"] = scaling(folder, compared.curves)
         figures = {name: replace(one, file=pictures / one.file.name) for name, one in drawn.items()}
         page = build(params, figures, compared)
         write_text(FOLDER / "report.html", page.html())

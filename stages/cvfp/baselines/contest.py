@@ -3,13 +3,14 @@
 What `own` and `peers` share: -> metrics/cvfp/baselines/<model>.json.
 """
 
+import resource
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,37 +23,50 @@ from lego.harness import Stage, StageError
 Compete = Callable[[str, CvfpParams, Text, int, float], dict[str, Any]]
 
 
-def one_run(compete: Compete, name: str, params: CvfpParams, run: tuple[int, float]) -> dict[str, Any]:
-    """In a process of its own, on one thread."""
+class Run(NamedTuple):
+    """A seed's number, a rate, and the share of train text from its start."""
+
+    seed: int
+    lr: float
+    share: float = 1.0
+
+    def file(self) -> str:
+        part = "" if self.share == 1 else f"-{self.share:g}"
+        return f"{self.seed}-{self.lr:g}{part}.json"
+
+
+def one_run(compete: Compete, name: str, params: CvfpParams, run: Run) -> dict[str, Any]:
+    """In a process that serves this model alone, on one thread."""
     torch.set_num_threads(1)
     torch.set_deterministic_debug_mode("error")
-    seed, lr = run
-    text, own = read_text_ids("data/cvfp/tokens"), derived_seed(params.seed, f"contest/{seed}")  # the same for all
+    own = derived_seed(params.seed, f"contest/{run.seed}")  # the same for all models
+    text = read_text_ids("data/cvfp/tokens").first(run.share)
     begun = time.perf_counter()
     try:
-        found = compete(name, params, text, own, lr)
-        return found | {"seconds": time.perf_counter() - begun - found.pop("seconds_besides", 0.0)}
+        found = compete(name, params, text, own, run.lr)
+        seconds = time.perf_counter() - begun - found.pop("seconds_besides", 0.0)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # KiB on Linux
+        return found | {"seconds": seconds, "peak_mib": peak}
     except FloatingPointError as error:  # of a rate that is too high; the search takes another
         return {"val_loss": sys.float_info.max, "diverged": str(error)}
 
 
-def kept(
-    stage: Stage, work: Callable[[tuple[int, float]], dict[str, Any]], runs: list[tuple[int, float]], workers: int
-) -> list[dict[str, Any]]:
+def kept(stage: Stage, work: Callable[[Run], dict[str, Any]], runs: list[Run], workers: int) -> list[dict[str, Any]]:
     """Results of the runs in order; those that a killed stage finished are taken from its scratch folder."""
-    files = [stage.keep("runs") / f"{seed}-{lr:g}.json" for seed, lr in runs]
+    files = [stage.keep("runs") / run.file() for run in runs]
     missing = [(file, run) for file, run in zip(files, runs, strict=True) if not file.exists()]
     stage.continued |= len(missing) < len(runs)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for (file, (seed, lr)), found in zip(missing, pool.map(work, [run for _, run in missing]), strict=True):
+        for (file, run), found in zip(missing, pool.map(work, [run for _, run in missing]), strict=True):
             write_json(file, found)
+            part = "" if run.share == 1 else f", {run.share:g} of train"
             said = found.get("diverged") or f"validation loss {found['val_loss']:.4f}, ppl {found['ppl']:.2f}"
-            print(f"seed {seed}, rate {lr:g}: {said}", flush=True)
+            print(f"seed {run.seed}, rate {run.lr:g}{part}: {said}", flush=True)
     return [read_json(file, "val_loss") for file in files]
 
 
 def chosen(
-    name: str, params: CvfpParams, base: float, runs: Callable[[list[tuple[int, float]]], list[dict[str, Any]]]
+    name: str, params: CvfpParams, base: float, runs: Callable[[list[Run]], list[dict[str, Any]]]
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Results by seed at the rate that suits the first one, and what was searched.
 
@@ -60,9 +74,9 @@ def chosen(
         StageError: a seed diverged at that rate.
     """
     rates = [base * factor for factor in params.contest.lr_factors]
-    first = runs([(0, lr) for lr in rates])
+    first = runs([Run(0, lr) for lr in rates])
     best = min(range(len(rates)), key=lambda number: first[number]["val_loss"])
-    found = [first[best], *runs([(seed, rates[best]) for seed in range(1, params.contest.seeds)])]
+    found = [first[best], *runs([Run(seed, rates[best]) for seed in range(1, params.contest.seeds)])]
     if diverged := [number for number, one in enumerate(found) if "diverged" in one]:
         raise StageError(f"{name}: seed {diverged[0]} diverged at rate {rates[best]:g}; lower its rate in contest")
     at_an_end = best in (0, len(rates) - 1) and len(rates) > 1
@@ -89,6 +103,7 @@ def run(group: str, compete: Compete) -> None:
         text, work = read_text_ids("data/cvfp/tokens"), partial(one_run, compete, name, params)
         found, metrics = chosen(name, params, rates[name], lambda runs: kept(stage, work, runs, params.contest.workers))
         stage.record |= {"seconds_a_run": sum(one.pop("seconds") for one in found) / len(found)}
+        stage.record |= {"peak_mib": max(one.pop("peak_mib") for one in found)}
         for key in ("ppl", "bits_per_byte"):
             metrics |= {f"{key}_{seed}": one[key] for seed, one in enumerate(found)}
         metrics |= {key: sum(one[key] for one in found) / len(found) for key in found[0]}

@@ -10,12 +10,18 @@ from lego.cvfp.sections import WRITTEN, load
 from lego.harness import Stage, exit_cleanly
 
 
+def spent(name: str) -> dict[str, float]:
+    """Seconds of a run and the most memory that its process held, which are no metrics: they differ by machine."""
+    record = read_json(f"metrics/timing/cvfp/baselines/{name}.json", "seconds_a_run", "peak_mib")
+    return {"seconds": record["seconds_a_run"], "peak_mib": record["peak_mib"]}
+
+
 def main() -> None:
     params = load()
     with Stage("cvfp/baselines/gather"):
         found = {
             name: read_json(f"metrics/cvfp/baselines/{name}.json", "ppl", "bits_per_byte", "parameters", "made_of")
-            | {"seconds": read_json(f"metrics/timing/cvfp/baselines/{name}.json", "seconds_a_run")["seconds_a_run"]}
+            | spent(name)
             for name in params.contest.lr
         }
         write_json("metrics/cvfp/contest.json", found)
