@@ -50,9 +50,9 @@ def mean_energy(log: SantanaLog) -> Tensor:
     return log.energies().sum(dim=0) / log.steps.clamp_min(1)
 
 
-def whole_way(log: SantanaLog) -> Tensor:
-    """Distance (B,) of the log's last state from its first: what the original called velocity."""
-    return (log.final - log.initial).norm(dim=1)
+def whole_way(state: Tensor, log: SantanaLog) -> Tensor:
+    """Distance (B,) of the state that is shown from the log's first: what the original called velocity."""
+    return (state - log.initial).norm(dim=1)
 
 
 def dynamics2(state: Tensor, log: SantanaLog, kind: str = "last_step") -> Tensor:
@@ -61,9 +61,9 @@ def dynamics2(state: Tensor, log: SantanaLog, kind: str = "last_step") -> Tensor
     Args:
         state: states (B, d) that are shown.
         log: of the way.
-        kind: `last_step`, from the state that is shown, or `whole_way`, from the log alone.
+        kind: of the first: `last_step` or `whole_way`; both see the state that is shown.
     """
-    first = velocity(state, log) if kind == "last_step" else whole_way(log)
+    first = velocity(state, log) if kind == "last_step" else whole_way(state, log)
     return torch.stack([first, mean_energy(log)], dim=1).log1p()
 
 

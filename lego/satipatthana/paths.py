@@ -69,6 +69,7 @@ def damaged(
     settings: Stage2Params,
     void: VoidSource | None,
     generator: torch.Generator,
+    deserved: Tensor | None = None,
 ) -> Rows:
     """Runs the frozen engine on a batch whose rows are assigned to paths at random (6.4b).
 
@@ -81,11 +82,14 @@ def damaged(
         settings: upper end of the severities, and what void rows deserve.
         void: source of inputs from outside.
         generator: of every draw.
+        deserved: trust (B,) that clean rows deserve, and augmented ones before their noise; default 1.
     """
     own = {path: count for path, count in counts.items() if path != "void"}
-    parts = dict(
-        zip(own, x[torch.randperm(len(x), generator=generator)].split([*own.values(), *_rest(x, own)]), strict=False)
-    )
+    drawn = torch.randperm(len(x), generator=generator).split([*own.values(), *_rest(x, own)])
+    parts = {path: x[places] for path, places in zip(own, drawn, strict=False)}
+    rights = {path: places.new_ones(len(places), dtype=x.dtype) for path, places in zip(own, drawn, strict=False)}
+    if deserved is not None:
+        rights = {path: deserved[places] for path, places in zip(own, drawn, strict=False)}
     noisy, severity = system.augmenter(parts.get("augmented", x[:0]), settings.noise_level, generator)
     inputs = {"clean": parts["clean"], "augmented": noisy, "mismatch": parts.get("mismatch", x[:0])}
     if counts.get("void"):
@@ -94,10 +98,12 @@ def damaged(
         inputs["void"] = void.draw(counts["void"], generator)
     thought = system.samatha(torch.cat(list(inputs.values())))
     state, log, encoded = thought.state, thought.log, thought.encoded
-    deserved = {"clean": 1.0, "mismatch": 0.0, "void": settings.void_target}
-    targets = [severity.new_full((len(rows),), deserved.get(path, 0.0)) for path, rows in inputs.items()]
-    targets[1] = (1 - severity).clamp(0, 1)  # of the augmented ones
-    target = torch.cat(targets)
+    wanted = {path: severity.new_full((len(rows),), 0.0) for path, rows in inputs.items()}
+    wanted["clean"] = rights["clean"]
+    wanted["augmented"] = (1 - severity).clamp(0, 1) * rights.get("augmented", severity)
+    if "void" in wanted:
+        wanted["void"] += settings.void_target
+    target = torch.cat(list(wanted.values()))
     path = torch.cat([torch.full((len(rows),), PATHS.index(name)) for name, rows in inputs.items()])
     if len(inputs["mismatch"]):
         state = _mismatched(state, path, generator)

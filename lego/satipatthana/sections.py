@@ -153,6 +153,7 @@ class StageParams(Section):
     lr: Positive
     batch_size: Annotated[int, at_least(2, 10**6)]
     grad_clip: Positive
+    patience: CountOrZero
 
 
 class Stage1Params(StageParams):
@@ -168,6 +169,7 @@ class Stage1Params(StageParams):
 class Stage2Params(StageParams):
     noise_level: Unit
     void_target: Annotated[Number, within("[0, 1)")]
+    correctness: bool
 
 
 class PathsParams(Section):

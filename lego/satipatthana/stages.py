@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from sklearn.cluster import KMeans
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import AdamW
@@ -32,6 +34,9 @@ TRAINABLE = {
 }
 LEAST_DISTINCT = 0.5  # share of train rows whose settled states differ, below which a stage is not begun
 VACUOUS = 0.99  # share of uniform rows that a filter keeps, above which it is none
+PLATEAU = 0.01  # the least share by which a loss falls that still counts as progress
+RESTED = 1e-3  # relative length of the last step below which states have settled
+FOLDS = 5
 POOLED = {"dynamics2": ("clean", "augmented", "mismatch"), "grounded8": ()}  # what a trust head cannot tell apart
 
 
@@ -131,9 +136,45 @@ def run_stage(system: Satipatthana, spec: StageSpec, seed: int) -> list[dict[str
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(term.detach()) / per_epoch
         history.append(sums)
+        if settings.patience and finished(spec.number, history, settings.patience):
+            print(f"stage {spec.number}: nothing changes any more; it ends after epoch {epoch + 1}", flush=True)
+            break
     system.requires_grad_(False)
     system.eval()
     return history
+
+
+def finished(number: int, history: list[dict[str, float]], patience: int) -> bool:
+    """Whether a stage may end before its epochs are over (R-5.7).
+
+    Stage 1 once states have settled, measured by their last step; the others once the loss falls no more, which in
+    stage 2 is that of trust above its floor.
+
+    Args:
+        number: of the stage.
+        history: terms by epoch.
+        patience: epochs for which it must hold.
+    """
+    if len(history) <= patience:
+        return False
+    if number == 1:
+        return all(one["residual"] < RESTED for one in history[-patience:])
+    values = [one["trust"] - one["floor"] if number == 2 else one["loss"] for one in history]
+    return min(values[-patience:]) > (1 - PLATEAU) * min(values[:-patience])
+
+
+def cross_fitted(states: Tensor, y: Tensor, seed: int) -> Tensor:
+    """Whether a guide that was fitted on other rows tells the class of each state (n, d) -> (n,) of 0 and 1 (R-9.4).
+
+    The guide is a logistic regression; the states themselves have seen all rows. A class with fewer rows than folds is
+    taken as right.
+    """
+    rows, labels = states.double().numpy(), y.numpy()
+    if int(torch.bincount(y)[torch.unique(y)].min()) < FOLDS:
+        return torch.ones(len(y))
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed % 2**32)
+    guess = cross_val_predict(LogisticRegression(max_iter=500), rows, labels, cv=folds)
+    return torch.from_numpy(guess == labels).float()
 
 
 def check_gradients(system: Satipatthana, spec: StageSpec, generator: torch.Generator) -> list[str]:
@@ -245,7 +286,8 @@ def _stage1(system: Satipatthana, train: Split, places: Tensor, generator: torch
     if system.aux is not None:
         terms["guidance"] = functional.cross_entropy(system.aux(thought.state), train.y[places])
     weighted = [getattr(settings, f"weight_{name}") * term for name, term in terms.items()]
-    return terms | {"loss": torch.stack(weighted).sum()}
+    residual = (last - before).norm(dim=1) / last.norm(dim=1).clamp_min(torch.finfo(last.dtype).tiny)
+    return terms | {"loss": torch.stack(weighted).sum(), "residual": residual.mean().detach()}
 
 
 def start_probes(system: Satipatthana, x: Tensor, seed: int) -> None:
@@ -279,10 +321,11 @@ def _stage2(system: Satipatthana, train: Split, params: SatipatthanaParams, seed
         system.eval()
         thought = system.samatha(train.x)
         system.vipassana.learn_range(thought.state, lambda: system.look(thought)[0].features, seed)
+    right = cross_fitted(thought.state, train.y, seed) if settings.correctness else torch.ones(len(train))
 
     def loss(places: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         counts = allocate(shares, len(places))
-        rows = damaged(system, train.x[places], counts, settings, source, generator)
+        rows = damaged(system, train.x[places], counts, settings, source, generator, right[places])
         scores = system.view(rows.state, rows.log, rows.recon_error).scores()
         terms = losses(scores, rows, weights)
         lowest, constant = floor(rows.target, rows.path, pooled)
