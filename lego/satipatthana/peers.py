@@ -18,8 +18,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from lego.satipatthana import metrics
 from lego.satipatthana.nets import perceptron
 from lego.satipatthana.reject import fit_temperature
-from lego.satipatthana.sections import PeersParams
+from lego.satipatthana.sections import PeersParams, VoidParams
 from lego.satipatthana.tasks import Split, Task
+from lego.satipatthana.void import VoidSource
+
+EXPOSURE = 0.5  # weight of outliers in the loss, as Hendrycks et al. have it
 
 
 class Plain(nn.Module):
@@ -42,8 +45,11 @@ class Plain(nn.Module):
         return features, self.head(features)
 
 
-def train_plain(task: Task, settings: PeersParams, seed: int) -> Plain:
-    """One classifier, by cross-entropy on train rows with a linear schedule."""
+def train_plain(task: Task, settings: PeersParams, seed: int, outliers: VoidSource | None = None) -> Plain:
+    """One classifier, by cross-entropy on train rows with a linear schedule.
+
+    With outliers, as many of them as train rows should get equal probabilities (Hendrycks et al. 2019, equation 2).
+    """
     torch.manual_seed(seed)
     size = int(np.prod(task.shape))
     model = Plain(size, settings.hidden, settings.dim, len(task.classes))
@@ -54,6 +60,9 @@ def train_plain(task: Task, settings: PeersParams, seed: int) -> Plain:
     for _ in range(settings.epochs):
         for places in torch.randperm(rows, generator=generator).split(settings.batch_size):
             loss = functional.cross_entropy(model(task.train.x[places])[1], task.train.y[places])
+            if outliers is not None:
+                strange = model(outliers.draw(len(places), generator))[1]
+                loss = loss - EXPOSURE * functional.log_softmax(strange, dim=1).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
@@ -69,8 +78,15 @@ class Scored:
     trust: Callable[[Tensor], np.ndarray]
 
 
-def peer(name: str, task: Task, settings: PeersParams, seed: int) -> Scored:
-    """A trained peer: msp, energy, knn, mahalanobis, ensemble, temperature, isolation_forest.
+def peer(name: str, task: Task, settings: PeersParams, seed: int, void: VoidParams) -> Scored:
+    """A trained peer.
+
+    Args:
+        name: one of `lego.satipatthana.sections.PeerName`.
+        task: train rows are learned from, validation rows fit a temperature.
+        settings: section `peers`.
+        seed: of weights and order.
+        void: outliers of the one peer that is trained with them, the same kinds as stage 2 has.
 
     Raises:
         ValueError: there is no such peer.
@@ -78,7 +94,8 @@ def peer(name: str, task: Task, settings: PeersParams, seed: int) -> Scored:
     if name == "ensemble":
         models = [train_plain(task, settings, seed * 1000 + number) for number in range(settings.members)]
     else:
-        models = [train_plain(task, settings, seed)]
+        outliers = VoidSource(task.train.x, task.train.y, void) if name == "outlier_exposure" else None
+        models = [train_plain(task, settings, seed, outliers)]
     temperature = (
         fit_temperature(_logits(models[0], task.validation.x), task.validation.y) if name == "temperature" else 1.0
     )
@@ -99,13 +116,16 @@ def _trust(
     probabilities: Callable[[Tensor], np.ndarray],
 ) -> Callable[[Tensor], np.ndarray]:
     match name:
-        case "msp" | "temperature" | "ensemble":
+        case "msp" | "temperature" | "ensemble" | "outlier_exposure":
             return lambda x: probabilities(x).max(axis=1)
         case "energy":  # Liu et al. 2020
             return lambda x: torch.logsumexp(_logits(model, x).double(), dim=1).numpy()
         case "knn":  # Sun et al. 2022: distance to the k-th neighbour of normalized features
             neighbours = NearestNeighbors(n_neighbors=settings.neighbours).fit(_unit(_features(model, task.train.x)))
             return lambda x: -neighbours.kneighbors(_unit(_features(model, x)))[0][:, -1]
+        case "input_knn":  # the same of the inputs as they are
+            near = NearestNeighbors(n_neighbors=settings.neighbours).fit(task.train.x.flatten(1).numpy())
+            return lambda x: -near.kneighbors(x.flatten(1).numpy())[0][:, -1]
         case "mahalanobis":  # Lee et al. 2018: nearest class mean under a shared covariance
             rows, labels = _features(model, task.train.x), task.train.y.numpy()
             means = np.stack([rows[labels == one].mean(axis=0) for one in range(len(task.classes))])

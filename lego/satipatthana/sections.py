@@ -31,7 +31,17 @@ SAME = {  # kinds of void and of test that are one kind, however they are called
     "filtered_uniform": ("filtered_uniform", "uniform"),
     "patch_permutation": ("patch_permutation", "pixel_perm"),
 }
-PeerName = Literal["msp", "energy", "knn", "mahalanobis", "ensemble", "temperature", "isolation_forest"]
+PeerName = Literal[
+    "msp",
+    "energy",
+    "knn",
+    "input_knn",
+    "mahalanobis",
+    "ensemble",
+    "temperature",
+    "outlier_exposure",
+    "isolation_forest",
+]
 
 
 class TaskParams(Section):

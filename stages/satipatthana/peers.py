@@ -23,7 +23,7 @@ def main() -> None:
         task, found = read_task("data/satipatthana/task"), []
         for seed in range(params.seeds):
             own = derived_seed(params.seed, f"satipatthana/peers/{seed}")
-            found.append(judge(peer(name, task, params.peers, own), task.test, task.outside))
+            found.append(judge(peer(name, task, params.peers, own, params.void), task.test, task.outside))
         facts = means(found)
         write_json(f"metrics/satipatthana/peers/{name}.json", facts | {"seeds": [written(one) for one in found]})
         print(f"{name}: accuracy {facts['accuracy']:.4f}, AURC {facts['aurc']:.5f}", flush=True)
