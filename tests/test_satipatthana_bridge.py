@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
 from satipatthana_systems import PARAMS, small
-from sklearn.metrics import roc_auc_score
 
-from lego.criteria import features, needs_logits
-from lego.evaluation import token_table
+from lego.criteria import needs_logits
+from lego.evaluation import TokenTable, token_table
 from lego.harness import StageError
-from lego.routing import RoutedDecoder
+from lego.params import load_params
+from lego.routing import ALWAYS_DEEP, RoutedDecoder
+from lego.satipatthana.ablation import macs
 from lego.satipatthana.sections import with_profile
 from lego.satipatthana.system import Satipatthana
+from lego.satipatthana.tasks import Task
 from lego.transformer import DeepSupervisionTransformer
-from stages.satipatthana.bridge import TrustCriterion, task_of, thresholds, train
+from stages.satipatthana.bridge import AnswerCriterion, TrustCriterion, cuts, task_of, train
+from stages.satipatthana.bridge import told_apart as told_apart_by
 
 DIM, VOCAB = 16, 24
 
@@ -36,16 +40,18 @@ def told_apart() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def system(told_apart) -> Satipatthana:
-    epochs = {f"stage{number}__epochs": 2 if number == 2 else 8 for number in range(4)}
-    return train(task_of(*told_apart, 320, 1), small(PARAMS, stage1__weight_guidance=1.0, stage3__lr=0.01, **epochs))
+    epochs = {f"stage{number}__epochs": 8 for number in range(4)}
+    params = small(PARAMS, stage1__weight_guidance=1.0, stage2__lr=0.01, stage3__lr=0.01, **epochs)
+    return train(task_of(*told_apart, 320, 1), params, 0)
 
 
 def test_the_task_is_drawn_from_exit_states_at_unit_root_mean_square(told_apart):
     states, right = told_apart
     task = task_of(states, right, 320, 1)
-    assert [len(part) for part in (task.train, task.validation, task.test)] == [240, 40, 40]
-    torch.testing.assert_close(task.train.x.square().mean(dim=1), torch.ones(240))
+    assert [len(part) for part in (task.train, task.validation, task.test)] == [280, 40, 40]
+    torch.testing.assert_close(task.train.x.square().mean(dim=1), torch.ones(280))
     assert float(((task.train.x[:, 0] > 0) == task.train.y.bool()).float().mean()) > 0.99
+    assert torch.equal(task.train.deserved, task.train.y.float())
     with pytest.raises(StageError, match=r"bridge\.rows is 401, but there are 400 fitted tokens"):
         task_of(states, right, 401, 1)
     with pytest.raises(StageError, match="right on all fitted tokens or on none"):
@@ -55,32 +61,46 @@ def test_the_task_is_drawn_from_exit_states_at_unit_root_mean_square(told_apart)
 def test_trust_routes_tokens_as_any_criterion_does(system):
     torch.manual_seed(0)
     model = DeepSupervisionTransformer(VOCAB, DIM, 4, 2, exit_layer=2, block2_context="sequence").eval()
-    trust, answer = TrustCriterion(system), TrustCriterion(system, answers=True)
+    trust, answer = TrustCriterion(system), AnswerCriterion(system)
     assert not needs_logits(trust)
     x = torch.randint(VOCAB, (3, 20))
     table = token_table(model, [(x, x.roll(-1, dims=1))], "cpu", {"trust": trust, "answer": answer})
-    cut = thresholds(table, 10, 0.5, ["trust"])["trust"]
+    cut = float(np.median(table.score("trust")))
     read = RoutedDecoder(model, cut, 3, trust).read(x)
     torch.testing.assert_close(read.score.double(), torch.from_numpy(table.score("trust")).double())
-    assert torch.equal(read.deep, read.score < cut)
     assert 0.3 < read.deep.float().mean() < 0.7
-    assert len(trust(torch.zeros(0, DIM))) == 0
+    assert len(trust(torch.zeros(0, DIM))) == len(answer(torch.zeros(0, DIM))) == 0
 
 
-def test_the_answer_learns_whether_block_1_is_right(system):
-    states, right = exit_states(5)  # others than those it was trained on
-    score = TrustCriterion(system, answers=True)(states)
-    assert torch.equal(score, system(features(states)).output.softmax(dim=1)[:, 1])
-    assert roc_auc_score(right.numpy(), score.numpy()) > 0.95
+def test_thresholds_come_from_text_that_nothing_was_fitted_on():
+    scores = np.concatenate([np.zeros(30), np.linspace(0.1, 1, 100)])  # low on the text that was fitted
+    n, root = len(scores), load_params(ROOT / "params.yaml")
+    table = TokenTable(*(np.zeros(n) for _ in range(5)), scores={"trust_0": scores})
+    found = cuts(table, 30, 0.4, root)
+    assert (scores[30:] < found.quantile("trust_0")).mean() == pytest.approx(0.4, abs=0.011)
+    for ratio, expected in ((0.0, 0.0), (1.0, ALWAYS_DEEP)):
+        routing = root.routing.model_copy(update={"hard_ratio": ratio})
+        whole = cuts(table, 30, 0.4, root.model_copy(update={"routing": routing}))
+        assert whole.quantile("trust_0") == expected
 
 
-def test_the_cost_is_measured_and_grows_with_the_size(system, told_apart):
+def test_trust_and_answer_tell_right_from_wrong_on_tokens_they_have_not_seen(system):
+    states, right = exit_states(5)
+    task = task_of(states, right, 400, 2)
+    found = told_apart_by(system, Task(task.train, task.train, task.train, {}, task.classes))
+    assert set(found) == {"trust", "answer"}
+    assert found["answer"] > 0.95
+    assert found["trust"] > 0.8
+
+
+def test_the_cost_is_measured_and_trust_is_spared_the_decoder(system, told_apart):
     states, _ = told_apart
-    macs = TrustCriterion(system).macs(states[:64])
-    width = small().vicara, small().system.dim
-    assert macs > DIM * small().adapter.hidden + width[1] ** 2
-    larger = train(task_of(*told_apart, 128, 1), small(system__dim=16, **{f"stage{n}__epochs": 1 for n in range(4)}))
-    assert TrustCriterion(larger).macs(states[:64]) > macs
+    trust, answer = (macs(one(system), states[:64]) for one in (TrustCriterion, AnswerCriterion))
+    sizes = small()
+    width = sizes.system.dim + system.vipassana.context_dim
+    h = sizes.heads.decoder_hidden
+    assert answer - trust == width * h + h * h + h * 2
+    assert trust > DIM * sizes.adapter.hidden + sizes.system.dim**2
 
 
 def test_the_profile_fits_exit_states():

@@ -25,6 +25,7 @@ ENTRIES = {name: entry.get("do", entry) for name, entry in STAGES.items()}
 SCRIPTS = {name: re.sub(r"\d$", "", name) for name in (*STAGES, *BRIDGE)}
 TINY = {
     "seeds": 2,
+    "workers": 1,
     "task.name": "wine",
     "test.kinds": ["uniform", "noisy_0.5"],
     "peers.names": ["msp", "mahalanobis"],
@@ -57,13 +58,13 @@ def test_the_bridge_reads_what_the_root_makes_and_no_stage_waits_for_it():
     made = {name for entry in root.values() for kind in ("outs", "metrics") for name in names(entry.get(kind, []))}
     bridge = BRIDGE["bridge"]
     assert {dep for dep in bridge["deps"] if dep.startswith(("data/", "metrics/"))} <= made
-    assert declared(bridge, "params.yaml") == ["evaluation.batch_size", "routing.hard_ratio"]
+    assert declared(bridge, "params.yaml") == ["seed", "evaluation.batch_size", "routing"]
     assert not any("ashem" in dep for entry in ENTRIES.values() for dep in entry["deps"])
 
 
 def test_every_section_is_declared_and_every_declared_key_exists():
     keys = {key for entry in (ENTRIES | BRIDGE).values() for key in declared(entry)}
-    assert {key.split(".")[0] for key in keys} == set(SatipatthanaParams.model_fields)
+    assert {key.split(".")[0] for key in keys} == set(SatipatthanaParams.model_fields) - {"workers"}  # changes nothing
     values = yaml.safe_load((ROOT / PARAMS).read_text())
     for key in keys:
         section, _, last = key.partition(".")
@@ -133,16 +134,16 @@ def test_all_stages_in_one_process(tmp_path, monkeypatch):
 
 
 def test_compat_declares_what_its_profile_leaves_to_the_parameters():
-    wanted = set(SatipatthanaParams.model_fields) - {"task", "test", "peers", "ablations", "bridge"}
+    wanted = set(SatipatthanaParams.model_fields) - {"task", "test", "peers", "ablations", "bridge", "workers"}
     assert set(declared(ENTRIES["compat"])) == wanted
-    assert set(declared(ENTRIES["report"])) >= set(SatipatthanaParams.model_fields) - {"threads", "bridge"}
+    assert set(declared(ENTRIES["report"])) >= set(SatipatthanaParams.model_fields) - {"threads", "workers", "bridge"}
 
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Clone:
     """A clone of this tree with tiny parameters, whose pipeline has run."""
     clone = Clone.of_this_tree(tmp_path_factory.mktemp("satipatthana"))
-    values = changed(load(ROOT / PARAMS), TINY, "tiny").model_dump()
+    values = changed(load(ROOT / PARAMS), TINY | {"workers": 2}, "tiny").model_dump()
     (clone.folder / PARAMS).write_text(yaml.safe_dump(values, sort_keys=False))
     clone.run("dvc", "init", "-q", "-f")
     clone.output = clone.run("dvc", "repro", "stages/satipatthana/dvc.yaml")  # type: ignore[attr-defined]
@@ -167,10 +168,16 @@ def test_the_pipeline_runs_once_and_a_parameter_of_stage_2_reruns_what_follows(c
     assert not (clone.folder / "data/tokens").exists()  # the root's pipeline did not run
     before = (clone.folder / "data/satipatthana/stage1/seed_0/system.safetensors").read_bytes()
     file = clone.folder / PARAMS
-    file.write_text(file.read_text().replace("  trust_limit: 2.5", "  trust_limit: 3.0"))
+    file.write_text(file.read_text().replace("  trust_limit: 6.0", "  trust_limit: 3.0"))
     again = ran(clone.run("dvc", "repro", "stages/satipatthana/dvc.yaml"))
     assert set(again) == {"train_stage2", "train_stage3", "evaluate", "compat", "ablations", "report"}
     assert (clone.folder / "data/satipatthana/stage1/seed_0/system.safetensors").read_bytes() == before
+    alone = [clone.folder / f"data/satipatthana/stage1/seed_{seed}/system.safetensors" for seed in range(2)]
+    together = [one.read_bytes() for one in alone]
+    file.write_text(file.read_text().replace("workers: 2", "workers: 1"))
+    assert ran(clone.run("dvc", "repro", "stages/satipatthana/dvc.yaml")) == []  # as it changes nothing:
+    clone.run("python", "-m", "stages.satipatthana.train_stage", "1")
+    assert [one.read_bytes() for one in alone] == together
     options = clone.run("python", "-m", "stages.satipatthana.profile", "compat").split()
     assert "stages/satipatthana/params.yaml:vicara.inject=false" in options
     assert "error: give the number of a stage, 0 to 3" in clone.run(

@@ -15,6 +15,7 @@ from lego.satipatthana import metrics
 from lego.satipatthana.introspect import TrustHead
 from lego.satipatthana.paths import allocate, damaged
 from lego.satipatthana.sections import SatipatthanaParams
+from lego.satipatthana.stages import deserved
 from lego.satipatthana.system import Output, Satipatthana
 from lego.satipatthana.tasks import Task
 from lego.satipatthana.void import VoidSource
@@ -63,9 +64,11 @@ def _rows(system: Satipatthana, task: Task, params: SatipatthanaParams, seed: in
     source = VoidSource(train.x, train.y, params.void)
     features, latents, targets = list[Tensor](), list[Tensor](), list[Tensor]()
     size = min(params.stage2.batch_size, len(train))
+    right = deserved(train, system.samatha(train.x).state, params.stage2.correctness, seed)
     for _ in range(params.ablations.batches):
         places = torch.randperm(len(train), generator=generator)[:size]
-        rows = damaged(system, train.x[places], allocate(params.paths.shares(), size), params.stage2, source, generator)
+        counts = allocate(params.paths.shares(), size)
+        rows = damaged(system, train.x[places], counts, params.stage2, source, generator, right[places])
         view = system.view(rows.state, rows.log, rows.recon_error)
         features.append(system.vipassana.standardized(view.features))
         latents.append(system.adapter(rows.encoded))

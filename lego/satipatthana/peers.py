@@ -22,8 +22,6 @@ from lego.satipatthana.sections import PeersParams, VoidParams
 from lego.satipatthana.tasks import Split, Task
 from lego.satipatthana.void import VoidSource
 
-EXPOSURE = 0.5  # weight of outliers in the loss, as Hendrycks et al. have it
-
 
 class Plain(nn.Module):
     """A classifier as wide as the adapter: features before the last layer, and logits.
@@ -62,7 +60,7 @@ def train_plain(task: Task, settings: PeersParams, seed: int, outliers: VoidSour
             loss = functional.cross_entropy(model(task.train.x[places])[1], task.train.y[places])
             if outliers is not None:
                 strange = model(outliers.draw(len(places), generator))[1]
-                loss = loss - EXPOSURE * functional.log_softmax(strange, dim=1).mean()
+                loss = loss - settings.exposure * functional.log_softmax(strange, dim=1).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -240,6 +240,7 @@ class PeersParams(Section):
     batch_size: Annotated[int, at_least(2, 10**6)]
     members: Annotated[int, at_least(2, 100)]
     neighbours: Count
+    exposure: NonNegative
 
 
 class AblationsParams(Section):
@@ -252,9 +253,10 @@ class AblationsParams(Section):
 
 
 class BridgeParams(Section):
-    """Trust as an exit criterion of ASHEM: how many tokens it is trained on."""
+    """Trust as an exit criterion of ASHEM: tokens it learns from and is looked at with, and how often."""
 
     rows: Annotated[int, at_least(64)]
+    seeds: Count
 
 
 class SatipatthanaParams(Section):
@@ -263,6 +265,7 @@ class SatipatthanaParams(Section):
     seed: Annotated[int, at_least(0, 2**63 - 1)]
     seeds: Count
     threads: Annotated[int, at_least(1, 4096)]
+    workers: Annotated[int, at_least(1, 256)]
     task: TaskParams
     system: SystemParams
     adapter: AdapterParams

@@ -34,7 +34,7 @@ TRAINABLE = {
 }
 LEAST_DISTINCT = 0.5  # share of train rows whose settled states differ, below which a stage is not begun
 VACUOUS = 0.99  # share of uniform rows that a filter keeps, above which it is none
-PLATEAU = 0.01  # the least share by which a loss falls that still counts as progress
+PLATEAU = 0.01  # of what a loss has fallen by before: the least fall that counts as progress
 RESTED = 1e-3  # relative length of the last step below which states have settled
 FOLDS = 5
 POOLED = {"dynamics2": ("clean", "augmented", "mismatch"), "grounded8": ()}  # what a trust head cannot tell apart
@@ -147,34 +147,47 @@ def run_stage(system: Satipatthana, spec: StageSpec, seed: int) -> list[dict[str
 def finished(number: int, history: list[dict[str, float]], patience: int) -> bool:
     """Whether a stage may end before its epochs are over (R-5.7).
 
-    Stage 1 once states have settled, measured by their last step; the others once the loss falls no more, which in
-    stage 2 is that of trust above its floor.
+    All once the last epochs have added less than a hundredth to what the loss has fallen by before, in stage 2 the
+    distance of trust's loss from its floor; stage 1 only if states have settled as well, measured by their last step.
+    These are losses on train rows, of which stage 2 draws damage and strangers anew in every epoch.
 
     Args:
         number: of the stage.
         history: terms by epoch.
-        patience: epochs for which it must hold.
+        patience: epochs that count as the last ones.
     """
     if len(history) <= patience:
         return False
-    if number == 1:
-        return all(one["residual"] < RESTED for one in history[-patience:])
     values = [one["trust"] - one["floor"] if number == 2 else one["loss"] for one in history]
-    return min(values[-patience:]) > (1 - PLATEAU) * min(values[:-patience])
+    before, last = min(values[:-patience]), min(values[-patience:])
+    stands = before - last <= PLATEAU * (values[0] - before)
+    return stands and (number != 1 or all(one["residual"] < RESTED for one in history[-patience:]))
 
 
 def cross_fitted(states: Tensor, y: Tensor, seed: int) -> Tensor:
     """Whether a guide that was fitted on other rows tells the class of each state (n, d) -> (n,) of 0 and 1 (R-9.4).
 
-    The guide is a logistic regression; the states themselves have seen all rows. A class with fewer rows than folds is
-    taken as right.
+    The guide is a logistic regression. The states come of a stage 1 that has seen all rows and their classes, so this
+    finds fewer errors than unseen rows have. Rows of a class with fewer rows than folds are taken as right.
     """
-    rows, labels = states.double().numpy(), y.numpy()
-    if int(torch.bincount(y)[torch.unique(y)].min()) < FOLDS:
-        return torch.ones(len(y))
+    counts = torch.bincount(y)
+    judged = counts[y] >= FOLDS  # (n,)
+    right = torch.ones(len(y))
+    if len(torch.unique(y[judged])) < 2:
+        print(f"stage 2: no two classes have {FOLDS} rows, so every clean row deserves trust", flush=True)
+        return right
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed % 2**32)
+    rows, labels = states[judged].double().numpy(), y[judged].numpy()
     guess = cross_val_predict(LogisticRegression(max_iter=500), rows, labels, cv=folds)
-    return torch.from_numpy(guess == labels).float()
+    right[judged] = torch.from_numpy(guess == labels).float()
+    return right
+
+
+def deserved(train: Split, states: Tensor, correctness: bool, seed: int) -> Tensor:
+    """Trust (n,) that clean train rows with these settled states (n, d) deserve (R-9.4)."""
+    if train.deserved is not None:
+        return train.deserved
+    return cross_fitted(states, train.y, seed) if correctness else torch.ones(len(train))
 
 
 def check_gradients(system: Satipatthana, spec: StageSpec, generator: torch.Generator) -> list[str]:
@@ -321,7 +334,7 @@ def _stage2(system: Satipatthana, train: Split, params: SatipatthanaParams, seed
         system.eval()
         thought = system.samatha(train.x)
         system.vipassana.learn_range(thought.state, lambda: system.look(thought)[0].features, seed)
-    right = cross_fitted(thought.state, train.y, seed) if settings.correctness else torch.ones(len(train))
+    right = deserved(train, thought.state, settings.correctness, seed)
 
     def loss(places: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         counts = allocate(shares, len(places))

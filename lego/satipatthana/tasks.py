@@ -27,10 +27,11 @@ class TaskError(StageError):
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs (n, *shape) and classes (n,)."""
+    """Inputs (n, *shape), classes (n,), and the trust (n,) that each deserves where the task itself knows it."""
 
     x: Tensor
     y: Tensor
+    deserved: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)

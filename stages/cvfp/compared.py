@@ -138,6 +138,8 @@ class Compared:
         if not self.found:
             page.text(NOT_RUN)
             return
+        if missing := [name for name in self.params.contest.lr if name not in self.found]:
+            page.text(f"{NOT_RUN.partition(':')[0]}: {', '.join(missing)}.")
         if "perplexity" in figures:
             page.figure(figures["perplexity"], FOLDER)
         rows = [self._row(name) for name in sorted(self.found, key=lambda name: self.found[name]["ppl"])]

@@ -54,8 +54,9 @@ def scaling(folder: Path, curves: dict[str, list[tuple[float, Interval]]]) -> Fi
     ends = ", ".join(f"{name} {points[0][1].mean:.1f} to {points[-1][1].mean:.1f}" for name, points in curves.items())
     return Figure(
         folder / "scaling.svg",
-        f"Held-out perplexity falls with train text: {ends}",
-        "Held-out perplexity by train text, equal parameters; bars: 95 % interval over seeds.",
+        f"Held-out perplexity from the least to the most train text: {ends}",
+        "Held-out perplexity by train text; networks have equal parameters, as many passes and so fewer steps on less "
+        "text; bars: 95 % interval over seeds, of which the whole text has more; the n-gram has none.",
     )
 
 

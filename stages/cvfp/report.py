@@ -124,7 +124,8 @@ def build(params: CvfpParams, figures: dict[str, Figure], compared: Compared) ->
             f"Train contexts of `seed` and `seed_untrained` are settled in {params.contest.seed_sweeps} sweeps (0 = "
             "until they rest), as their networks do not forget; test contexts are exact.",
             "Equal tokens are not equal time: what a run took is in the table (one thread, others beside it), and "
-            "recurrent networks of our own step in Python. Peak memory is of the whole process, PyTorch included.",
+            "recurrent networks of our own step in Python. Peak memory is of the whole process, PyTorch "
+            "and, of `sound`, its two heads without contexts included.",
         ]
     )
     page.heading("Made with")

@@ -3,6 +3,7 @@
 dvc repro stages/satipatthana/dvc.yaml:ablations          (python -m stages.satipatthana.ablations)
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,26 +13,36 @@ from lego.harness import Stage, exit_cleanly
 from lego.satipatthana.ablation import heads, macs
 from lego.satipatthana.curriculum import STAGES, advance, begin, means, resume, written
 from lego.satipatthana.peers import Plain
-from lego.satipatthana.sections import WRITTEN, changed, load
-from lego.satipatthana.tasks import read_task
+from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, changed, load
+from lego.satipatthana.system import Satipatthana
+from lego.satipatthana.tasks import Task, read_task
+from stages.satipatthana.seeds import for_each_seed
+
+
+def one_seed(params: SatipatthanaParams, seed: int) -> dict[str, dict[str, float]]:
+    """Numbers by part of one seed."""
+    task, own = read_task("data/satipatthana/task"), derived_seed(params.seed, f"satipatthana/ablations/{seed}")
+    without = changed(params, {"vicara.kind": "none", "stage1.weight_stability": 0.0}, "ablations")
+    found = heads(trained(task, params, seed), task, params, own)
+    still = begin(task, without, seed)
+    for number in STAGES:
+        advance(still, number, task, without, seed)
+    alone = heads(still, task, without, own)  # the same head on the same draws
+    print(f"seed {seed}: {', '.join(found)}", flush=True)
+    return found | {"without_vicara": alone.get("all_features", alone["recon_error"])}
+
+
+def trained(task: Task, params: SatipatthanaParams, seed: int) -> Satipatthana:
+    return resume(task, params, seed, STAGES[-1], f"data/satipatthana/stage3/seed_{seed}")
 
 
 def main() -> None:
     params = load()
     with Stage("satipatthana/ablations", params.seed, params.threads):
-        task, found = read_task("data/satipatthana/task"), dict[str, list[dict[str, float]]]()
-        without = changed(params, {"vicara.kind": "none", "stage1.weight_stability": 0.0}, "ablations")
-        for seed in range(params.ablations.seeds):
-            system = resume(task, params, seed, STAGES[-1], f"data/satipatthana/stage3/seed_{seed}")
-            own = derived_seed(params.seed, f"satipatthana/ablations/{seed}")
-            for name, facts in heads(system, task, params, own).items():
-                found.setdefault(name, []).append(facts)
-            still = begin(task, without, seed)
-            for number in STAGES:
-                advance(still, number, task, without, seed)
-            alone = heads(still, task, without, own)  # the same head on the same draws
-            found.setdefault("without_vicara", []).append(alone.get("all_features", alone["recon_error"]))
-            print(f"seed {seed}: {', '.join(found)}", flush=True)
+        seeds_found = for_each_seed(partial(one_seed, params), params, params.ablations.seeds)
+        found = {name: [one[name] for one in seeds_found] for name in seeds_found[0]}
+        task = read_task("data/satipatthana/task")
+        system = trained(task, params, 0)
         plain = Plain(int(np.prod(task.shape)), params.peers.hidden, params.peers.dim, len(task.classes)).eval()
         costs = {"satipatthana": macs(system, task.test.x), "plain": macs(plain, task.test.x)}
         costs["ensemble"] = params.peers.members * costs["plain"]

@@ -2,65 +2,78 @@
 
 dvc repro stages/satipatthana/ashem/dvc.yaml          (python -m stages.satipatthana.bridge)
 
-Inputs are exit states of calibration text, the same tokens that ASHEM's fitted criteria learn from; the task is whether
-block 1's best guess is right. Thresholds come from the rest of that text, numbers from test text.
+Inputs are exit states of the calibration text that ASHEM's fitted criteria learn from; the task is whether block 1's
+best guess is right, which is also the trust that a token deserves. Thresholds come from the rest of that text, numbers
+from test text, all criteria in one pass.
 """
 
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from lego.artifacts import derived_seed, read_json, write_json
 from lego.batches import split_batches
 from lego.blocks import PackedBlocks
-from lego.calibration import quality_lines, router_quality
+from lego.calibration import Calibration, quality_lines, router_quality
 from lego.checkpoint import load_exit, load_model
 from lego.cost import Ledger
 from lego.criteria import features
 from lego.evaluation import Route, TokenTable, token_table
-from lego.exits import quantile_threshold
 from lego.harness import Stage, StageError, exit_cleanly
 from lego.params import Params, load_params
+from lego.satipatthana.ablation import macs
 from lego.satipatthana.curriculum import STAGES, advance, begin
-from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load, with_profile
-from lego.satipatthana.system import Satipatthana
+from lego.satipatthana.metrics import correct_above_wrong
+from lego.satipatthana.sections import SatipatthanaParams, load, with_profile
+from lego.satipatthana.system import Satipatthana, evaluation
 from lego.satipatthana.tasks import Split, Task
+from lego.stats import mean_interval
 from lego.transformer import DeepSupervisionTransformer
+from stages.evaluate_routing import decide, scored
+from stages.satipatthana.seeds import for_each_seed
 
 CLASSES = ["wrong", "right"]
-OF_ALL = ("max_prob", "margin", "entropy", "probe", "gain")  # ASHEM's own, whose numbers evaluate_routing wrote
+WRITTEN = "stages/satipatthana/params.yaml stages/satipatthana/ashem/dvc.lock metrics/satipatthana/ashem"
 
 
 class TrustCriterion:
-    """(exit states (n, D), logits) -> score (n,) of a system that was trained on such states.
+    """(exit states (n, D), logits) -> trust (n,) of a system that was trained on such states.
 
     Args:
         system: its input is a normalised exit state (D,).
-        answers: the decoder's probability that block 1 is right, instead of trust.
     """
 
     needs_logits = False
 
-    def __init__(self, system: Satipatthana, answers: bool = False) -> None:
-        self.system, self.answers = system, answers
+    def __init__(self, system: Satipatthana) -> None:
+        self.system = system
 
+    @torch.no_grad()
     def __call__(self, exit_states: Tensor, logits: Tensor | None = None) -> Tensor:
         if not len(exit_states):
             return exit_states.new_zeros(0)
-        found = self.system(features(exit_states))
-        return found.output.softmax(dim=1)[:, 1] if self.answers else found.trust[:, 0]
+        with evaluation(self.system):
+            view, _ = self.system.look(self.system.samatha(features(exit_states)))
+            return view.trust[:, 0]
 
-    def macs(self, states: Tensor) -> int:
-        """Multiply-accumulates of one token, measured on exit states (n, D)."""
-        with FlopCounterMode(display=False) as counter:
-            self(states)
-        return round(counter.get_total_flops() / 2 / len(states))
+
+class AnswerCriterion(TrustCriterion):
+    """The decoder's probability that block 1 is right, instead of trust."""
+
+    @torch.no_grad()
+    def __call__(self, exit_states: Tensor, logits: Tensor | None = None) -> Tensor:
+        if not len(exit_states):
+            return exit_states.new_zeros(0)
+        return self.system(features(exit_states)).output.softmax(dim=1)[:, 1]
+
+
+KINDS: dict[str, type[TrustCriterion]] = {"trust": TrustCriterion, "answer": AnswerCriterion}
 
 
 def task_of(states: Tensor, right: Tensor, rows: int, seed: int) -> Task:
-    """A task of `rows` tokens drawn from exit states (n, D) and whether block 1 was right (n,).
+    """A task of `rows` tokens drawn from exit states (n, D) and whether block 1 was right (n,); an eighth is held out.
 
     Raises:
         StageError: there are fewer tokens, or all are of one class.
@@ -74,62 +87,81 @@ def task_of(states: Tensor, right: Tensor, rows: int, seed: int) -> Task:
     x, y = features(states[places]), right[places].long()
     if len(y.unique()) < 2:
         raise StageError("block 1 is right on all fitted tokens or on none; there is nothing to tell apart")
-    held = rows // 8  # for validation, and as many for test
-    sizes = (rows - 2 * held, held, held)
-    parts = [Split(a, b) for a, b in zip(x.split(sizes), y.split(sizes), strict=True)]
-    return Task(parts[0], parts[1], parts[2], outside={}, classes=CLASSES)
+    count = rows - rows // 8
+    held_out = Split(x[count:], y[count:])
+    return Task(Split(x[:count], y[:count], y[:count].float()), held_out, held_out, outside={}, classes=CLASSES)
 
 
-def train(task: Task, params: SatipatthanaParams) -> Satipatthana:
-    """One seed through all four stages."""
-    system = begin(task, params, 0)
+def train(task: Task, params: SatipatthanaParams, seed: int) -> Satipatthana:
+    """All four stages of a seed."""
+    system = begin(task, params, seed)
     for number in STAGES:
-        history = advance(system, number, task, params, 0)
-        print(f"stage {number}: " + ", ".join(f"{name} {value:.4f}" for name, value in history[-1].items()), flush=True)
+        history = advance(system, number, task, params, seed)
+        said = ", ".join(f"{name} {value:.4f}" for name, value in history[-1].items())
+        print(f"stage {number}, seed {seed}: {said}", flush=True)
     return system.eval().requires_grad_(False)
 
 
-def thresholds(table: TokenTable, fit_tokens: int, ratio: float, names: list[str]) -> dict[str, float]:
-    """Scores below which a share `ratio` of the tokens lies that nothing was fitted on."""
-    return {name: quantile_threshold(torch.from_numpy(table.score(name)[fit_tokens:]), ratio) for name in names}
-
-
-def fitted_tokens(model: DeepSupervisionTransformer, root: Params, split: str, count: int) -> tuple[Tensor, Tensor]:
+def fitted_tokens(model: DeepSupervisionTransformer, batch_size: int, split: str, count: int) -> tuple[Tensor, Tensor]:
     """Exit states (n, D) of the first tokens of a split, and whether block 1 was right (n,)."""
     states: list[Tensor] = []
     share = count / PackedBlocks("data/tokens", split).tokens
-    first = split_batches("data/tokens", split, root.evaluation.batch_size, (0.0, share))
+    first = split_batches("data/tokens", split, batch_size, (0.0, share))
     table = token_table(model, first, "cpu", on_states=lambda found, _: states.append(found))
     return torch.cat(states), torch.from_numpy(table.right_shallow)
 
 
+def cuts(table: TokenTable, fit_tokens: int, ratio: float, root: Params) -> Calibration:
+    """Thresholds by quantile on the calibration text that nothing was fitted on."""
+    rest = table.part(fit_tokens)
+    return Calibration(rest, 0, torch.zeros(len(rest.confidence)).numpy(), 0.0, ratio, root.routing)
+
+
+def told_apart(system: Satipatthana, task: Task) -> dict[str, float]:
+    """Chance that of two held-out tokens the one that block 1 guesses right has the higher score, by score."""
+    right = task.test.y.numpy() == 1
+    # inputs are normalised already, and normalising them again changes nothing
+    return {
+        name: correct_above_wrong(kind(system)(task.test.x).double().numpy(), right) for name, kind in KINDS.items()
+    }
+
+
 def main() -> None:
-    params, root = load(), load_params()
-    params = with_profile(params, "bridge")
+    params, root = with_profile(load(), "bridge"), load_params()
+    root = root.model_copy(update={"routing": root.routing.model_copy(update={"calibration": "quantile"})})
     with Stage("satipatthana/ashem/bridge", params.seed, params.threads) as stage:
-        model = cast(DeepSupervisionTransformer, load_model("data/phase2"))
+        model, leaky = (
+            cast(DeepSupervisionTransformer, load_model("data/phase2")),
+            read_json("metrics/collect_hard.json", "leaky"),
+        )
         facts, _ = load_exit("data/exit", model)
-        split, fit_tokens = facts["split"], facts["fit_tokens"]
-        states, right = fitted_tokens(model, root, split, fit_tokens)
+        split, fit_tokens, size = facts["split"], facts["fit_tokens"], root.evaluation.batch_size
+        states, right = fitted_tokens(model, size, split, fit_tokens)
         task = task_of(states, right, params.bridge.rows, derived_seed(params.seed, "bridge"))
-        system = train(task, params)
-        criteria = {"trust": TrustCriterion(system), "answer": TrustCriterion(system, answers=True)}
-        size, ratio = root.evaluation.batch_size, root.routing.hard_ratio
-        ratio = facts["hard_example_ratio"] if ratio is None else ratio
-        rest = token_table(model, split_batches("data/tokens", split, size), "cpu", criteria)
-        cut = thresholds(rest, fit_tokens, ratio, list(criteria))
-        test = split_batches("data/tokens", "test", size)
-        table, ledger = token_table(model, test, "cpu", criteria), Ledger.of(model, test.blocks.seq_len)
-        quality = {
-            name: router_quality(table, Route(name, cut[name], one.macs(states[:256])), ledger)
-            for name, one in criteria.items()
-        }
-        others = read_json("metrics/criteria.json", "test")["test"]
-        quality |= {name: others[name] for name in OF_ALL}
-        macs = criteria["trust"].macs(states[:256])
+        systems = for_each_seed(partial(train, task, params), params, params.bridge.seeds)
+        mine = {f"{name}_{seed}": kind(one) for seed, one in enumerate(systems) for name, kind in KINDS.items()}
+        routing = decide(root, model, derived_seed(root.seed, "evaluate_routing"), torch.device("cpu"))
+        rest = token_table(model, split_batches("data/tokens", split, size), "cpu", mine)
+        found, test = (
+            cuts(rest, fit_tokens, facts["hard_example_ratio"], root),
+            split_batches("data/tokens", "test", size),
+        )
+        table = token_table(model, test, "cpu", {**scored(routing.criteria), **mine})
+        cost = {name: round(macs(one, states[-1024:])) for name, one in mine.items()}
+        routes = routing.routes | {name: Route(name, found.quantile(name), cost[name]) for name in mine}
+        ledger = Ledger.of(model, test.blocks.seq_len)
+        quality = {name: router_quality(table, route, ledger) for name, route in routes.items()}
+        apart = [told_apart(system, task) for system in systems]
         print("\n".join(["exit criteria on test text:", *quality_lines(quality)]))
-        print(f"trust takes {macs:,} MACs a token, one of the {ledger.num_layers} layers {ledger.layer:,}")
-        write_json("metrics/satipatthana/ashem/bridge.json", quality | {"trust_macs": macs, "rows": len(task.train)})
+        summary: dict[str, Any] = {}
+        for name in KINDS:
+            ppl = mean_interval([cast(float, quality[f"{name}_{seed}"]["ppl"]) for seed in range(len(systems))])
+            held_out = sum(one[name] for one in apart) / len(apart)
+            print(f"{name}: perplexity {ppl:.2f}, right above wrong on held-out tokens {held_out:.4f}")
+            summary[name] = {"macs": cost[f"{name}_0"], "auroc_right": held_out, "ppl": ppl.mean}
+        print(f"a layer of the model takes {ledger.layer:,} MACs a token, trust {cost['trust_0']:,}")
+        content = {"quality": quality, "summary": summary, "rows": len(task.train), "leaky": leaky["leaky"]}
+        write_json("metrics/satipatthana/ashem/bridge.json", content)
         stage.record |= {"counts": {"tokens": len(table.nll_deep)}}
 
 

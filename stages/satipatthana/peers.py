@@ -4,14 +4,22 @@ dvc repro stages/satipatthana/dvc.yaml:peers          (python -m stages.satipatt
 """
 
 import sys
+from functools import partial
 from typing import get_args
 
 from lego.artifacts import derived_seed, write_json
 from lego.harness import Stage, StageError, exit_cleanly
 from lego.satipatthana.curriculum import means, written
 from lego.satipatthana.peers import judge, peer
-from lego.satipatthana.sections import WRITTEN, PeerName, load
+from lego.satipatthana.sections import WRITTEN, PeerName, SatipatthanaParams, load
 from lego.satipatthana.tasks import read_task
+from stages.satipatthana.seeds import for_each_seed
+
+
+def one_seed(name: str, params: SatipatthanaParams, seed: int) -> dict[str, float]:
+    """Trains and judges."""
+    task, own = read_task("data/satipatthana/task"), derived_seed(params.seed, f"satipatthana/peers/{seed}")
+    return judge(peer(name, task, params.peers, own, params.void), task.test, task.outside)
 
 
 def main() -> None:
@@ -20,10 +28,7 @@ def main() -> None:
         raise StageError(f"give one of the peers {', '.join(names)}")
     name, params = sys.argv[1], load()
     with Stage(f"satipatthana/peers@{name}", params.seed, params.threads):
-        task, found = read_task("data/satipatthana/task"), []
-        for seed in range(params.seeds):
-            own = derived_seed(params.seed, f"satipatthana/peers/{seed}")
-            found.append(judge(peer(name, task, params.peers, own, params.void), task.test, task.outside))
+        found = for_each_seed(partial(one_seed, name, params), params)
         facts = means(found)
         write_json(f"metrics/satipatthana/peers/{name}.json", facts | {"seeds": [written(one) for one in found]})
         print(f"{name}: accuracy {facts['accuracy']:.4f}, AURC {facts['aurc']:.5f}", flush=True)

@@ -4,13 +4,28 @@ dvc repro stages/satipatthana/dvc.yaml:train_stage2          (python -m stages.s
 """
 
 import sys
+from functools import partial
+from pathlib import Path
 
 from lego.artifacts import atomic_folder, write_csv, write_json
 from lego.harness import Stage, StageError, exit_cleanly
 from lego.satipatthana.curriculum import STAGES, advance, begin, resume
-from lego.satipatthana.sections import WRITTEN, load
+from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load
 from lego.satipatthana.store import Use, save
 from lego.satipatthana.tasks import read_task
+from stages.satipatthana.seeds import for_each_seed
+
+
+def one_seed(number: int, params: SatipatthanaParams, folder: Path, seed: int) -> list[dict[str, float]]:
+    """Trains a seed's system, saves it in the folder, and returns its terms by epoch."""
+    task, before = read_task("data/satipatthana/task"), f"data/satipatthana/stage{number - 1}/seed_{seed}"
+    system = resume(task, params, seed, number - 1, before) if number else begin(task, params, seed)
+    history = advance(system, number, task, params, seed)
+    (folder / f"seed_{seed}").mkdir()
+    save(system, folder / f"seed_{seed}", Use(task.classes))
+    said = ", ".join(f"{name} {value:.4f}" for name, value in history[-1].items())
+    print(f"stage {number}, seed {seed}: {said}", flush=True)
+    return history
 
 
 def main() -> None:
@@ -18,22 +33,18 @@ def main() -> None:
         raise StageError(f"give the number of a stage, {STAGES[0]} to {STAGES[-1]}")
     number, params = int(sys.argv[1]), load()
     with Stage(f"satipatthana/train_stage{number}", params.seed, params.threads) as stage:
-        task, rows, last = read_task("data/satipatthana/task"), [], []
         with atomic_folder(f"data/satipatthana/stage{number}") as folder:
-            for seed in range(params.seeds):
-                before = f"data/satipatthana/stage{number - 1}/seed_{seed}"
-                system = resume(task, params, seed, number - 1, before) if number else begin(task, params, seed)
-                history = advance(system, number, task, params, seed)
-                rows += [{"seed": seed, "epoch": epoch} | terms for epoch, terms in enumerate(history, 1)]
-                last.append(history[-1])
-                (folder / f"seed_{seed}").mkdir()
-                save(system, folder / f"seed_{seed}", Use(task.classes))
-                said = ", ".join(f"{name} {value:.4f}" for name, value in history[-1].items())
-                print(f"stage {number}, seed {seed}: {said}", flush=True)
+            histories = for_each_seed(partial(one_seed, number, params, folder), params)
+        rows = [
+            {"seed": seed, "epoch": epoch} | terms
+            for seed, history in enumerate(histories)
+            for epoch, terms in enumerate(history, 1)
+        ]
+        last = [history[-1] for history in histories]
         means = {name: sum(one[name] for one in last) / len(last) for name in last[0]}
         write_json(f"metrics/satipatthana/stage{number}.json", means)
         write_csv(f"metrics/satipatthana/curves/stage{number}.csv", rows)
-        stage.record |= {"counts": {"rows": len(task.train) * sum(1 for _ in rows)}}
+        stage.record |= {"counts": {"rows": len(read_task("data/satipatthana/task").train) * len(rows)}}
 
 
 if __name__ == "__main__":
