@@ -23,13 +23,19 @@ def read_profiles(path: str | Path) -> dict[str, dict[str, Any]]:
     """Named sets of changes; `sound` is the parameter file itself and changes nothing.
 
     Raises:
-        ParamsError: the file cannot be read.
+        ParamsError: the file cannot be read, or is not a name with keys and values under it each.
     """
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ParamsError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
-    return {"sound": {}} | found
+    if not isinstance(found, dict):
+        raise ParamsError(f"{path}: must hold profiles by name, got {type(found).__name__}; git checkout {path}")
+    for name, changes in found.items():
+        if not isinstance(changes, dict):
+            raise ParamsError(f"{path}: {name} must hold keys and values, got {type(changes).__name__}")
+    sound: dict[str, dict[str, Any]] = {"sound": {}}
+    return sound | found
 
 
 def profiled(params: P, name: str, path: str | Path, file: str | Path) -> P:

@@ -260,3 +260,5 @@ def test_the_curve_over_train_text_ends_in_the_contest_and_leaves_outdated_rows_
     wrong = {"contest.scaling.models": {"gru": 1}, "contest.peers": {"lstm": 0.1}}
     with pytest.raises(ParamsError, match=r"scaling\.models must be of contest\.own or contest\.peers, got gru"):
         changed(PARAMS, wrong, "test")
+    with pytest.raises(ParamsError, match=r"scaling\.shares must differ, got \[0\.5, 0\.5\]"):
+        changed(PARAMS, {"contest.scaling.shares": [0.5, 0.5]}, "test")

@@ -183,6 +183,23 @@ def test_every_profile_is_valid_and_changes_what_it_says():
 
 
 @pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "must hold profiles by name, got NoneType"),
+        (b"- seed", "must hold profiles by name, got list"),
+        (b"seed:", "seed must hold keys and values, got NoneType"),
+        (b"seed: [1]", "seed must hold keys and values, got list"),
+        (b"\xff\xfe", "cannot be read"),
+    ],
+)
+def test_a_damaged_file_of_profiles_is_refused_in_one_sentence(tmp_path, content, said):
+    file = tmp_path / "profiles.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ParamsError, match=said):
+        profiles(file)
+
+
+@pytest.mark.parametrize(
     ("key", "value", "sentence"),
     [
         ("model.hidden_dim", 300, r"hidden_dim must be context_dim \+ embed_dim = 288, got 300"),

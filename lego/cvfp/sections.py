@@ -186,6 +186,8 @@ class ContestParams(Section):
 
     @model_validator(mode="after")
     def _scaled_models_are_of_the_contest(self) -> ContestParams:
+        if len({f"{share:g}" for share in self.scaling.shares}) < len(self.scaling.shares):
+            raise ValueError(f"scaling.shares must differ, got {self.scaling.shares}")
         for name in self.scaling.models:
             if name not in self.lr:
                 raise ValueError(f"scaling.models must be of contest.own or contest.peers, got {name}")

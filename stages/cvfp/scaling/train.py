@@ -22,6 +22,13 @@ def main() -> None:
         raise StageError(f"give one of the models of contest.scaling.models: {', '.join(scaling.models)}")
     name = sys.argv[1]
     with Stage(f"cvfp/scaling/train@{name}", params.seed, 1) as stage:
+        text = read_text_ids("data/cvfp/tokens")
+        digests, least = text.digests(), 2 * max(params.peers.streams, params.predict.streams)
+        if len(text.first(min(scaling.shares)).ids["train"]) < least:
+            raise StageError(
+                f"stages/cvfp/params.yaml: contest.scaling.shares leave fewer than {least} train tokens, two for each "
+                "of the streams; raise the least share, or data.max_train_tokens"
+            )
         lr = read_json(f"metrics/cvfp/baselines/{name}.json", "lr")["lr"]
         compete = forms.compete if name in params.contest.own else rivals.compete
         runs = [Run(seed, lr, share) for share in scaling.shares for seed in range(scaling.models[name])]
@@ -31,7 +38,6 @@ def main() -> None:
             if "diverged" in one:
                 raise StageError(f"{name}: seed {run.seed} diverged on {run.share:g} of train at rate {lr:g}")
             found.setdefault(f"{run.share:g}", {})[f"ppl_{run.seed}"] = one["ppl"]
-        digests = read_text_ids("data/cvfp/tokens").digests()
         write_json(f"metrics/cvfp/scaling/{name}.json", {**found, "made_of": made_of(name, params, digests)})
 
 
