@@ -9,26 +9,32 @@ from typing import Any
 import numpy as np
 
 from lego.page import Figure
-from lego.pictures import look, picture
+from lego.pictures import COLOURS, look, picture
 from lego.stats import mean_interval
 
 Found = dict[str, dict[str, list[Any]]]
 CLOSEST = 1e-4  # to a perfect AUROC that the picture tells apart
 
 
+def drawn_as(number: int) -> dict[str, Any]:
+    """Colour and marker of the n-th model, hollow once colours begin again; the same in every picture."""
+    colour, marker = look(number)
+    return {"color": colour, "marker": marker, "markerfacecolor": colour if number < len(COLOURS) else "none"}
+
+
 def strangers(folder: Path, found: Found) -> Figure:
     """AUROC of each model on each kind of stranger."""
     kinds = [key.removeprefix("fpr95_") for key in found["satipatthana"] if key.startswith("fpr95_")]
     names = list(found)
-    with picture(folder, "strangers", height=4.6) as axes:
+    with picture(folder, "strangers", height=5.2) as axes:
         for number, name in enumerate(names):
-            colour, marker = look(number)
             values = [max(CLOSEST, 1 - mean_interval(found[name][f"auroc_{kind}"]).mean) for kind in kinds]
-            axes.plot(range(len(kinds)), values, marker, color=colour, label=name, linestyle="none", markersize=6)
+            places = np.arange(len(kinds)) + 0.06 * (number - (len(names) - 1) / 2)  # side by side
+            axes.plot(places, values, label=name, linestyle="none", markersize=6, **drawn_as(number))
         axes.set_xticks(range(len(kinds)), kinds)
         axes.set_yscale("log")
         axes.set_ylabel(f"1 - AUROC (log scale, from {CLOSEST:g}): lower is better")
-        axes.legend(ncols=2, fontsize="small")
+        axes.figure.legend(loc="outside lower center", ncols=4, fontsize="small")
     said = "; ".join(f"{kind} {np.mean(found['satipatthana'][f'auroc_{kind}']):.3f}" for kind in kinds)
     return Figure(folder / "strangers.svg", f"AUROC of trust by kind: {said}", "Each model on each kind of stranger.")
 
@@ -62,14 +68,14 @@ def settling(folder: Path, found: Found, sweep: Sequence[int]) -> Figure:
 def abstaining(folder: Path, found: Found) -> Figure:
     """Error rate of the most trusted share of test rows."""
     shares = sorted(int(key.removeprefix("risk_at_")) for key in found["satipatthana"] if key.startswith("risk_at_"))
-    with picture(folder, "abstaining", height=4.0) as axes:
-        for number, name in enumerate(one for one in found if one != "compat"):
-            colour, marker = look(number)
-            values = [100 * mean_interval(found[name][f"risk_at_{share}"]).mean for share in shares]
-            axes.plot(shares, values, marker=marker, color=colour, label=name)
+    with picture(folder, "abstaining", height=4.6) as axes:
+        for number, name in enumerate(found):
+            if name != "compat":  # whose errors are of another order
+                values = [100 * mean_interval(found[name][f"risk_at_{share}"]).mean for share in shares]
+                axes.plot(shares, values, label=name, **drawn_as(number))
         axes.set_xlabel("coverage: most trusted share of test rows, %")
         axes.set_ylabel("errors among them, %")
-        axes.legend(ncols=2, fontsize="small")
+        axes.figure.legend(loc="outside lower center", ncols=4, fontsize="small")
     said = ", ".join(f"{share} %: {100 * np.mean(found['satipatthana'][f'risk_at_{share}']):.2f} %" for share in shares)
     return Figure(
         folder / "abstaining.svg", f"Errors by coverage: {said}", "Errors among what is answered, by coverage."
