@@ -73,6 +73,7 @@ def test_code_counts_by_what_it_does(tmp_path, monkeypatch):
     assert graph.code_digest("a.py") == graph.code_digest("b.py") != graph.code_digest("c.py")
 
 
+@pytest.mark.slow
 def test_the_runner_makes_what_is_missing_reuses_what_is_current_and_goes_on_after_a_failure(
     tmp_path, monkeypatch, capsys
 ):
