@@ -61,11 +61,10 @@ class Compared:
         """Train tokens and perplexity with its interval, by current model of the curve over train text."""
         found, train = {}, self.tokens["train_tokens"]
         for name, one in self.scaling.items():
-            whole = [self.tokens["test_fivegram_ppl"]] if name == "fivegram" else None
-            if whole is None and name in self.current:
-                whole = self.over_seeds(name)
-            if whole is None or not self.fits(name, one):
+            ngram = name == "fivegram"
+            if not self.fits(name, one) or not (ngram or name in self.current):
                 continue
+            whole = [self.tokens["test_fivegram_ppl"]] if ngram else self.over_seeds(name)
             shares = {float(share): list(seeds.values()) for share, seeds in one.items() if share != "made_of"}
             points = sorted((shares | {1.0: whole}).items())
             found[name] = [(share * train, mean_interval(seeds)) for share, seeds in points]

@@ -51,10 +51,6 @@ def interval(found: Found, model: str, key: str) -> Interval | None:
     return mean_interval(values) if values else None
 
 
-def mean_of(found: Found, key: str) -> float:
-    return means_of(found, "satipatthana")[key]
-
-
 def by_seed(found: Found, model: str, key: str) -> str:
     return ", ".join("-" if value is None else f"{value:.3f}" for value in found[model][key])
 
@@ -86,9 +82,8 @@ def answer(found: Found, kinds: list[str]) -> str:
     difference = mean_interval([a - b for a, b in pairs])
     word = {"better": "worse", "worse": "better"}.get(verdict(difference), verdict(difference))  # higher is better here
     mine_shown, theirs = (shown(interval(found, name, f"auroc_{hardest}")) for name in ("satipatthana", best))
-    lower_is_better = {"aurc": True, "ece": True}
     keys = ("accuracy", "auroc_correct", "aurc", "ece", *(f"auroc_{kind}" for kind in kinds))
-    losses = {key: ahead(found, key, not lower_is_better.get(key, False)) for key in keys}
+    losses = {key: ahead(found, key, higher_is_better=key not in ("aurc", "ece")) for key in keys}
     lost = "; ".join(f"{key} ({', '.join(names)})" for key, names in losses.items() if names)
     return (
         f"Trust tells the hardest strangers ({hardest}) from test rows with an AUROC of **{mine_shown}**; the best of "
@@ -142,8 +137,7 @@ def asked(page: Page, found: Found) -> None:
 
 def means_of(found: Found, model: str) -> dict[str, float]:
     """Mean over the seeds in which a number is defined."""
-    defined = {key: [one for one in values if one is not None] for key, values in found[model].items()}
-    return {key: sum(values) / len(values) for key, values in defined.items() if values}
+    return {key: one.mean for key in found[model] if (one := interval(found, model, key))}
 
 
 def deviation_of(found: Found, key: str) -> float:
@@ -218,7 +212,8 @@ def build(params: SatipatthanaParams, found: Found, figures: dict[str, Figure]) 
         "Relative length of a row's last step, reconstruction error of the settled state, steps, perplexity of the "
         "probes nearest to it, share of distinct states after twenty times as many steps with the stop rule off.",
     )
-    sweep = [f"{mean_of(found, f'accuracy_{factor}T'):.3f} at {factor} T" for factor in SWEEP]
+    mine = means_of(found, "satipatthana")
+    sweep = [f"{mine[f'accuracy_{factor}T']:.3f} at {factor} T" for factor in SWEEP]
     page.text(
         f"With the stop rule off the decoder, which reads the way as well, is right for {', '.join(sweep)}: it has "
         "never seen a way that goes on after the state rests. In use the rule ends it there."
