@@ -70,6 +70,10 @@ def test_every_section_is_declared_and_every_declared_key_exists():
         section, _, last = key.partition(".")
         assert section in values
         assert not last or last in values[section], key
+    run = {key for name, entry in (ENTRIES | BRIDGE).items() if name != "report" for key in declared(entry)}
+    leaves = [f"{section}.{key}" for section, inner in values.items() if isinstance(inner, dict) for key in inner]
+    # which peers there are decides foreach, not a command
+    assert {leaf for leaf in leaves if leaf not in run and leaf.split(".")[0] not in run} == {"peers.names"}
 
 
 def test_what_a_stage_reads_an_earlier_one_writes_and_timing_is_no_dependency():
@@ -92,8 +96,9 @@ def test_what_a_stage_reads_an_earlier_one_writes_and_timing_is_no_dependency():
         ("paths.void", {"train_stage2"}),
         ("stage3.epochs", {"train_stage3"}),
         ("reject.wanted", {"evaluate"}),
-        ("seed", {"train_stage0", "train_stage1", "train_stage2", "train_stage3", "evaluate", "peers"}),
-        ("peers.lr", {"peers"}),
+        ("seed", {"train_stage0", "train_stage1", "train_stage2", "train_stage3", "evaluate", "plain", "peers"}),
+        ("peers.lr", {"plain", "peers"}),
+        ("peers.exposure", {"peers"}),
     ],
 )
 def test_a_key_reruns_its_stage_and_nothing_before(key, stages):

@@ -22,6 +22,8 @@ from lego.satipatthana.sections import PeersParams, VoidParams
 from lego.satipatthana.tasks import Split, Task
 from lego.satipatthana.void import VoidSource
 
+OWN = ("ensemble", "outlier_exposure")  # peers that train networks of their own; the others read one and the same
+
 
 class Plain(nn.Module):
     """A classifier as wide as the adapter: features before the last layer, and logits.
@@ -49,8 +51,7 @@ def train_plain(task: Task, settings: PeersParams, seed: int, outliers: VoidSour
     With outliers, as many of them as train rows should get equal probabilities (Hendrycks et al. 2019, equation 2).
     """
     torch.manual_seed(seed)
-    size = int(np.prod(task.shape))
-    model = Plain(size, settings.hidden, settings.dim, len(task.classes))
+    model = plain_network(task, settings)
     optimizer = AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
     generator, rows = torch.Generator().manual_seed(seed), len(task.train)
     steps = settings.epochs * -(-rows // settings.batch_size)
@@ -76,24 +77,40 @@ class Scored:
     trust: Callable[[Tensor], np.ndarray]
 
 
-def peer(name: str, task: Task, settings: PeersParams, seed: int, void: VoidParams) -> Scored:
-    """A trained peer.
+def plain_network(task: Task, settings: PeersParams) -> Plain:
+    """A classifier of the task as it begins."""
+    return Plain(int(np.prod(task.shape)), settings.hidden, settings.dim, len(task.classes))
+
+
+def networks(name: str, task: Task, settings: PeersParams, seed: int, void: VoidParams) -> list[Plain]:
+    """Networks of a peer that trains its own, or the plain one that all others read.
 
     Args:
-        name: one of `lego.satipatthana.sections.PeerName`.
-        task: train rows are learned from, validation rows fit a temperature.
+        name: a peer of `OWN`, or `plain`.
+        task: train rows are learned from.
         settings: section `peers`.
         seed: of weights and order.
         void: outliers of the one peer that is trained with them, the same kinds as stage 2 has.
+    """
+    if name == "ensemble":
+        return [train_plain(task, settings, seed * 1000 + number) for number in range(settings.members)]
+    outliers = VoidSource(task.train.x, task.train.y, void) if name == "outlier_exposure" else None
+    return [train_plain(task, settings, seed, outliers)]
+
+
+def peer(name: str, models: list[Plain], task: Task, settings: PeersParams, seed: int) -> Scored:
+    """A peer that scores with networks that have been trained.
+
+    Args:
+        name: one of `lego.satipatthana.sections.PeerName`.
+        models: as `networks` gives them.
+        task: train rows are what distances are taken to, validation rows fit a temperature.
+        settings: section `peers`.
+        seed: of the isolation forest.
 
     Raises:
         ValueError: there is no such peer.
     """
-    if name == "ensemble":
-        models = [train_plain(task, settings, seed * 1000 + number) for number in range(settings.members)]
-    else:
-        outliers = VoidSource(task.train.x, task.train.y, void) if name == "outlier_exposure" else None
-        models = [train_plain(task, settings, seed, outliers)]
     temperature = (
         fit_temperature(_logits(models[0], task.validation.x), task.validation.y) if name == "temperature" else 1.0
     )

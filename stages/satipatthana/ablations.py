@@ -6,13 +6,11 @@ dvc repro stages/satipatthana/dvc.yaml:ablations          (python -m stages.sati
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from lego.artifacts import derived_seed, write_json
 from lego.harness import Stage, exit_cleanly
 from lego.satipatthana.ablation import heads, macs
 from lego.satipatthana.curriculum import STAGES, advance, begin, means, resume, written
-from lego.satipatthana.peers import Plain
+from lego.satipatthana.peers import plain_network
 from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, changed, load
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Task, read_task
@@ -43,7 +41,7 @@ def main() -> None:
         found = {name: [one[name] for one in seeds_found] for name in seeds_found[0]}
         task = read_task("data/satipatthana/task")
         system = trained(task, params, 0)
-        plain = Plain(int(np.prod(task.shape)), params.peers.hidden, params.peers.dim, len(task.classes)).eval()
+        plain = plain_network(task, params.peers).eval()
         costs = {"satipatthana": macs(system, task.test.x), "plain": macs(plain, task.test.x)}
         costs["ensemble"] = params.peers.members * costs["plain"]
         seeds = {name: [written(one) for one in rows] for name, rows in found.items()}

@@ -1,14 +1,10 @@
 """Work for every seed, some side by side in processes of their own."""
 
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from functools import partial
-from multiprocessing import get_context
 from typing import TypeVar
 
-import torch
-
-from lego.satipatthana.sections import SatipatthanaParams
+from lego.satipatthana.sections import PARAMS, SatipatthanaParams
+from lego.workers import side_by_side
 
 Result = TypeVar("Result")
 
@@ -20,15 +16,11 @@ def for_each_seed(work: Callable[[int], Result], params: SatipatthanaParams, see
         work: of a seed's number; a function that can be pickled.
         params: `seeds`, `threads` and `workers` are read.
         seeds: instead of params.seeds.
+
+    Raises:
+        StageError: a worker was killed.
     """
     numbers = range(params.seeds if seeds is None else seeds)
     if min(params.workers, len(numbers)) == 1:
         return [work(number) for number in numbers]
-    with ProcessPoolExecutor(min(params.workers, len(numbers)), mp_context=get_context("spawn")) as pool:
-        return list(pool.map(partial(_on_threads, work, params.threads), numbers))
-
-
-def _on_threads(work: Callable[[int], Result], threads: int, seed: int) -> Result:
-    torch.set_num_threads(threads)
-    torch.set_deterministic_debug_mode("error")
-    return work(seed)
+    return list(side_by_side(work, numbers, params.workers, params.threads, f"workers in {PARAMS}"))

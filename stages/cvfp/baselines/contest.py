@@ -7,18 +7,15 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from typing import Any, NamedTuple
-
-import torch
 
 from lego.artifacts import derived_seed, read_json, write_json
 from lego.cvfp.contest import made_of
-from lego.cvfp.sections import CvfpParams, load
+from lego.cvfp.sections import PARAMS, CvfpParams, load
 from lego.cvfp.text import Text, read_text_ids
 from lego.harness import Stage, StageError
+from lego.workers import side_by_side
 
 Compete = Callable[[str, CvfpParams, Text, int, float], dict[str, Any]]
 
@@ -36,9 +33,7 @@ class Run(NamedTuple):
 
 
 def one_run(compete: Compete, name: str, params: CvfpParams, run: Run) -> dict[str, Any]:
-    """In a process that serves this model alone, on one thread."""
-    torch.set_num_threads(1)
-    torch.set_deterministic_debug_mode("error")
+    """In a process that serves this model alone."""
     own = derived_seed(params.seed, f"contest/{run.seed}")  # the same for all models
     text = read_text_ids("data/cvfp/tokens").first(run.share)
     begun = time.perf_counter()
@@ -56,12 +51,12 @@ def kept(stage: Stage, work: Callable[[Run], dict[str, Any]], runs: list[Run], w
     files = [stage.keep("runs") / run.file() for run in runs]
     missing = [(file, run) for file, run in zip(files, runs, strict=True) if not file.exists()]
     stage.continued |= len(missing) < len(runs)
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        for (file, run), found in zip(missing, pool.map(work, [run for _, run in missing]), strict=True):
-            write_json(file, found)
-            part = "" if run.share == 1 else f", {run.share:g} of train"
-            said = found.get("diverged") or f"validation loss {found['val_loss']:.4f}, ppl {found['ppl']:.2f}"
-            print(f"seed {run.seed}, rate {run.lr:g}{part}: {said}", flush=True)
+    results = side_by_side(work, [run for _, run in missing], workers, 1, f"contest.workers in {PARAMS}")
+    for (file, run), found in zip(missing, results, strict=True):
+        write_json(file, found)
+        part = "" if run.share == 1 else f", {run.share:g} of train"
+        said = found.get("diverged") or f"validation loss {found['val_loss']:.4f}, ppl {found['ppl']:.2f}"
+        print(f"seed {run.seed}, rate {run.lr:g}{part}: {said}", flush=True)
     return [read_json(file, "val_loss") for file in files]
 
 
