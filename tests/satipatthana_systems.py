@@ -8,8 +8,7 @@ import torch
 from conftest import ROOT
 
 from lego.satipatthana.sections import SatipatthanaParams, changed, load, with_profile
-from lego.satipatthana.stages import build
-from lego.satipatthana.system import Satipatthana
+from lego.satipatthana.system import Satipatthana, build
 from lego.satipatthana.tasks import Split
 
 PARAMS = load(ROOT / "stages/satipatthana/params.yaml")

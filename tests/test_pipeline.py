@@ -254,7 +254,8 @@ def test_stage_scripts_are_short():
 
 
 FLOORS = [
-    {"sections", "params", "profiles", "artifacts", "progress", "stats", "page", "pictures", "scratch", "harness"},
+    {"sections", "params", "profiles", "artifacts", "progress", "stats", "page", "pictures", "scratch", "harness"}
+    | {"workers"},
     {"blocks", "corpus", "readers", "sources", "tokenizer", "tokens", "ngram", "batches"}
     | {"layers", "losses", "transformer", "criteria", "naming", "checkpoint", "llama", "cost"},
     {"steps", "epochs", "trainer", "exits", "risk", "hidden_states", "hard_batches"}
@@ -276,8 +277,9 @@ def test_each_floor_imports_only_what_stands_below_or_beside_it():
 
 SIBLINGS = {  # rooms of lego that a sibling system may import: the ground floor, text, and pieces of training
     "cvfp": {"params", "profiles", "sections", "artifacts", "progress", "stats", "page", "pictures", "scratch"}
-    | {"harness", "blocks", "corpus", "sources", "tokenizer", "tokens", "ngram", "steps"},
-    "satipatthana": {"params", "profiles", "sections", "artifacts", "progress", "stats", "page", "pictures", "harness"},
+    | {"harness", "workers", "blocks", "corpus", "sources", "tokenizer", "tokens", "ngram", "steps"},
+    "satipatthana": {"params", "profiles", "sections", "artifacts", "progress", "stats", "page", "pictures", "harness"}
+    | {"workers"},
 }
 
 

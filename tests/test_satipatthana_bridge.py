@@ -18,7 +18,7 @@ from lego.satipatthana.sections import with_profile
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Task
 from lego.transformer import DeepSupervisionTransformer
-from stages.satipatthana.bridge import AnswerCriterion, TrustCriterion, cuts, task_of, train
+from stages.satipatthana.bridge import KINDS, Criterion, cuts, task_of, train
 from stages.satipatthana.bridge import told_apart as told_apart_by
 
 DIM, VOCAB = 16, 24
@@ -61,7 +61,7 @@ def test_the_task_is_drawn_from_exit_states_at_unit_root_mean_square(told_apart)
 def test_trust_routes_tokens_as_any_criterion_does(system):
     torch.manual_seed(0)
     model = DeepSupervisionTransformer(VOCAB, DIM, 4, 2, exit_layer=2, block2_context="sequence").eval()
-    trust, answer = TrustCriterion(system), AnswerCriterion(system)
+    trust, answer = (Criterion(system, kind) for kind in KINDS)
     assert not needs_logits(trust)
     x = torch.randint(VOCAB, (3, 20))
     table = token_table(model, [(x, x.roll(-1, dims=1))], "cpu", {"trust": trust, "answer": answer})
@@ -95,7 +95,7 @@ def test_trust_and_answer_tell_right_from_wrong_on_tokens_they_have_not_seen(sys
 
 def test_the_cost_is_measured_and_trust_is_spared_the_decoder(system, told_apart):
     states, _ = told_apart
-    trust, answer = (macs(one(system), states[:64]) for one in (TrustCriterion, AnswerCriterion))
+    trust, answer = (macs(Criterion(system, kind), states[:64]) for kind in KINDS)
     sizes = small()
     width = sizes.system.dim + system.vipassana.context_dim
     h = sizes.heads.decoder_hidden

@@ -17,7 +17,8 @@ from lego.satipatthana.augment import Augmenter
 from lego.satipatthana.dynamics import Drunk, Sati, Vicara, Vitakka, settle
 from lego.satipatthana.log import SantanaLog
 from lego.satipatthana.nets import Adapter, Decoder, Reconstruction, upsampling
-from lego.satipatthana.stages import diversity, run_stage, spec_of, usage
+from lego.satipatthana.specs import diversity, spec_of, usage
+from lego.satipatthana.stages import run_stage
 
 SHAPES = {"mlp": (12,), "cnn": (1, 16, 16), "lstm": (10, 4), "transformer": (10, 4), "identity": (8,)}
 

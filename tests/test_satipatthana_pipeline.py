@@ -21,8 +21,12 @@ from lego.satipatthana.store import load as load_system
 
 STAGES = yaml.safe_load((ROOT / "stages/satipatthana/dvc.yaml").read_text())["stages"]
 BRIDGE = yaml.safe_load((ROOT / "stages/satipatthana/ashem/dvc.yaml").read_text())["stages"]
+TASKS = {
+    name: entry.get("do", entry)
+    for name, entry in yaml.safe_load((ROOT / "stages/satipatthana/tasks/dvc.yaml").read_text())["stages"].items()
+}
 ENTRIES = {name: entry.get("do", entry) for name, entry in STAGES.items()}
-SCRIPTS = {name: re.sub(r"\d$", "", name) for name in (*STAGES, *BRIDGE)}
+SCRIPTS = {name: re.sub(r"\d$", "", name) for name in (*STAGES, *BRIDGE)} | {name: f"tasks/{name}" for name in TASKS}
 TINY = {
     "seeds": 2,
     "workers": 1,
@@ -46,10 +50,10 @@ def declared(entry: dict, file: str = PARAMS.as_posix()) -> list[str]:
 
 @pytest.mark.parametrize("stage", SCRIPTS)
 def test_deps_equal_the_transitive_imports(stage):
-    entry = (ENTRIES | BRIDGE)[stage]
+    entry = (ENTRIES | BRIDGE | TASKS)[stage]
     found = {dep for dep in entry["deps"] if dep.endswith(".py")}
     assert found == transitive_imports(f"satipatthana/{SCRIPTS[stage]}")
-    expected = f"python -m stages.satipatthana.{SCRIPTS[stage]}"
+    expected = f"python -m stages.satipatthana.{SCRIPTS[stage].replace('/', '.')}"
     assert entry["cmd"].startswith(expected)
 
 
@@ -63,14 +67,14 @@ def test_the_bridge_reads_what_the_root_makes_and_no_stage_waits_for_it():
 
 
 def test_every_section_is_declared_and_every_declared_key_exists():
-    keys = {key for entry in (ENTRIES | BRIDGE).values() for key in declared(entry)}
+    keys = {key for entry in (ENTRIES | BRIDGE | TASKS).values() for key in declared(entry)}
     assert {key.split(".")[0] for key in keys} == set(SatipatthanaParams.model_fields) - {"workers"}  # changes nothing
     values = yaml.safe_load((ROOT / PARAMS).read_text())
     for key in keys:
         section, _, last = key.partition(".")
         assert section in values
         assert not last or last in values[section], key
-    run = {key for name, entry in (ENTRIES | BRIDGE).items() if name != "report" for key in declared(entry)}
+    run = {key for name, entry in (ENTRIES | BRIDGE | TASKS).items() if name != "report" for key in declared(entry)}
     leaves = [f"{section}.{key}" for section, inner in values.items() if isinstance(inner, dict) for key in inner]
     # which peers there are decides foreach, not a command
     assert {leaf for leaf in leaves if leaf not in run and leaf.split(".")[0] not in run} == {"peers.names"}
@@ -139,9 +143,10 @@ def test_all_stages_in_one_process(tmp_path, monkeypatch):
 
 
 def test_compat_declares_what_its_profile_leaves_to_the_parameters():
-    wanted = set(SatipatthanaParams.model_fields) - {"task", "test", "peers", "ablations", "bridge", "workers"}
-    assert set(declared(ENTRIES["compat"])) == wanted
-    assert set(declared(ENTRIES["report"])) >= set(SatipatthanaParams.model_fields) - {"threads", "workers", "bridge"}
+    own = {"tasks", "bridge", "workers"}  # of other pipelines, and what changes nothing
+    wanted = set(SatipatthanaParams.model_fields) - {"task", "test", "peers", "ablations"} - own
+    assert set(declared(ENTRIES["compat"])) == wanted | {"task.job"}
+    assert set(declared(ENTRIES["report"])) >= set(SatipatthanaParams.model_fields) - {"threads"} - own
 
 
 @pytest.fixture(scope="module")

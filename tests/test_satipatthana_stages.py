@@ -17,9 +17,11 @@ from lego.harness import StageError, exit_cleanly
 from lego.params import ParamsError
 from lego.satipatthana import predict, stages, tasks
 from lego.satipatthana.curriculum import advance, begin, how_to_use, judge, resume
+from lego.satipatthana.made import outside_sets
 from lego.satipatthana.peers import OWN, networks, peer
 from lego.satipatthana.peers import judge as judge_peer
 from lego.satipatthana.sections import changed
+from lego.satipatthana.specs import spec_of, start_probes
 from lego.satipatthana.stages import (
     TRAINABLE,
     StageCheckError,
@@ -28,12 +30,10 @@ from lego.satipatthana.stages import (
     check_gradients,
     check_states,
     run_stage,
-    spec_of,
-    start_probes,
     trainable,
 )
 from lego.satipatthana.store import Use, load, save, standardized
-from lego.satipatthana.tasks import Task, TaskError, outside_sets
+from lego.satipatthana.tasks import Task, TaskError
 
 VOID = PARAMS.void.model_copy(update={"kinds": ["gaussian"]})
 ONCE = {f"stage{number}__epochs": 1 for number in range(4)}

@@ -12,7 +12,9 @@ from lego.page import Page
 from lego.satipatthana import tasks
 from lego.satipatthana.curriculum import STAGES, advance, begin, how_to_use, judge
 from lego.satipatthana.paths import damaged
-from lego.satipatthana.stages import cross_fitted, deserved, finished, run_stage, spec_of
+from lego.satipatthana.sections import changed
+from lego.satipatthana.specs import cross_fitted, deserved, spec_of
+from lego.satipatthana.stages import finished, run_stage
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.targets import AT_LEAST, REFERENCE, reproduced, targets
 from lego.satipatthana.tasks import Split
@@ -137,16 +139,22 @@ def test_r9_4_rows_that_a_guide_of_other_rows_gets_wrong_deserve_no_trust():
     wrong = torch.tensor([4, 31, 77])
     labels = train.y.clone()
     labels[wrong] = (labels[wrong] + 1) % 3
-    right = cross_fitted(train.x, labels, 0)
+    right = cross_fitted(Split(train.x, labels), PARAMS, 0)
     assert (right == 0).nonzero()[:, 0].tolist() == wrong.tolist()
-    assert torch.equal(cross_fitted(train.x, train.y, 0), torch.ones(90))
-    assert torch.equal(cross_fitted(train.x[:4], train.y[:4], 0), torch.ones(4))  # too few rows to fit folds
+    assert torch.equal(cross_fitted(train, PARAMS, 0), torch.ones(90))
+    assert torch.equal(cross_fitted(Split(train.x[:4], train.y[:4]), PARAMS, 0), torch.ones(4))  # too few for folds
     rare = torch.cat([labels, torch.tensor([3, 3])])
-    with_rare = cross_fitted(torch.cat([train.x, train.x[:2]]), rare, 0)
+    with_rare = cross_fitted(Split(torch.cat([train.x, train.x[:2]]), rare), PARAMS, 0)
     assert with_rare[90:].tolist() == [1, 1]  # of a class with fewer rows than folds
     assert float(with_rare[wrong].sum()) == 0
     known = Split(train.x, train.y, torch.arange(90) / 90)
-    assert torch.equal(deserved(known, train.x, True, 0), known.deserved)  # where the task itself knows
+    assert torch.equal(deserved(known, PARAMS, 0), known.deserved)  # where the task itself knows
+    task = {"task.name": "table", "task.file": "rows.csv", "task.label": "y", "task.job": "regression"}
+    line = train.x[:, 0].clone()
+    line[wrong] += 5
+    number = cross_fitted(Split(train.x, line), changed(PARAMS, task, "test"), 0)
+    assert set(wrong.tolist()) <= set((number == 0).nonzero()[:, 0].tolist())
+    assert float(number.mean()) > 0.8
     made, counts = system(small()), {"clean": 40, "augmented": 40}
     generator = torch.Generator().manual_seed(0)
     rows = damaged(made, train.x, counts, PARAMS.stage2, None, generator, right)

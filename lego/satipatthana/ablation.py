@@ -15,7 +15,7 @@ from lego.satipatthana import metrics
 from lego.satipatthana.introspect import TrustHead
 from lego.satipatthana.paths import allocate, damaged
 from lego.satipatthana.sections import SatipatthanaParams
-from lego.satipatthana.stages import deserved
+from lego.satipatthana.specs import deserved
 from lego.satipatthana.system import Output, Satipatthana
 from lego.satipatthana.tasks import Task
 from lego.satipatthana.void import VoidSource
@@ -61,10 +61,10 @@ def _read_by(head: nn.Module, read: Callable[[Output, Tensor], Tensor], out: Out
 def _rows(system: Satipatthana, task: Task, params: SatipatthanaParams, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Standardized features (N, F), latents (N, d) and targets (N,) of batches of stage 2."""
     generator, train = torch.Generator().manual_seed(seed), task.train
-    source = VoidSource(train.x, train.y, params.void)
+    source = VoidSource.of_task(train, params)
     features, latents, targets = list[Tensor](), list[Tensor](), list[Tensor]()
     size = min(params.stage2.batch_size, len(train))
-    right = deserved(train, system.samatha(train.x).state, params.stage2.correctness, seed)
+    right = deserved(train, params, seed)
     for _ in range(params.ablations.batches):
         places = torch.randperm(len(train), generator=generator)[:size]
         counts = allocate(params.paths.shares(), size)

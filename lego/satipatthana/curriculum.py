@@ -10,13 +10,15 @@ import torch
 
 from lego.artifacts import derived_seed
 from lego.harness import StageError
-from lego.satipatthana.evaluation import Protocol, evaluate, probabilities
+from lego.satipatthana import jobs
+from lego.satipatthana.evaluation import Protocol, evaluate
 from lego.satipatthana.metrics import ece
 from lego.satipatthana.reject import TrustMap, fit_temperature, fit_trust, threshold
 from lego.satipatthana.sections import PARAMS, RejectParams, SatipatthanaParams
-from lego.satipatthana.stages import TRAINABLE, build, check_states, run_stage, spec_of, start_probes
+from lego.satipatthana.specs import spec_of, start_probes
+from lego.satipatthana.stages import TRAINABLE, check_states, run_stage
 from lego.satipatthana.store import Use, restore
-from lego.satipatthana.system import Satipatthana
+from lego.satipatthana.system import Satipatthana, build
 from lego.satipatthana.tasks import Split, Task, TaskError
 
 STAGES = (0, 1, 2, 3)
@@ -31,7 +33,7 @@ def begin(task: Task, params: SatipatthanaParams, seed: int) -> Satipatthana:
         seed: number of the run, from 0.
     """
     for name in ("train", "validation", "test"):
-        check_rows(name, getattr(task, name), len(task.classes))
+        check_rows(name, getattr(task, name), len(task.classes), params.task.job == "regression")
     try:
         return build(
             task.shape, len(task.classes), params, task.train.x, derived_seed(params.seed, f"satipatthana/{seed}")
@@ -40,15 +42,20 @@ def begin(task: Task, params: SatipatthanaParams, seed: int) -> Satipatthana:
         raise StageError(f"{PARAMS}: {error}") from None
 
 
-def check_rows(name: str, rows: Split, classes: int) -> None:
-    """Checks inputs and labels.
+def check_rows(name: str, rows: Split, classes: int, numbers: bool = False) -> None:
+    """Checks inputs and answers.
 
     Raises:
-        TaskError: an input is not finite, or a label is no class.
+        TaskError: an input or a number is not finite, or a label is no class.
     """
     bad = ~torch.isfinite(rows.x.flatten(1)).all(dim=1)
     if bool(bad.any()):
         raise TaskError(f"{name}: row {int(bad.nonzero()[0])} has a feature that is not a finite number")
+    if numbers:
+        if not bool(torch.isfinite(rows.y).all()):
+            row = int((~torch.isfinite(rows.y)).nonzero()[0])
+            raise TaskError(f"{name}: row {row} has an answer that is not a finite number")
+        return
     outside = (rows.y < 0) | (rows.y >= classes)
     if bool(outside.any()):
         row = int(outside.nonzero()[0])
@@ -65,7 +72,7 @@ def resume(task: Task, params: SatipatthanaParams, seed: int, before: int, folde
 def advance(
     system: Satipatthana, number: int, task: Task, params: SatipatthanaParams, seed: int
 ) -> list[dict[str, float]]:
-    """Trains one stage in place; returns the terms by epoch.
+    """Trains one stage in place; returns the terms by epoch, none where it has nothing to train.
 
     Args:
         system: as the stage before left it.
@@ -77,12 +84,15 @@ def advance(
     Raises:
         StageCheckError: the stage would train nothing, or on states that are all alike.
     """
+    if number == 3 and system.decoder is None:
+        print("stage 3: the job anomaly has no decoder; 1 - trust is the answer", flush=True)
+        return []
     own = derived_seed(params.seed, f"satipatthana/{seed}/stage{number}")
     if number == 1:
         start_probes(system, task.train.x, own)
     if number > 1:
         check_states(system, task.train.x)
-    return run_stage(system, spec_of(number, system, task.train, params, own), own)
+    return run_stage(system, spec_of(number, system, task.train, params, own, task.known), own)
 
 
 def how_to_use(system: Satipatthana, task: Task, settings: RejectParams) -> Use:
@@ -94,13 +104,15 @@ def how_to_use(system: Satipatthana, task: Task, settings: RejectParams) -> Use:
         settings: section `reject`.
     """
     found, labels = system(task.validation.x), task.validation.y
-    temperature = fit_temperature(found.output, labels) if settings.calibration != "none" else 1.0
-    right = probabilities(found.output, temperature).argmax(axis=1) == labels.numpy()
+    job, classifies = system.params.task.job, system.params.task.job == "classification"
+    temperature = fit_temperature(found.output, labels) if classifies and settings.calibration != "none" else 1.0
+    right = jobs.right(job, found.output, labels, settings.tolerance).numpy()
     trust = found.trust[:, 0].double().numpy()
     mapped: TrustMap = fit_trust(trust, right, settings.calibration)
     scale = {name: [] if one is None else one.tolist() for name, one in (("mean", task.mean), ("std", task.std))}
     cut = threshold(trust, right, settings.rule, settings.wanted)
-    return Use(task.classes, task.columns, **scale, temperature=temperature, trust=mapped, threshold=cut)
+    answer = list(task.answer)
+    return Use(task.classes, task.columns, **scale, temperature=temperature, trust=mapped, threshold=cut, answer=answer)
 
 
 def judge(system: Satipatthana, task: Task, use: Use, params: SatipatthanaParams, seed: int) -> dict[str, float]:
@@ -108,7 +120,7 @@ def judge(system: Satipatthana, task: Task, use: Use, params: SatipatthanaParams
     protocol = Protocol(task.test, task.outside, params.stage2, derived_seed(params.seed, f"satipatthana/{seed}/test"))
     facts = evaluate(system, protocol, use.temperature)
     output, accepted, trust = system.predict(task.test.x, use.threshold)
-    right = output.argmax(dim=1) == task.test.y
+    right = jobs.right(params.task.job, output, task.test.y, params.reject.tolerance)
     mapped = use.trust(trust[:, 0].double().numpy())
     facts |= {
         "coverage": float(accepted.double().mean()),
@@ -118,6 +130,12 @@ def judge(system: Satipatthana, task: Task, use: Use, params: SatipatthanaParams
     for kind, rows in task.outside.items():
         facts[f"accepted_{kind}"] = float(system.predict(rows, use.threshold)[1].double().mean())
     return facts
+
+
+def in_short(facts: dict[str, float]) -> str:
+    """The first numbers of a job, for a line of output."""
+    wanted = ("accuracy", "r2", "within_tolerance", "auroc_anomaly", "auprc_anomaly", "aurc")
+    return ", ".join(f"{key} {facts[key]:.4f}" for key in wanted if key in facts)
 
 
 def written(facts: dict[str, float]) -> dict[str, float | None]:

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lego.satipatthana import metrics
+from lego.satipatthana import jobs, metrics
 from lego.satipatthana.introspect import velocity
 from lego.satipatthana.paths import damaged
 from lego.satipatthana.sections import Stage2Params
-from lego.satipatthana.stages import distinct_share, diversity
+from lego.satipatthana.specs import diversity
+from lego.satipatthana.stages import distinct_share
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Split
 
@@ -36,53 +37,48 @@ class Protocol:
     seed: int
 
 
-def probabilities(logits: Tensor, temperature: float = 1.0) -> np.ndarray:
-    """Class probabilities (n, C)."""
-    return torch.softmax(logits.double() / temperature, dim=1).numpy()
-
-
 def evaluate(system: Satipatthana, protocol: Protocol, temperature: float = 1.0) -> dict[str, float]:
-    """Accuracy, calibration, trust on every kind of fault, selective risk, and what the fixed point is.
+    """How good the answers are, trust on every kind of fault, selective risk, and what the fixed point is.
 
     Args:
         system: trained; any module with the same interface.
         protocol: data and seed.
-        temperature: of the decoder, fitted on validation text.
+        temperature: of the decoder, fitted on validation rows.
     """
-    test = protocol.test
+    test, params = protocol.test, system.params
     found = system(test.x)
     trust, error = found.trust[:, 0].double().numpy(), -found.recon_error[:, 0].double().numpy()
-    p, labels = probabilities(found.output, temperature), test.y.numpy()
-    right = p.argmax(axis=1) == labels
-    facts = {
-        "accuracy": float(right.mean()),
-        "nll": metrics.nll(p, labels),
-        "ece": metrics.ece(p.max(axis=1), right),
-        "brier": metrics.brier(p, labels),
-        "ece_before_temperature": metrics.ece(probabilities(found.output).max(axis=1), right),
+    right = jobs.right(params.task.job, found.output, test.y, params.reject.tolerance).numpy()
+    facts = jobs.answered(params, found.output, test.y, temperature) | {
         "known_share": float(found.known.double().mean()),
         "mean_steps": float(found.steps.double().mean()),
         "last_step": float((velocity(found.s_star, found.log) / found.s_star.norm(dim=1)).mean()),
         "recon_mse": float(found.recon_error.mean()),
         "trust_ece": metrics.ece(trust, right),
         "auroc_correct": metrics.correct_above_wrong(trust, right),
-        "auroc_correct_msp": metrics.correct_above_wrong(p.max(axis=1), right),
         "aurc": metrics.aurc(trust, ~right),
         "eaurc": metrics.eaurc(trust, ~right),
         "augrc": metrics.augrc(trust, ~right),
         **metrics.risks(trust, ~right),
     }
+    away_from, errors = list[np.ndarray](), list[np.ndarray]()
     for kind, rows in protocol.outside.items():
         away = system(rows)
         strange = away.trust[:, 0].double().numpy()
+        away_from.append(strange)
+        errors.append(-away.recon_error[:, 0].double().numpy())
         inward, outward = metrics.aupr(trust, strange)
         facts |= {
             f"auroc_{kind}": metrics.auroc(trust, strange),
             f"fpr95_{kind}": metrics.fpr95(trust, strange),
             f"aupr_{kind}": inward,
             f"aupr_out_{kind}": outward,
-            f"auroc_{kind}_recon": metrics.auroc(error, -away.recon_error[:, 0].double().numpy()),
+            f"auroc_{kind}_recon": metrics.auroc(error, errors[-1]),
         }
+    if params.task.job == "anomaly":
+        facts |= jobs.flagged(trust, np.concatenate(away_from))
+        by_error = jobs.flagged(error, np.concatenate(errors))
+        facts |= {f"{key}_recon": value for key, value in by_error.items()}
     return facts | paths(system, protocol) | fixed_point(system, test) | probes_used(system, found.s_star)
 
 
@@ -100,25 +96,27 @@ def paths(system: Satipatthana, protocol: Protocol) -> dict[str, float]:
 
 
 def fixed_point(system: Satipatthana, test: Split) -> dict[str, float]:
-    """What more steps change, with the stop rule off: accuracies, reconstruction, last step, distinct states (9.1).
+    """What more steps change, with the stop rule off: right answers, reconstruction, last step, distinct states (9.1).
 
     The decoder reads the way as well, which is longer than any that it was trained with.
     """
     facts: dict[str, float] = {}
-    horizon = system.params.samatha.max_steps
+    horizon, job, tolerance = system.params.samatha.max_steps, system.params.task.job, system.params.reject.tolerance
     for factor in SWEEP:
         found = system(test.x, max_steps=factor * horizon, rests=False)
         last = velocity(found.s_star, found.log)
         facts |= {
             f"recon_mse_{factor}T": float(found.recon_error.mean()),
-            f"accuracy_{factor}T": float((found.output.argmax(dim=1) == test.y).double().mean()),
             f"last_step_{factor}T": float((last / found.s_star.norm(dim=1)).mean()),
             f"distinct_{factor}T": distinct_share(found.s_star),
         }
+        if job == "anomaly":  # no decoder, and a guide that knows of normal rows what all have in common
+            continue
+        facts[f"accuracy_{factor}T"] = float(jobs.right(job, found.output, test.y, tolerance).double().mean())
         if system.aux is not None:
             with torch.no_grad():
-                guess = system.aux(found.s_star).argmax(dim=1)
-            facts[f"aux_accuracy_{factor}T"] = float((guess == test.y).double().mean())
+                guess = system.aux(found.s_star)
+            facts[f"aux_accuracy_{factor}T"] = float(jobs.right(job, guess, test.y, tolerance).double().mean())
     return facts
 
 

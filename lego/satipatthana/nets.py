@@ -164,15 +164,36 @@ def upsampling(channels: Sequence[int], out: int) -> nn.Sequential:
 
 
 class Decoder(nn.Module):
-    """[s*; v] (B, d + c) to the answer (B, C); Tanh only where targets are declared to lie in [-1, 1] (R-3.8)."""
+    """[s*; v] (B, d + c) to the answer (B, C); Tanh only where targets are declared to lie in [-1, 1] (R-3.8).
+
+    Args:
+        dim, context_dim: d and c.
+        outputs: C.
+        hidden: width of its two layers.
+        activation: `none` or `tanh`.
+    """
+
+    low: Tensor
+    high: Tensor
 
     def __init__(self, dim: int, context_dim: int, outputs: int, hidden: int, activation: str) -> None:
         super().__init__()
         self.body = perceptron([dim + context_dim, hidden, hidden, outputs])
         self.last = nn.Tanh() if activation == "tanh" else nn.Identity()
+        self.register_buffer("low", torch.full((context_dim,), -torch.inf))
+        self.register_buffer("high", torch.full((context_dim,), torch.inf))
+
+    def learn_range(self, context: Tensor) -> None:
+        """Takes the range of the contexts (N, c) that it will learn from; later ones are brought into it.
+
+        Contexts tell how strange a row is, without a bound. Rows of train are the least strange there are, and a
+        decoder that learned from them alone answers at random where it has to extrapolate.
+        """
+        self.low.copy_(context.amin(dim=0))
+        self.high.copy_(context.amax(dim=0))
 
     def forward(self, state: Tensor, context: Tensor) -> Tensor:
-        return self.last(self.body(torch.cat([state, context], dim=-1)))
+        return self.last(self.body(torch.cat([state, context.clamp(self.low, self.high)], dim=-1)))
 
 
 def auxiliary(dim: int, hidden: int, outputs: int) -> nn.Sequential:

@@ -138,19 +138,35 @@ def _trust(
         case "knn":  # Sun et al. 2022: distance to the k-th neighbour of normalized features
             neighbours = NearestNeighbors(n_neighbors=settings.neighbours).fit(_unit(_features(model, task.train.x)))
             return lambda x: -neighbours.kneighbors(_unit(_features(model, x)))[0][:, -1]
-        case "input_knn":  # the same of the inputs as they are
-            near = NearestNeighbors(n_neighbors=settings.neighbours).fit(task.train.x.flatten(1).numpy())
-            return lambda x: -near.kneighbors(x.flatten(1).numpy())[0][:, -1]
         case "mahalanobis":  # Lee et al. 2018: nearest class mean under a shared covariance
             rows, labels = _features(model, task.train.x), task.train.y.numpy()
             means = np.stack([rows[labels == one].mean(axis=0) for one in range(len(task.classes))])
             shared = EmpiricalCovariance(assume_centered=True).fit(rows - means[labels])
             return lambda x: -np.stack([shared.mahalanobis(_features(model, x) - mean) for mean in means]).min(axis=0)
-        case "isolation_forest":  # Liu et al. 2008, on inputs
-            forest = IsolationForest(random_state=seed % 2**32).fit(task.train.x.flatten(1).numpy())
-            return lambda x: forest.score_samples(x.flatten(1).numpy())
         case _:
-            raise ValueError(f"there is no peer {name}")
+            return of_inputs(name, task, settings, seed)
+
+
+def of_inputs(name: str, task: Task, settings: PeersParams, seed: int) -> Callable[[Tensor], np.ndarray]:
+    """Scores (n,) of inputs as they are, which need no network and no labels.
+
+    Args:
+        name: `input_knn`, the distance to the k-th neighbour, or `isolation_forest` (Liu et al. 2008).
+        task: train rows are what inputs are compared with.
+        settings: section `peers`.
+        seed: of the forest.
+
+    Raises:
+        ValueError: there is no such score.
+    """
+    rows = task.train.x.flatten(1).numpy()
+    if name == "input_knn":
+        near = NearestNeighbors(n_neighbors=settings.neighbours).fit(rows)
+        return lambda x: -near.kneighbors(x.flatten(1).numpy())[0][:, -1]
+    if name == "isolation_forest":
+        forest = IsolationForest(random_state=seed % 2**32).fit(rows)
+        return lambda x: forest.score_samples(x.flatten(1).numpy())
+    raise ValueError(f"there is no peer {name}")
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,15 +20,17 @@ from lego.artifacts import ArtifactError, write_text
 from lego.harness import StageError
 from lego.params import ParamsError
 from lego.progress import track
+from lego.satipatthana.jobs import probabilities
 from lego.satipatthana.store import Use, load, standardized
-from lego.satipatthana.system import Satipatthana
+from lego.satipatthana.system import Output, Satipatthana
 from lego.satipatthana.tasks import TaskError, features_of, read_table
 
 AT_A_TIME = 1024  # rows, which changes no answer
 
 
 def answers(system: Satipatthana, use: Use, x: torch.Tensor) -> pd.DataFrame:
-    """One row an input: answer, its probability, trust, how often such trust is right, accepted, steps, recon_error.
+    """One row an input: answer, its probability (classes alone), trust, how often such trust is right, whether it is
+    accepted, whether the gate knew it, steps and recon_error.
 
     Args:
         system: trained.
@@ -45,12 +48,10 @@ def _batches(x: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _part(system: Satipatthana, use: Use, x: torch.Tensor) -> pd.DataFrame:
     found = system(x)
-    p = torch.softmax(found.output.double() / use.temperature, dim=1)
     trust = found.trust[:, 0].double().numpy()
     return pd.DataFrame(
-        {
-            "answer": [use.classes[one] for one in p.argmax(dim=1).tolist()],
-            "probability": p.amax(dim=1).numpy(),
+        _answer(system, use, found)
+        | {
             "trust": trust,
             "trust_calibrated": use.trust(trust),
             "accepted": trust >= use.threshold,
@@ -59,6 +60,34 @@ def _part(system: Satipatthana, use: Use, x: torch.Tensor) -> pd.DataFrame:
             "recon_error": found.recon_error[:, 0].double().numpy(),
         }
     )
+
+
+def _answer(system: Satipatthana, use: Use, found: Output) -> dict[str, Any]:
+    job = system.params.task.job
+    if job == "regression":
+        return {"answer": (found.output[:, 0].double() * use.answer[1] + use.answer[0]).numpy()}
+    if job == "anomaly":
+        normal, anomaly = use.classes
+        return {"answer": np.where(found.trust[:, 0].double().numpy() >= use.threshold, normal, anomaly)}
+    p = probabilities(found.output, use.temperature)
+    return {"answer": [use.classes[one] for one in p.argmax(axis=1)], "probability": p.max(axis=1)}
+
+
+def rights(system: Satipatthana, use: Use, found: pd.DataFrame, truth: pd.Series, name: str) -> np.ndarray:
+    """Whether answers are right (n,).
+
+    Raises:
+        TaskError: the truth is no class of the system, or no number.
+    """
+    if system.params.task.job == "regression":
+        values = features_of(truth.to_frame(), [str(truth.name)], name)[:, 0]
+        allowed = system.params.reject.tolerance * use.answer[1]
+        close: np.ndarray = np.abs(found["answer"].to_numpy() - values) <= allowed
+        return close
+    if odd := sorted(set(truth.astype(str)) - set(use.classes)):
+        raise TaskError(f"{name}: column {truth.name} has {odd[0]}, which is no class of the system")
+    same: np.ndarray = found["answer"].to_numpy() == truth.astype(str).to_numpy()
+    return same
 
 
 def main() -> int:
@@ -75,9 +104,8 @@ def main() -> int:
         x = torch.tensor(features_of(frame, columns, str(asked.table)))
         if asked.label and asked.label not in frame:
             raise TaskError(f"{asked.table}: has no column {asked.label}, which --label names")
-        if asked.label and (odd := sorted(set(frame[asked.label].astype(str)) - set(use.classes))):
-            raise TaskError(f"{asked.table}: column {asked.label} has {odd[0]}, which is no class of the system")
         found = answers(system, use, standardized(x, use).view(len(x), *system.shape))
+        right = rights(system, use, found, frame[asked.label], str(asked.table)) if asked.label else None
         text = found.to_csv(index=False)
         if asked.out:
             write_text(asked.out, text)
@@ -85,8 +113,7 @@ def main() -> int:
             print(text, end="")
         accepted = found["accepted"].to_numpy()
         said = f"{len(found)} rows, {accepted.sum()} accepted at trust {use.threshold:.4f}"
-        if asked.label:
-            right = found["answer"].to_numpy() == frame[asked.label].astype(str).to_numpy()
+        if right is not None:
             share = right[accepted].mean() if accepted.any() else float("nan")
             said += f"; right: {100 * right.mean():.1f} % of all, {100 * share:.1f} % of the accepted"
         print(said, file=sys.stderr)

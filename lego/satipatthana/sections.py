@@ -22,8 +22,17 @@ Unit = Annotated[Number, within("[0, 1]")]
 Cosine = Annotated[Number, within("[-1, 1]")]
 Attention = Literal["soft", "hard"]
 PATHS = ("clean", "augmented", "drunk", "mismatch", "void")
+Job = Literal["classification", "regression", "anomaly"]
 VoidKind = Literal[
-    "gaussian", "uniform", "filtered_uniform", "mixup", "cut_paste", "patch_permutation", "feature_shuffle"
+    "gaussian",
+    "uniform",
+    "filtered_uniform",
+    "mixup",
+    "cut_paste",
+    "patch_permutation",
+    "feature_shuffle",
+    "time_warp",
+    "anomalies",
 ]
 SAME = {  # kinds of void and of test that are one kind, however they are called (R-6.4)
     "gaussian": ("gaussian", "gauss_matched", "noisy_0.5"),
@@ -47,7 +56,11 @@ PeerName = Literal[
 class TaskParams(Section):
     """Which data are learned."""
 
-    name: Literal["digits", "breast_cancer", "wine", "sensors", "table"]
+    name: Literal["digits", "breast_cancer", "wine", "diabetes", "sensors", "table"]
+    job: Job
+    anomalies: list[str]
+    known: list[str]
+    unlabelled: bool
     file: str | None
     label: str | None
     test_share: Share
@@ -57,6 +70,16 @@ class TaskParams(Section):
     def _has_a_file(self) -> TaskParams:
         if self.name == "table" and not (self.file and self.label):
             raise ValueError("file and label must name a CSV or Parquet file and its column when task.name is table")
+        return self
+
+    @model_validator(mode="after")
+    def _suits_the_job(self) -> TaskParams:
+        if (self.name == "diabetes") != (self.job == "regression") and self.name != "table":
+            raise ValueError(f"job must not be {self.job} when task.name is {self.name}")
+        if self.job != "anomaly" and (self.anomalies or self.known or self.unlabelled):
+            raise ValueError("anomalies, known and unlabelled must be empty or false unless task.job is anomaly")
+        if strange := [name for name in self.known if name not in self.anomalies]:
+            raise ValueError(f"known must be among task.anomalies, which {', '.join(strange)} is not")
         return self
 
 
@@ -154,6 +177,7 @@ class HeadsParams(Section):
     recon_hidden: Count
     aux_hidden: Count
     output_activation: Literal["none", "tanh"]
+    bounded_context: bool
 
 
 class StageParams(Section):
@@ -217,7 +241,7 @@ class VoidParams(Section):
 class TestParams(Section):
     """Out-of-distribution kinds that are held back for the test; none may be used in training."""
 
-    kinds: Annotated[list[str], Field(min_length=1)]
+    kinds: list[str]
     ood_seed: CountOrZero
 
 
@@ -226,6 +250,7 @@ class RejectParams(Section):
 
     rule: Literal["coverage", "risk", "conformal"]
     wanted: Share
+    tolerance: Positive
     calibration: Literal["none", "temperature", "isotonic"]
 
 
@@ -250,6 +275,13 @@ class AblationsParams(Section):
     batches: Count
     epochs: Count
     lr: Positive
+
+
+class TasksParams(Section):
+    """Other data and jobs, each a profile, and how many seeds of each."""
+
+    names: Annotated[list[str], Field(min_length=1)]
+    seeds: Count
 
 
 class BridgeParams(Section):
@@ -286,6 +318,7 @@ class SatipatthanaParams(Section):
     reject: RejectParams
     peers: PeersParams
     ablations: AblationsParams
+    tasks: TasksParams
     bridge: BridgeParams
 
     @model_validator(mode="after")
@@ -305,6 +338,14 @@ class SatipatthanaParams(Section):
                 f"stage2.batch_size must be at least the number of paths, {len(self.paths.shares())}, "
                 f"got {self.stage2.batch_size}"
             )
+        if not self.test.kinds and not self.task.anomalies:
+            raise ValueError("test.kinds must name at least one kind unless task.anomalies does")
+        if self.task.job == "anomaly" and self.stage2.correctness:
+            raise ValueError(
+                "stage2.correctness must be false when task.job is anomaly: there is no answer to be right"
+            )
+        if ("anomalies" in self.void.kinds) > bool(self.task.known):
+            raise ValueError("void.kinds must not have anomalies unless task.known names some")
         if self.ablations.seeds > self.seeds:
             raise ValueError(f"ablations.seeds must be at most seeds, {self.seeds}, got {self.ablations.seeds}")
         return self

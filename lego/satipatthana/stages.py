@@ -10,9 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from sklearn.cluster import KMeans
-from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import AdamW
@@ -20,11 +17,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lego.harness import StageError
 from lego.progress import track
-from lego.satipatthana.paths import allocate, damaged, floor, losses
-from lego.satipatthana.sections import PATHS, SatipatthanaParams, StageParams
+from lego.satipatthana.sections import StageParams
 from lego.satipatthana.system import Satipatthana
-from lego.satipatthana.tasks import Split
-from lego.satipatthana.void import VoidSource, acceptance
 
 TRAINABLE = {
     0: ("adapter", "adapter_recon"),
@@ -33,11 +27,8 @@ TRAINABLE = {
     3: ("decoder",),
 }
 LEAST_DISTINCT = 0.5  # share of train rows whose settled states differ, below which a stage is not begun
-VACUOUS = 0.99  # share of uniform rows that a filter keeps, above which it is none
 PLATEAU = 0.01  # of what a loss has fallen by before: the least fall that counts as progress
 RESTED = 1e-3  # relative length of the last step below which states have settled
-FOLDS = 5
-POOLED = {"dynamics2": ("clean", "augmented", "mismatch"), "grounded8": ()}  # what a trust head cannot tell apart
 
 
 class StageCheckError(StageError):
@@ -164,32 +155,6 @@ def finished(number: int, history: list[dict[str, float]], patience: int) -> boo
     return stands and (number != 1 or all(one["residual"] < RESTED for one in history[-patience:]))
 
 
-def cross_fitted(states: Tensor, y: Tensor, seed: int) -> Tensor:
-    """Whether a guide that was fitted on other rows tells the class of each state (n, d) -> (n,) of 0 and 1 (R-9.4).
-
-    The guide is a logistic regression. The states come of a stage 1 that has seen all rows and their classes, so this
-    finds fewer errors than unseen rows have. Rows of a class with fewer rows than folds are taken as right.
-    """
-    counts = torch.bincount(y)
-    judged = counts[y] >= FOLDS  # (n,)
-    right = torch.ones(len(y))
-    if len(torch.unique(y[judged])) < 2:
-        print(f"stage 2: no two classes have {FOLDS} rows, so every clean row deserves trust", flush=True)
-        return right
-    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed % 2**32)
-    rows, labels = states[judged].double().numpy(), y[judged].numpy()
-    guess = cross_val_predict(LogisticRegression(max_iter=500), rows, labels, cv=folds)
-    right[judged] = torch.from_numpy(guess == labels).float()
-    return right
-
-
-def deserved(train: Split, states: Tensor, correctness: bool, seed: int) -> Tensor:
-    """Trust (n,) that clean train rows with these settled states (n, d) deserve (R-9.4)."""
-    if train.deserved is not None:
-        return train.deserved
-    return cross_fitted(states, train.y, seed) if correctness else torch.ones(len(train))
-
-
 def check_gradients(system: Satipatthana, spec: StageSpec, generator: torch.Generator) -> list[str]:
     """One backward pass without a step: every trainable parameter must have a gradient (R-8.12).
 
@@ -236,126 +201,3 @@ def check_states(system: Satipatthana, x: Tensor) -> dict[str, float]:
             f"{cosine:.3f}; lower the thresholds of the gate in vitakka"
         )
     return facts
-
-
-def spec_of(number: int, system: Satipatthana, train: Split, params: SatipatthanaParams, seed: int) -> StageSpec:
-    """The specification of a stage of the curriculum, with what its frozen part makes cached where it stays the same.
-
-    Args:
-        number: 0 to 3.
-        system: as the stage before left it.
-        train: inputs and classes.
-        params: all of them.
-        seed: of prototypes.
-    """
-    if number == 0:
-        return StageSpec(0, params.stage0, lambda places, _: _stage0(system, train.x[places]), len(train))
-    if number == 1:
-        return StageSpec(
-            1, params.stage1, lambda places, generator: _stage1(system, train, places, generator), len(train)
-        )
-    if number == 2:
-        return _stage2(system, train, params, seed)
-    with torch.no_grad():  # frozen thinking is a pure function (R-5.3)
-        found = system(train.x)
-
-    def loss(places: Tensor, _: torch.Generator) -> dict[str, Tensor]:
-        answered = system.decoder(found.s_star[places], found.v_ctx[places])
-        return {"loss": functional.cross_entropy(answered, train.y[places])}
-
-    return StageSpec(3, params.stage3, loss, len(train))
-
-
-def _stage0(system: Satipatthana, x: Tensor) -> dict[str, Tensor]:
-    return {"loss": functional.mse_loss(system.adapter_recon(system.adapter(x)), x)}
-
-
-def diversity(probes: Tensor, squared: bool) -> Tensor:
-    """Mean off-diagonal cosine of probes (K, d), or of its square: the plain mean is as low for two opposite clusters
-    as for probes that are spread, so it does not prevent collapse (R-8.10)."""
-    rows = functional.normalize(probes, dim=1)
-    cosines = rows @ rows.T
-    k = len(rows)
-    values = cosines.square() if squared else cosines
-    return (values.sum() - values.diagonal().sum()) / (k * (k - 1))
-
-
-def usage(shares: Tensor) -> Tensor:
-    """Minus the entropy of the mean attention (B, K) over a batch, as a share of log K: -1 where all are used alike."""
-    mean = shares.mean(dim=0)
-    return (mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum() / torch.log(torch.tensor(float(len(mean))))
-
-
-def _stage1(system: Satipatthana, train: Split, places: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    settings = system.params.stage1
-    thought = system.samatha(train.x[places], settings.noise_level, generator=generator)
-    last, before = thought.pair
-    terms = {
-        "stability": (last - before).square().sum(dim=1).mean(),
-        "recon": system.recon_error(thought.state, thought.encoded).mean(),
-        "diversity": diversity(system.vitakka.probes, settings.squared_diversity),
-        "usage": usage(thought.meta.probs),
-    }
-    if system.aux is not None:
-        terms["guidance"] = functional.cross_entropy(system.aux(thought.state), train.y[places])
-    weighted = [getattr(settings, f"weight_{name}") * term for name, term in terms.items()]
-    residual = (last - before).norm(dim=1) / last.norm(dim=1).clamp_min(torch.finfo(last.dtype).tiny)
-    return terms | {"loss": torch.stack(weighted).sum(), "residual": residual.mean().detach()}
-
-
-def start_probes(system: Satipatthana, x: Tensor, seed: int) -> None:
-    """Probes at the centres of the latents of train inputs, if vitakka.init says k_means; before stage 1."""
-    if system.params.vitakka.init != "k_means":
-        return
-    with torch.no_grad():
-        latents = functional.normalize(system.adapter(x), dim=1).double().numpy()
-    if system.params.vitakka.n_probes > len(x):
-        wanted = system.params.vitakka.n_probes
-        raise StageCheckError(f"vitakka.n_probes is {wanted}, but there are only {len(x)} train rows; lower it")
-    centres = KMeans(system.params.vitakka.n_probes, n_init=4, random_state=seed % 2**32).fit(latents).cluster_centers_
-    system.vitakka.load_probes(torch.from_numpy(centres).float())
-
-
-def _stage2(system: Satipatthana, train: Split, params: SatipatthanaParams, seed: int) -> StageSpec:
-    settings, shares = params.stage2, params.paths.shares()
-    source = VoidSource(train.x, train.y, params.void) if "void" in shares else None
-    weights = {head: getattr(params.vipassana, f"weight_{head}") for head in ("trust", "conformity", "confidence")}
-    pooled = POOLED[params.vipassana.trust_features]
-    if (wanted := params.vipassana.prototypes) > len(train) and system.vipassana.grounded:
-        raise StageCheckError(f"vipassana.prototypes is {wanted}, but there are only {len(train)} train rows; lower it")
-    if source is not None and "filtered_uniform" in params.void.kinds:
-        kept = acceptance(source, torch.Generator().manual_seed(seed))
-        if kept > VACUOUS:
-            print(
-                f"warning: void.min_distance keeps {100 * kept:.1f} % of uniform rows, so it filters nothing",
-                flush=True,
-            )
-    with torch.no_grad():
-        system.eval()
-        thought = system.samatha(train.x)
-        system.vipassana.learn_range(thought.state, lambda: system.look(thought)[0].features, seed)
-    right = deserved(train, thought.state, settings.correctness, seed)
-
-    def loss(places: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        counts = allocate(shares, len(places))
-        rows = damaged(system, train.x[places], counts, settings, source, generator, right[places])
-        scores = system.view(rows.state, rows.log, rows.recon_error).scores()
-        terms = losses(scores, rows, weights)
-        lowest, constant = floor(rows.target, rows.path, pooled)
-        facts = {"floor": torch.tensor(lowest)}
-        if pooled:
-            facts["pooled_constant"] = torch.tensor(constant)
-        for number, path in enumerate(PATHS):
-            if bool((rows.path == number).any()):
-                facts[f"trust_{path}"] = torch.sigmoid(scores["trust"][rows.path == number]).mean().detach()
-        return terms | facts
-
-    return StageSpec(2, settings, loss, len(train), len(shares))
-
-
-def build(shape: tuple[int, ...], outputs: int, params: SatipatthanaParams, train: Tensor, seed: int) -> Satipatthana:
-    """A fresh system from a seed, whose noise is in units of the train inputs' deviation."""
-    torch.manual_seed(seed)
-    system = Satipatthana(shape, outputs, params)
-    system.augmenter.scale.copy_(train.std())
-    return system

@@ -20,12 +20,13 @@ class Use:
     """What using a system needs beside its weights.
 
     Args:
-        classes: names of the outputs.
+        classes: names of the classes, or of the number that is asked for.
         columns: names of the features, if inputs are rows of a table.
         mean, std: by which its columns are standardized; empty = they are not.
         temperature: of the decoder.
         trust: its map to the share of right answers.
         threshold: of trust, below which it abstains.
+        answer: mean and deviation by which the answers of a regression were standardized.
     """
 
     classes: list[str]
@@ -35,6 +36,7 @@ class Use:
     temperature: float = 1.0
     trust: TrustMap = field(default_factory=lambda: TrustMap([0.0, 1.0], [0.0, 1.0]))
     threshold: float = 0.5
+    answer: list[float] = field(default_factory=lambda: [0.0, 1.0])
 
 
 def save(system: Satipatthana, folder: str | Path, use: Use, guide: bool = True) -> None:
@@ -51,7 +53,7 @@ def save(system: Satipatthana, folder: str | Path, use: Use, guide: bool = True)
     write_tensors(folder / "system.safetensors", weights)
     facts = {"shape": list(system.shape), "outputs": system.outputs, "classes": use.classes, "columns": use.columns}
     facts |= {"mean": use.mean, "std": use.std, "temperature": use.temperature, "threshold": use.threshold}
-    facts |= {"trust": {"x": use.trust.x, "y": use.trust.y}, "guide": guide}
+    facts |= {"trust": {"x": use.trust.x, "y": use.trust.y}, "guide": guide, "answer": use.answer}
     write_json(folder / "system.json", facts | {"parameters": json.loads(system.params.model_dump_json())})
 
 
@@ -62,7 +64,8 @@ def load(folder: str | Path) -> tuple[Satipatthana, Use]:
         ArtifactError: a file is missing or damaged.
     """
     folder = Path(folder)
-    keys = ("shape", "outputs", "classes", "columns", "mean", "std", "temperature", "threshold", "trust", "guide")
+    of_use = ("classes", "columns", "mean", "std", "temperature", "threshold", "answer")
+    keys = ("shape", "outputs", "trust", "guide", *of_use)
     facts: dict[str, Any] = read_json(folder / "system.json", "parameters", *keys)
     try:
         params = SatipatthanaParams.model_validate(facts["parameters"])
@@ -75,7 +78,7 @@ def load(folder: str | Path) -> tuple[Satipatthana, Use]:
         system.load_state_dict(read_tensors(folder / "system.safetensors"))
     except RuntimeError:
         raise ArtifactError(f"{folder}/system.safetensors: does not fit system.json; run dvc repro") from None
-    use = {key: facts[key] for key in ("classes", "columns", "mean", "std", "temperature", "threshold")}
+    use = {key: facts[key] for key in of_use}
     return system.eval().requires_grad_(False), Use(**use, trust=TrustMap(facts["trust"]["x"], facts["trust"]["y"]))
 
 

@@ -74,7 +74,10 @@ class Satipatthana(nn.Module):
         self.samatha_recon = Reconstruction(shape, dim, heads.recon_hidden)
         self.aux = auxiliary(dim, heads.aux_hidden, outputs) if params.system.guided else None
         self.vipassana = Vipassana(dim, params.vipassana)
-        self.decoder = Decoder(dim, self.vipassana.context_dim, outputs, heads.decoder_hidden, heads.output_activation)
+        self.decoder = None
+        if params.task.job != "anomaly":
+            context_dim = self.vipassana.context_dim
+            self.decoder = Decoder(dim, context_dim, outputs, heads.decoder_hidden, heads.output_activation)
 
     def samatha(
         self,
@@ -130,12 +133,15 @@ class Satipatthana(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor, max_steps: int | None = None, rests: bool = True) -> Output:
-        """Answers and trust for inputs (B, *shape), deterministic, in evaluation mode whatever the mode was."""
+        """Answers and trust for inputs (B, *shape), deterministic, in evaluation mode whatever the mode was.
+
+        In the job anomaly there is no decoder, and the answer is 1 - trust (B, 1).
+        """
         with evaluation(self):
             thought = self.samatha(x, max_steps=max_steps, rests=rests)
             view, error = self.look(thought)
             return Output(
-                output=self.decoder(thought.state, view.context),
+                output=1 - view.trust if self.decoder is None else self.decoder(thought.state, view.context),
                 s_star=thought.state,
                 v_ctx=view.context,
                 trust=view.trust,
@@ -153,6 +159,14 @@ class Satipatthana(nn.Module):
         """Answers (B, C), whether each is accepted (B,), and trust (B, 1); below the threshold the system abstains."""
         found = self(x)
         return found.output, found.trust[:, 0] >= reject_below, found.trust
+
+
+def build(shape: tuple[int, ...], outputs: int, params: SatipatthanaParams, train: Tensor, seed: int) -> Satipatthana:
+    """A fresh system from a seed, whose noise is in units of the train inputs' deviation."""
+    torch.manual_seed(seed)
+    system = Satipatthana(shape, outputs, params)
+    system.augmenter.scale.copy_(train.std())
+    return system
 
 
 def _score(logit: Tensor | None) -> Tensor | None:

@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.datasets import load_breast_cancer, load_digits, load_wine
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from lego.artifacts import read_json, read_tensors, write_json, write_tensors
 from lego.harness import StageError
-from lego.satipatthana.sections import PARAMS, TaskParams, TestParams
+from lego.satipatthana.made import FAULTS, SYNTHETIC, WAYS, faults, outside_sets, windows
+from lego.satipatthana.sections import PARAMS, Job, TaskParams, TestParams
 
-SYNTHETIC = ("gauss_matched", "uniform", "pixel_perm", "inverted", "noisy_0.5")
-FAULTS = ("stuck", "drift", "spikes", "swapped")
 NEAR = (8, 9)  # digits that are held back as near-OOD (specification, section 11)
+UNSCALED = ("digits", "sensors")  # their features are of one unit
 
 
 class TaskError(StageError):
@@ -27,7 +27,8 @@ class TaskError(StageError):
 
 @dataclass(frozen=True)
 class Split:
-    """Inputs (n, *shape), classes (n,), and the trust (n,) that each deserves where the task itself knows it."""
+    """Inputs (n, *shape), answers (n,): classes, or numbers of a regression, and the trust (n,) that each row deserves
+    where the task itself knows it."""
 
     x: Tensor
     y: Tensor
@@ -39,7 +40,17 @@ class Split:
 
 @dataclass(frozen=True)
 class Task:
-    """Train, validation and test, sets from outside by kind, and how inputs are called and scaled."""
+    """Train, validation and test, sets from outside by kind, and how inputs are called and scaled.
+
+    Args:
+        train, validation, test: rows.
+        outside: inputs by kind.
+        classes: names of the classes, or of the number that is asked for.
+        columns: names of the features, if inputs are rows of a table.
+        mean, std: by which its columns were standardized.
+        known: anomalies (k, *shape) that training is shown, in the job anomaly.
+        answer: mean and deviation by which the answers of a regression were standardized.
+    """
 
     train: Split
     validation: Split
@@ -49,6 +60,8 @@ class Task:
     columns: list[str] = field(default_factory=list)
     mean: Tensor | None = None
     std: Tensor | None = None
+    known: Tensor | None = None
+    answer: tuple[float, float] = (0.0, 1.0)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -59,104 +72,133 @@ def load(settings: TaskParams, test: TestParams) -> Task:
     """The task that params.yaml names, split as the specification says.
 
     Raises:
-        TaskError: a table that cannot be used.
+        TaskError: a table that cannot be used, or kinds and classes that the task does not have.
     """
-    known = FAULTS if settings.name == "sensors" else (*SYNTHETIC, *(("near",) if settings.name == "digits" else ()))
+    near = settings.name == "digits" and settings.job == "classification"
+    known = FAULTS if settings.name == "sensors" else (*SYNTHETIC, *(("near",) if near else ()))
     if unknown := [kind for kind in test.kinds if kind not in known]:
         raise TaskError(
             f"{PARAMS}: test.kinds has {', '.join(unknown)}, which the task {settings.name} cannot make; it has "
             f"{', '.join(known)}"
         )
+    x, y, classes, columns = _rows(settings)
+    odd = np.isin(y, NEAR) if near else np.zeros(len(y), dtype=bool)
+    parts = splits(x[~odd], y[~odd], settings)
+    outside: dict[str, np.ndarray] = {"near": x[odd]} if near and "near" in test.kinds else {}
+    shown: np.ndarray | None = None
+    if settings.job == "anomaly":
+        parts, shown, outside = normal_rows(parts, classes, settings)
+        classes = ["normal", "anomaly"]
+    elif near:
+        classes = [name for number, name in enumerate(classes) if number not in NEAR]
+    center, scale = _scale(parts["train"][0], settings)
+    answer = (0.0, 1.0)
+    if settings.job == "regression":
+        answer = (float(parts["train"][1].mean()), float(parts["train"][1].std()) or 1.0)
+    made = {
+        name: _split((rows - center) / scale, answers, settings.job, answer) for name, (rows, answers) in parts.items()
+    }
+    held_out = made["test"].x.numpy()
+    strangers = {kind: _float((rows - center) / scale) for kind, rows in outside.items()}
+    strangers |= (
+        faults(held_out, test) if settings.name == "sensors" else outside_sets(made["train"].x.numpy(), held_out, test)
+    )
+    scaled = settings.name not in UNSCALED
+    return Task(
+        made["train"],
+        made["validation"],
+        made["test"],
+        strangers,
+        classes,
+        columns,
+        torch.from_numpy(center) if scaled else None,
+        torch.from_numpy(scale) if scaled else None,
+        None if shown is None or not len(shown) else _float((shown - center) / scale),
+        answer,
+    )
+
+
+def _rows(settings: TaskParams) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
+    """Inputs (n, *shape), answers (n,), names of the classes and of the columns."""
     match settings.name:
         case "digits":
-            return _digits(settings, test)
+            bunch = load_digits()
+            columns = [f"pixel_{n}" for n in range(bunch.data.shape[1])]
+            return bunch.data / 8 - 1, bunch.target, [str(one) for one in range(10)], columns
         case "breast_cancer" | "wine":
             bunch = load_breast_cancer() if settings.name == "breast_cancer" else load_wine()
             classes = [str(one) for one in bunch.target_names]
-            return _table(bunch.data, bunch.target, classes, [str(one) for one in bunch.feature_names], settings, test)
+            return bunch.data, bunch.target, classes, [str(one) for one in bunch.feature_names]
+        case "diabetes":
+            bunch = load_diabetes()
+            return bunch.data, bunch.target, ["progression"], [str(one) for one in bunch.feature_names]
         case "sensors":
-            return _sensors(settings, test)
+            return *windows(), list(WAYS), []
         case _:
-            frame = read_table(Path(settings.file or ""))
-            x, y, classes = labelled(frame, settings.label or "", str(settings.file))
-            return _table(x.to_numpy(), y, classes, list(x.columns), settings, test)
+            frame, name = read_table(Path(settings.file or "")), str(settings.file)
+            x, y, classes = labelled(frame, settings.label or "", name, settings.job == "regression")
+            return x.to_numpy(dtype=np.float64), y, classes, list(x.columns)
 
 
 def splits(x: np.ndarray, y: np.ndarray, settings: TaskParams) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Test, then validation out of the rest, stratified, seed 0 (section 11)."""
-    rest_x, test_x, rest_y, test_y = train_test_split(x, y, test_size=settings.test_share, random_state=0, stratify=y)
-    train_x, val_x, train_y, val_y = train_test_split(
-        rest_x, rest_y, test_size=settings.validation_share, random_state=0, stratify=rest_y
-    )
+    """Test, then validation out of the rest, seed 0 (section 11); stratified unless answers are numbers."""
+
+    def parted(x: np.ndarray, y: np.ndarray, share: float) -> tuple[np.ndarray, ...]:
+        found: list[np.ndarray] = train_test_split(
+            x, y, test_size=share, random_state=0, stratify=None if settings.job == "regression" else y
+        )
+        return tuple(found)
+
+    rest_x, test_x, rest_y, test_y = parted(x, y, settings.test_share)
+    train_x, val_x, train_y, val_y = parted(rest_x, rest_y, settings.validation_share)
     return {"train": (train_x, train_y), "validation": (val_x, val_y), "test": (test_x, test_y)}
 
 
-def _digits(settings: TaskParams, test: TestParams) -> Task:
-    bunch = load_digits()
-    x, y = (bunch.data / 8 - 1).astype(np.float32), bunch.target
-    near = np.isin(y, NEAR)
-    parts = splits(x[~near], y[~near], settings)
-    outside = outside_sets(parts["train"][0], parts["test"][0], test)
-    if "near" in test.kinds:
-        outside = {"near": torch.from_numpy(x[near])} | outside
-    classes = [str(one) for one in range(10) if one not in NEAR]
-    return _task(_tensors(parts), outside, classes, [f"pixel_{n}" for n in range(x.shape[1])])
+def normal_rows(
+    parts: dict[str, tuple[np.ndarray, np.ndarray]], classes: list[str], settings: TaskParams
+) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], np.ndarray, dict[str, np.ndarray]]:
+    """The job anomaly: normal rows with the answer 0, known anomalies of train, and those of test by class.
 
+    Validation has normal rows alone. Train has as well, unless it is unlabelled; anomalies that are not known are left
+    out of it. Kinds of test begin with `seen_` or `unseen_`, by whether training was shown rows of that class.
 
-def outside_sets(train: np.ndarray, held_out: np.ndarray, test: TestParams) -> dict[str, Tensor]:
-    """Sets of as many rows as the test split, from one generator in the order that params.yaml lists them.
-
-    gauss_matched has the train inputs' mean and deviation, uniform their range; pixel_perm, inverted and noisy_0.5 are
-    test inputs with features in one other order, with their sign changed, and with noise of half a unit.
+    Raises:
+        TaskError: an anomaly is no class of the task, or nothing is normal.
     """
-    random = np.random.default_rng(test.ood_seed)
-    shape, found = held_out.shape, dict[str, np.ndarray]()
-    for kind in test.kinds:
-        match kind:
-            case "gauss_matched":
-                found[kind] = random.normal(train.mean(), train.std(), shape)
-            case "uniform":
-                found[kind] = random.uniform(train.min(), train.max(), shape)
-            case "pixel_perm":
-                flat = held_out.reshape(len(held_out), -1)
-                found[kind] = flat[:, random.permutation(flat.shape[1])].reshape(shape)
-            case "inverted":
-                found[kind] = -held_out
-            case "noisy_0.5":
-                found[kind] = held_out + random.normal(0, 0.5, shape)
-            case _:
-                continue
-    return {kind: torch.from_numpy(rows.astype(np.float32)) for kind, rows in found.items()}
+    if strange := [name for name in settings.anomalies if name not in classes]:
+        raise TaskError(
+            f"{PARAMS}: task.anomalies has {', '.join(strange)}, which is no class of {settings.name}; it has "
+            f"{', '.join(classes)}"
+        )
+    if len(settings.anomalies) == len(classes):
+        raise TaskError(f"{PARAMS}: task.anomalies has all classes of {settings.name}; leave out what is normal")
+    odd, known = ([classes.index(name) for name in names] for names in (settings.anomalies, settings.known))
+    found = {}
+    for name, (x, y) in parts.items():
+        kept = np.ones(len(y), dtype=bool) if settings.unlabelled and name == "train" else ~np.isin(y, odd)
+        found[name] = (x[kept], np.zeros(int(kept.sum()), dtype=np.int64))
+    (train, of), (test, away) = parts["train"], parts["test"]
+    seen = {name: "seen" if name in settings.known or settings.unlabelled else "unseen" for name in settings.anomalies}
+    outside = {f"{seen[name]}_{name}": test[away == classes.index(name)] for name in settings.anomalies}
+    return found, train[np.isin(of, known)], outside
 
 
-def _tensors(parts: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, Split]:
-    return {
-        name: Split(torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32)), torch.from_numpy(y.astype(np.int64)))
-        for name, (x, y) in parts.items()
-    }
-
-
-def _table(
-    x: np.ndarray, y: np.ndarray, classes: list[str], columns: list[str], settings: TaskParams, test: TestParams
-) -> Task:
-    """Columns standardized by train rows."""
-    parts = splits(x.astype(np.float64), y, settings)
-    mean, std = parts["train"][0].mean(axis=0), parts["train"][0].std(axis=0)
+def _scale(x: np.ndarray, settings: TaskParams) -> tuple[np.ndarray, np.ndarray]:
+    """What is taken from inputs and what they are divided by, from train rows; tables alone are standardized."""
+    if settings.name in UNSCALED:
+        return np.zeros(()), np.ones(())
+    std = x.std(axis=0)
     std[std == 0] = 1
-    scaled = _tensors({name: ((rows - mean) / std, labels) for name, (rows, labels) in parts.items()})
-    outside = outside_sets(scaled["train"].x.numpy(), scaled["test"].x.numpy(), test)
-    return _task(scaled, outside, classes, columns, torch.from_numpy(mean), torch.from_numpy(std))
+    return x.mean(axis=0), std
 
 
-def _task(
-    parts: dict[str, Split],
-    outside: dict[str, Tensor],
-    classes: list[str],
-    columns: list[str],
-    mean: Tensor | None = None,
-    std: Tensor | None = None,
-) -> Task:
-    return Task(parts["train"], parts["validation"], parts["test"], outside, classes, columns, mean, std)
+def _float(x: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))
+
+
+def _split(x: np.ndarray, y: np.ndarray, job: Job, answer: tuple[float, float]) -> Split:
+    numbers = job == "regression"
+    return Split(_float(x), _float((y - answer[0]) / answer[1]) if numbers else torch.from_numpy(y.astype(np.int64)))
 
 
 def read_table(file: Path) -> pd.DataFrame:
@@ -193,11 +235,19 @@ def features_of(frame: pd.DataFrame, columns: list[str], name: str) -> np.ndarra
     return values
 
 
-def labelled(frame: pd.DataFrame, label: str, name: str) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
-    """Features, classes (n,) and their names.
+def labelled(
+    frame: pd.DataFrame, label: str, name: str, numbers: bool = False
+) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
+    """Features, answers (n,), and the names of the classes or of the number.
+
+    Args:
+        frame: a table.
+        label: its column of answers.
+        name: of the table, for messages.
+        numbers: whether answers are numbers.
 
     Raises:
-        TaskError: there is no such column, or a class has fewer than four rows.
+        TaskError: there is no such column, numbers that are none, or a class has fewer than four rows.
     """
     if label not in frame:
         raise TaskError(
@@ -205,6 +255,8 @@ def labelled(frame: pd.DataFrame, label: str, name: str) -> tuple[pd.DataFrame, 
         )
     x = frame.drop(columns=label)
     features_of(x, list(x.columns), name)
+    if numbers:
+        return x, features_of(frame, [label], name)[:, 0], [label]
     codes, values = pd.factorize(frame[label], sort=True)
     if (codes < 0).any():
         raise TaskError(f"{name}: column {label} has a missing value in row {int(np.argmax(codes < 0))}")
@@ -214,54 +266,6 @@ def labelled(frame: pd.DataFrame, label: str, name: str) -> tuple[pd.DataFrame, 
     return x, codes, [str(value) for value in values]
 
 
-def _sensors(settings: TaskParams, test: TestParams) -> Task:
-    """Windows (30 steps, 4 channels) of three ways of running a machine; faults are sets from outside.
-
-    Each way has its own frequency, phase and coupling of channels, with measurement noise. Faults that are injected
-    into test windows: a sensor that sticks, one that drifts, spikes, and two that are swapped.
-    """
-    random = np.random.default_rng(0)
-    windows, kinds = [], []
-    for way in range(3):
-        for _ in range(400):
-            windows.append(_window(random, way))
-            kinds.append(way)
-    x, y = np.stack(windows), np.array(kinds)
-    parts = splits(x, y, settings)
-    held_out, found = parts["test"][0], dict[str, np.ndarray]()
-    random = np.random.default_rng(test.ood_seed)
-    for kind in test.kinds:
-        faulty = held_out.copy()
-        rows, channel = np.arange(len(faulty)), random.integers(4, size=len(faulty))
-        match kind:
-            case "stuck":
-                faulty[rows, 10:, channel] = faulty[rows, 10, channel][:, None]
-            case "drift":
-                faulty[rows, :, channel] += np.linspace(0, 2, 30)[None]
-            case "spikes":
-                for row, place in zip(rows, channel, strict=True):
-                    faulty[row, random.integers(30, size=3), place] += random.choice([-3, 3], size=3)
-            case "swapped":
-                faulty[rows, :, channel] = held_out[rows, :, (channel + 1) % 4]
-                faulty[rows, :, (channel + 1) % 4] = held_out[rows, :, channel]
-            case _:
-                continue
-        found[kind] = faulty
-    outside = {kind: torch.from_numpy(rows.astype(np.float32)) for kind, rows in found.items()}
-    return _task(_tensors(parts), outside, ["idle", "cruise", "load"], [])
-
-
-def _window(random: np.random.Generator, way: int) -> np.ndarray:
-    """One window (30, 4) in a way of running."""
-    time, speed = np.arange(30), (0.15, 0.35, 0.6)[way] * random.normal(1, 0.05)
-    phase = random.uniform(0, 2 * np.pi)
-    main = np.sin(speed * time + phase)
-    follows = np.sin(speed * time + phase - 0.5)
-    load = (0.2, 0.6, 1.0)[way] * main**2
-    heat = np.cumsum(load) / 15
-    return np.stack([main, follows, load, heat], axis=1) + random.normal(0, 0.05, (30, 4))
-
-
 def write_task(task: Task, folder: Path) -> None:
     """Writes a task into an existing folder."""
     for name in ("train", "validation", "test"):
@@ -269,11 +273,12 @@ def write_task(task: Task, folder: Path) -> None:
         write_tensors(folder / f"{name}.safetensors", {"x": split.x.contiguous(), "y": split.y.contiguous()})
     if task.outside:
         write_tensors(folder / "outside.safetensors", {kind: rows.contiguous() for kind, rows in task.outside.items()})
+    if task.known is not None:
+        write_tensors(folder / "known.safetensors", {"x": task.known.contiguous()})
     scale = {"mean": task.mean, "std": task.std}
     facts = {name: [] if one is None else one.tolist() for name, one in scale.items()}
-    write_json(
-        folder / "task.json", facts | {"classes": task.classes, "columns": task.columns, "outside": list(task.outside)}
-    )
+    facts |= {"classes": task.classes, "columns": task.columns, "outside": list(task.outside)}
+    write_json(folder / "task.json", facts | {"answer": list(task.answer), "known": task.known is not None})
 
 
 def read_task(folder: str | Path) -> Task:
@@ -283,12 +288,15 @@ def read_task(folder: str | Path) -> Task:
         ArtifactError: a file is missing or damaged.
     """
     folder = Path(folder)
-    facts = read_json(folder / "task.json", "classes", "columns", "mean", "std", "outside")
-    parts = {}
+    facts = read_json(folder / "task.json", "classes", "columns", "mean", "std", "outside", "known", "answer")
+    parts = []
     for name in ("train", "validation", "test"):
         tensors = read_tensors(folder / f"{name}.safetensors")
-        parts[name] = Split(tensors["x"], tensors["y"])
+        parts.append(Split(tensors["x"], tensors["y"]))
     rows = read_tensors(folder / "outside.safetensors") if facts["outside"] else {}
     outside = {kind: rows[kind] for kind in facts["outside"]}
-    scale = (torch.tensor(facts[name], dtype=torch.double) if facts[name] else None for name in ("mean", "std"))
-    return _task(parts, outside, facts["classes"], facts["columns"], *scale)
+    mean, std = (torch.tensor(facts[name], dtype=torch.double) if facts[name] else None for name in ("mean", "std"))
+    known = read_tensors(folder / "known.safetensors")["x"] if facts["known"] else None
+    mid, spread = facts["answer"]
+    train, validation, test = parts
+    return Task(train, validation, test, outside, facts["classes"], facts["columns"], mean, std, known, (mid, spread))

@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from lego.harness import StageError
-from lego.satipatthana.sections import VoidParams
+from lego.satipatthana.sections import SatipatthanaParams, VoidParams
+from lego.satipatthana.tasks import Split
+
+LEAST_WARP = 0.3  # power of two, of at most 1: a warp that is hardly one is none
 
 
 class VoidError(StageError):
@@ -21,12 +24,18 @@ class VoidSource:
         x: train inputs (N, *shape).
         y: their classes (N,), so that a mixture is of two different ones; None = any two rows.
         settings: section `void`.
+        known: anomalies (k, *shape), of the kind `anomalies`.
     """
 
-    def __init__(self, x: Tensor, y: Tensor | None, settings: VoidParams) -> None:
-        self.x, self.y, self.settings = x, y, settings
+    def __init__(self, x: Tensor, y: Tensor | None, settings: VoidParams, known: Tensor | None = None) -> None:
+        self.x, self.y, self.settings, self.known = x, y, settings, known
         self.low, self.high = x.amin(dim=0), x.amax(dim=0)
         self.mean, self.std = x.mean(dim=0), x.std(dim=0, correction=0)
+
+    @classmethod
+    def of_task(cls, train: Split, params: SatipatthanaParams, known: Tensor | None = None) -> VoidSource:
+        """The source of a task, where rows have classes or not."""
+        return cls(train.x, train.y if params.task.job == "classification" else None, params.void, known)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Rows (count, *shape), of the kinds in turn."""
@@ -39,7 +48,7 @@ class VoidSource:
         """Rows (count, *shape) of one kind.
 
         Raises:
-            VoidError: filtered_uniform found no row far enough from the data.
+            VoidError: filtered_uniform found no row far enough from the data, or there are no known anomalies.
         """
         shape = (count, *self.x.shape[1:])
         match kind:
@@ -57,6 +66,12 @@ class VoidSource:
                 return torch.where(_windows(shape, generator), other, one)
             case "patch_permutation":
                 return self._patches(count, generator)
+            case "time_warp":
+                return self._warped(count, generator)
+            case "anomalies":
+                if self.known is None:
+                    raise VoidError("void.kinds has anomalies, but the task knows none; name some in task.known")
+                return self.known[torch.randint(len(self.known), (count,), generator=generator)]
             case _:  # feature_shuffle: every feature of another row
                 rows = torch.randint(len(self.x), shape, generator=generator)
                 return self.x.gather(0, rows)
@@ -81,6 +96,25 @@ class VoidSource:
         stacked = torch.stack([part[:, :width] for part in parts], dim=1)  # (count, 4, w)
         moved = stacked.gather(1, order[:, :, None].expand_as(stacked)).flatten(1)
         return torch.cat([moved, rows[:, moved.shape[1] :]], dim=1).view(count, *self.x.shape[1:])
+
+    def _warped(self, count: int, generator: torch.Generator) -> Tensor:
+        """Windows (count, steps, ...) at half to twice their speed, from a place of their own.
+
+        Raises:
+            VoidError: rows are no windows.
+        """
+        if self.x.dim() < 3:
+            raise VoidError("void.kinds has time_warp, but the rows of this task are no windows; leave it out")
+        rows, steps = self.x[torch.randint(len(self.x), (count,), generator=generator)], self.x.shape[1]
+        power, sign, begin = torch.rand(3, count, 1, generator=generator).unbind()
+        speed = 2 ** ((LEAST_WARP + (1 - LEAST_WARP) * power) * (sign - 0.5).sign())
+        places = (begin * (steps - 1) + speed * torch.arange(steps)) % (2 * (steps - 1))  # there and back again
+        places = (steps - 1) - (places - (steps - 1)).abs()  # (count, steps)
+        low = places.floor().long().clamp(max=steps - 2)
+        share = (places - low).view(count, steps, *[1] * (rows.dim() - 2))
+        shape = (count, steps, *[1] * (rows.dim() - 2))
+        before, after = (rows.gather(1, one.view(shape).expand_as(rows)) for one in (low, low + 1))
+        return torch.lerp(before, after, share)
 
     def _filtered(self, count: int, generator: torch.Generator) -> Tensor:
         """Uniform rows at least min_distance from `reference_rows` of the data."""

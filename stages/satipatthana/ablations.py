@@ -10,6 +10,7 @@ from lego.artifacts import derived_seed, write_json
 from lego.harness import Stage, exit_cleanly
 from lego.satipatthana.ablation import heads, macs
 from lego.satipatthana.curriculum import STAGES, advance, begin, means, resume, written
+from lego.satipatthana.jobs import classification_only
 from lego.satipatthana.peers import plain_network
 from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, changed, load
 from lego.satipatthana.system import Satipatthana
@@ -36,6 +37,7 @@ def trained(task: Task, params: SatipatthanaParams, seed: int) -> Satipatthana:
 
 def main() -> None:
     params = load()
+    classification_only(params, "ablations")
     with Stage("satipatthana/ablations", params.seed, params.threads):
         seeds_found = for_each_seed(partial(one_seed, params), params, params.ablations.seeds)
         found = {name: [one[name] for one in seeds_found] for name in seeds_found[0]}

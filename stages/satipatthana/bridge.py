@@ -38,38 +38,32 @@ CLASSES = ["wrong", "right"]
 WRITTEN = "stages/satipatthana/params.yaml stages/satipatthana/ashem/dvc.lock metrics/satipatthana/ashem"
 
 
-class TrustCriterion:
-    """(exit states (n, D), logits) -> trust (n,) of a system that was trained on such states.
+class Criterion:
+    """(exit states (n, D), logits) -> score (n,) of a system that was trained on such states.
 
     Args:
         system: its input is a normalised exit state (D,).
+        kind: `trust`; or `answer`, the decoder's probability that block 1 is right.
     """
 
     needs_logits = False
 
-    def __init__(self, system: Satipatthana) -> None:
-        self.system = system
+    def __init__(self, system: Satipatthana, kind: str) -> None:
+        self.system, self.kind = system, kind
 
     @torch.no_grad()
     def __call__(self, exit_states: Tensor, logits: Tensor | None = None) -> Tensor:
         if not len(exit_states):
             return exit_states.new_zeros(0)
-        with evaluation(self.system):
-            view, _ = self.system.look(self.system.samatha(features(exit_states)))
+        rows = features(exit_states)
+        if self.kind == "answer":
+            return self.system(rows).output.softmax(dim=1)[:, 1]
+        with evaluation(self.system):  # without the decoder, whose time trust does not need
+            view, _ = self.system.look(self.system.samatha(rows))
             return view.trust[:, 0]
 
 
-class AnswerCriterion(TrustCriterion):
-    """The decoder's probability that block 1 is right, instead of trust."""
-
-    @torch.no_grad()
-    def __call__(self, exit_states: Tensor, logits: Tensor | None = None) -> Tensor:
-        if not len(exit_states):
-            return exit_states.new_zeros(0)
-        return self.system(features(exit_states)).output.softmax(dim=1)[:, 1]
-
-
-KINDS: dict[str, type[TrustCriterion]] = {"trust": TrustCriterion, "answer": AnswerCriterion}
+KINDS = ("trust", "answer")
 
 
 def task_of(states: Tensor, right: Tensor, rows: int, seed: int) -> Task:
@@ -121,48 +115,63 @@ def told_apart(system: Satipatthana, task: Task) -> dict[str, float]:
     """Chance that of two held-out tokens the one that block 1 guesses right has the higher score, by score."""
     right = task.test.y.numpy() == 1
     # inputs are normalised already, and normalising them again changes nothing
-    return {
-        name: correct_above_wrong(kind(system)(task.test.x).double().numpy(), right) for name, kind in KINDS.items()
-    }
+    return {kind: correct_above_wrong(Criterion(system, kind)(task.test.x).double().numpy(), right) for kind in KINDS}
+
+
+def judged(
+    systems: list[Satipatthana], model: DeepSupervisionTransformer, root: Params, facts: dict[str, Any], example: Tensor
+) -> tuple[dict[str, Any], dict[str, int], int]:
+    """Router quality on test text of every criterion, MACs of a token by new criterion, and the tokens of test text.
+
+    Args:
+        systems: by seed.
+        model: routed.
+        root: parameters of the root pipeline.
+        facts: of data/exit.
+        example: exit states (n, D), whose MACs are counted.
+    """
+    mine = {f"{kind}_{seed}": Criterion(one, kind) for seed, one in enumerate(systems) for kind in KINDS}
+    routing = decide(root, model, derived_seed(root.seed, "evaluate_routing"), torch.device("cpu"))
+    size = root.evaluation.batch_size
+    rest = token_table(model, split_batches("data/tokens", facts["split"], size), "cpu", mine)
+    found = cuts(rest, facts["fit_tokens"], facts["hard_example_ratio"], root)
+    test = split_batches("data/tokens", "test", size)
+    table = token_table(model, test, "cpu", {**scored(routing.criteria), **mine})
+    cost = {name: round(macs(one, example)) for name, one in mine.items()}
+    routes = routing.routes | {name: Route(name, found.quantile(name), cost[name]) for name in mine}
+    ledger = Ledger.of(model, test.blocks.seq_len)
+    quality = {name: router_quality(table, route, ledger) for name, route in routes.items()}
+    print("\n".join(["exit criteria on test text:", *quality_lines(quality)]))
+    print(f"a layer of the model takes {ledger.layer:,} MACs a token, trust {cost['trust_0']:,}")
+    return quality, cost, len(table.nll_deep)
+
+
+def summarized(quality: dict[str, Any], cost: dict[str, int], apart: list[dict[str, float]]) -> dict[str, Any]:
+    """Means over seeds by kind of score."""
+    summary = {}
+    for kind in KINDS:
+        ppl = mean_interval([cast(float, quality[f"{kind}_{seed}"]["ppl"]) for seed in range(len(apart))])
+        held_out = sum(one[kind] for one in apart) / len(apart)
+        print(f"{kind}: perplexity {ppl:.2f}, right above wrong on held-out tokens {held_out:.4f}")
+        summary[kind] = {"macs": cost[f"{kind}_0"], "auroc_right": held_out, "ppl": ppl.mean}
+    return summary
 
 
 def main() -> None:
     params, root = with_profile(load(), "bridge"), load_params()
     root = root.model_copy(update={"routing": root.routing.model_copy(update={"calibration": "quantile"})})
     with Stage("satipatthana/ashem/bridge", params.seed, params.threads) as stage:
-        model, leaky = (
-            cast(DeepSupervisionTransformer, load_model("data/phase2")),
-            read_json("metrics/collect_hard.json", "leaky"),
-        )
+        model = cast(DeepSupervisionTransformer, load_model("data/phase2"))
+        leaky = read_json("metrics/collect_hard.json", "leaky")["leaky"]
         facts, _ = load_exit("data/exit", model)
-        split, fit_tokens, size = facts["split"], facts["fit_tokens"], root.evaluation.batch_size
-        states, right = fitted_tokens(model, size, split, fit_tokens)
+        states, right = fitted_tokens(model, root.evaluation.batch_size, facts["split"], facts["fit_tokens"])
         task = task_of(states, right, params.bridge.rows, derived_seed(params.seed, "bridge"))
         systems = for_each_seed(partial(train, task, params), params, params.bridge.seeds)
-        mine = {f"{name}_{seed}": kind(one) for seed, one in enumerate(systems) for name, kind in KINDS.items()}
-        routing = decide(root, model, derived_seed(root.seed, "evaluate_routing"), torch.device("cpu"))
-        rest = token_table(model, split_batches("data/tokens", split, size), "cpu", mine)
-        found, test = (
-            cuts(rest, fit_tokens, facts["hard_example_ratio"], root),
-            split_batches("data/tokens", "test", size),
-        )
-        table = token_table(model, test, "cpu", {**scored(routing.criteria), **mine})
-        cost = {name: round(macs(one, states[-1024:])) for name, one in mine.items()}
-        routes = routing.routes | {name: Route(name, found.quantile(name), cost[name]) for name in mine}
-        ledger = Ledger.of(model, test.blocks.seq_len)
-        quality = {name: router_quality(table, route, ledger) for name, route in routes.items()}
-        apart = [told_apart(system, task) for system in systems]
-        print("\n".join(["exit criteria on test text:", *quality_lines(quality)]))
-        summary: dict[str, Any] = {}
-        for name in KINDS:
-            ppl = mean_interval([cast(float, quality[f"{name}_{seed}"]["ppl"]) for seed in range(len(systems))])
-            held_out = sum(one[name] for one in apart) / len(apart)
-            print(f"{name}: perplexity {ppl:.2f}, right above wrong on held-out tokens {held_out:.4f}")
-            summary[name] = {"macs": cost[f"{name}_0"], "auroc_right": held_out, "ppl": ppl.mean}
-        print(f"a layer of the model takes {ledger.layer:,} MACs a token, trust {cost['trust_0']:,}")
-        content = {"quality": quality, "summary": summary, "rows": len(task.train), "leaky": leaky["leaky"]}
+        quality, cost, tokens = judged(systems, model, root, facts, states[-1024:])
+        summary = summarized(quality, cost, [told_apart(system, task) for system in systems])
+        content = {"quality": quality, "summary": summary, "rows": len(task.train), "leaky": leaky}
         write_json("metrics/satipatthana/ashem/bridge.json", content)
-        stage.record |= {"counts": {"tokens": len(table.nll_deep)}}
+        stage.record |= {"counts": {"tokens": tokens}}
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from functools import partial
 
 from lego.artifacts import write_json
 from lego.harness import Stage, exit_cleanly
-from lego.satipatthana.curriculum import STAGES, advance, begin, how_to_use, judge, means, written
+from lego.satipatthana.curriculum import STAGES, advance, begin, how_to_use, in_short, judge, means, written
+from lego.satipatthana.jobs import classification_only
 from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load, with_profile
 from lego.satipatthana.tasks import read_task
 from stages.satipatthana.seeds import for_each_seed
@@ -20,12 +21,13 @@ def one_seed(params: SatipatthanaParams, seed: int) -> dict[str, float]:
     for number in STAGES:
         advance(system, number, task, params, seed)
     found = judge(system, task, how_to_use(system, task, params.reject), params, seed)
-    print(f"seed {seed}: accuracy {found['accuracy']:.4f}, AURC {found['aurc']:.5f}", flush=True)
+    print(f"seed {seed}: {in_short(found)}", flush=True)
     return found
 
 
 def main() -> None:
     params = with_profile(load(), "compat")
+    classification_only(params, "compat")
     with Stage("satipatthana/compat", params.seed, params.threads):
         found = for_each_seed(partial(one_seed, params), params)
         write_json("metrics/satipatthana/compat.json", means(found) | {"seeds": [written(one) for one in found]})

@@ -5,7 +5,7 @@ dvc repro stages/satipatthana/dvc.yaml:evaluate          (python -m stages.satip
 
 from lego.artifacts import atomic_folder, write_json
 from lego.harness import Stage, exit_cleanly
-from lego.satipatthana.curriculum import STAGES, how_to_use, judge, means, resume, written
+from lego.satipatthana.curriculum import STAGES, how_to_use, in_short, judge, means, resume, written
 from lego.satipatthana.sections import WRITTEN, load
 from lego.satipatthana.store import save
 from lego.satipatthana.tasks import read_task
@@ -22,7 +22,7 @@ def main() -> None:
             if not seed:
                 with atomic_folder("data/satipatthana/system") as folder:
                     save(system, folder, use, guide=False)
-            print(f"seed {seed}: accuracy {found[-1]['accuracy']:.4f}, AURC {found[-1]['aurc']:.5f}", flush=True)
+            print(f"seed {seed}: {in_short(found[-1])}", flush=True)
         write_json("metrics/satipatthana/evaluate.json", means(found))
         write_json("metrics/satipatthana/seeds.json", {str(seed): written(one) for seed, one in enumerate(found)})
 

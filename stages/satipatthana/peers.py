@@ -10,6 +10,7 @@ from typing import get_args
 from lego.artifacts import write_json
 from lego.harness import Stage, StageError, exit_cleanly
 from lego.satipatthana.curriculum import means, written
+from lego.satipatthana.jobs import classification_only
 from lego.satipatthana.peers import OWN, judge, networks, peer
 from lego.satipatthana.sections import WRITTEN, PeerName, SatipatthanaParams, load
 from lego.satipatthana.tasks import read_task
@@ -30,6 +31,7 @@ def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1] not in names:
         raise StageError(f"give one of the peers {', '.join(names)}")
     name, params = sys.argv[1], load()
+    classification_only(params, "peers")
     with Stage(f"satipatthana/peers@{name}", params.seed, params.threads):
         work = partial(one_seed, name, params)
         # a process costs seconds, a score without training does not

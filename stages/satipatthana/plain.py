@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lego.artifacts import ArtifactError, atomic_folder, derived_seed, read_tensors, write_tensors
 from lego.harness import Stage, exit_cleanly
+from lego.satipatthana.jobs import classification_only
 from lego.satipatthana.peers import Plain, networks, plain_network
 from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load
 from lego.satipatthana.tasks import Task, read_task
@@ -44,6 +45,7 @@ def one_seed(params: SatipatthanaParams, folder: Path, seed: int) -> None:
 
 def main() -> None:
     params = load()
+    classification_only(params, "the plain network")
     with Stage("satipatthana/plain", params.seed, params.threads), atomic_folder(FOLDER) as folder:
         for_each_seed(partial(one_seed, params, folder), params)
         print(f"{params.seeds} plain networks of {params.peers.epochs} epochs", flush=True)

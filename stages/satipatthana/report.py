@@ -15,6 +15,7 @@ from lego.artifacts import atomic_folder, read_json, write_text
 from lego.harness import RECORDED_PACKAGES, Stage, exit_cleanly
 from lego.page import Figure, Page
 from lego.satipatthana.evaluation import SWEEP
+from lego.satipatthana.jobs import classification_only
 from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load
 from lego.satipatthana.targets import reproduced, targets
 from lego.stats import Interval, mean_interval, verdict
@@ -241,6 +242,7 @@ def build(params: SatipatthanaParams, found: Found, figures: dict[str, Figure]) 
 
 def main() -> None:
     params = load()
+    classification_only(params, "the page")
     with Stage("satipatthana/report", params.seed):
         found, pictures = collected(params), FOLDER / "pictures"
         with atomic_folder(pictures) as folder:

@@ -7,7 +7,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from lego.artifacts import atomic_folder, write_csv, write_json
+from lego.artifacts import atomic_folder, write_csv, write_json, write_text
 from lego.harness import Stage, StageError, exit_cleanly
 from lego.satipatthana.curriculum import STAGES, advance, begin, resume
 from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load
@@ -23,8 +23,9 @@ def one_seed(number: int, params: SatipatthanaParams, folder: Path, seed: int) -
     history = advance(system, number, task, params, seed)
     (folder / f"seed_{seed}").mkdir()
     save(system, folder / f"seed_{seed}", Use(task.classes))
-    said = ", ".join(f"{name} {value:.4f}" for name, value in history[-1].items())
-    print(f"stage {number}, seed {seed}: {said}", flush=True)
+    if history:
+        said = ", ".join(f"{name} {value:.4f}" for name, value in history[-1].items())
+        print(f"stage {number}, seed {seed}: {said}", flush=True)
     return history
 
 
@@ -40,10 +41,14 @@ def main() -> None:
             for seed, history in enumerate(histories)
             for epoch, terms in enumerate(history, 1)
         ]
-        last = [history[-1] for history in histories]
-        means = {name: sum(one[name] for one in last) / len(last) for name in last[0]}
+        last = [history[-1] for history in histories if history]
+        means = {name: sum(one[name] for one in last) / len(last) for name in (last[0] if last else {})}
         write_json(f"metrics/satipatthana/stage{number}.json", means)
-        write_csv(f"metrics/satipatthana/curves/stage{number}.csv", rows)
+        curve = f"metrics/satipatthana/curves/stage{number}.csv"
+        if rows:
+            write_csv(curve, rows)
+        else:
+            write_text(curve, "seed,epoch,loss\n")
         stage.record |= {"counts": {"rows": len(read_task("data/satipatthana/task").train) * len(rows)}}
 
 

@@ -1,0 +1,201 @@
+"""What each stage of the curriculum learns from: rows, losses, the trust that rows deserve (specification, 5 and 6)."""
+
+from __future__ import annotations
+
+import torch
+from sklearn.cluster import KMeans
+from sklearn.linear_model import LogisticRegression, RidgeCV
+from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict
+from torch import Tensor
+from torch.nn import functional
+
+from lego.satipatthana import jobs
+from lego.satipatthana.paths import allocate, damaged, floor, losses
+from lego.satipatthana.sections import PATHS, SatipatthanaParams
+from lego.satipatthana.stages import StageCheckError, StageSpec
+from lego.satipatthana.system import Satipatthana
+from lego.satipatthana.tasks import Split
+from lego.satipatthana.void import VoidSource, acceptance
+
+VACUOUS = 0.99  # share of uniform rows that a filter keeps, above which it is none
+FOLDS = 5
+ALPHAS = (0.1, 1.0, 10.0, 100.0)  # of the ridge regression
+POOLED = {"dynamics2": ("clean", "augmented", "mismatch"), "grounded8": ()}  # what a trust head cannot tell apart
+
+
+def spec_of(
+    number: int,
+    system: Satipatthana,
+    train: Split,
+    params: SatipatthanaParams,
+    seed: int,
+    known: Tensor | None = None,
+) -> StageSpec:
+    """The specification of a stage of the curriculum, with what its frozen part makes cached where it stays the same.
+
+    Args:
+        number: 0 to 3.
+        system: as the stage before left it.
+        train: inputs and classes.
+        params: all of them.
+        seed: of prototypes.
+        known: anomalies (k, *shape) of the job anomaly, which a guide is told of and void rows are drawn from.
+
+    Raises:
+        StageCheckError: what the parameters ask for is not there.
+    """
+    if number == 0:
+        return StageSpec(0, params.stage0, lambda places, _: _stage0(system, train.x[places]), len(train))
+    if number == 1:
+        rows = _guided(train, params, known)
+        return StageSpec(
+            1, params.stage1, lambda places, generator: _stage1(system, rows, places, generator), len(rows)
+        )
+    if number == 2:
+        return _stage2(system, train, params, seed, known)
+    decoder = system.decoder
+    if decoder is None:
+        raise StageCheckError("stage 3: there is nothing to train, as the job anomaly has no decoder")
+    with torch.no_grad():  # frozen thinking is a pure function (R-5.3)
+        found = system(train.x)
+    if params.heads.bounded_context:
+        decoder.learn_range(found.v_ctx)
+
+    def loss(places: Tensor, _: torch.Generator) -> dict[str, Tensor]:
+        answered = decoder(found.s_star[places], found.v_ctx[places])
+        return {"loss": jobs.loss(params.task.job, answered, train.y[places])}
+
+    return StageSpec(3, params.stage3, loss, len(train))
+
+
+def _guided(train: Split, params: SatipatthanaParams, known: Tensor | None) -> Split:
+    """Rows of stage 1: a guide of the job anomaly sees known anomalies too, which are in no clean path of stage 2."""
+    if params.task.job != "anomaly" or not params.system.guided:
+        return train
+    if known is None:
+        raise StageCheckError("stage 1: system.guided asks for labels, but task.known names no anomalies")
+    return Split(torch.cat([train.x, known]), torch.cat([train.y, train.y.new_ones(len(known))]))
+
+
+def _stage0(system: Satipatthana, x: Tensor) -> dict[str, Tensor]:
+    return {"loss": functional.mse_loss(system.adapter_recon(system.adapter(x)), x)}
+
+
+def diversity(probes: Tensor, squared: bool) -> Tensor:
+    """Mean off-diagonal cosine of probes (K, d), or of its square: the plain mean is as low for two opposite clusters
+    as for probes that are spread, so it does not prevent collapse (R-8.10)."""
+    rows = functional.normalize(probes, dim=1)
+    cosines = rows @ rows.T
+    k = len(rows)
+    values = cosines.square() if squared else cosines
+    return (values.sum() - values.diagonal().sum()) / (k * (k - 1))
+
+
+def usage(shares: Tensor) -> Tensor:
+    """Minus the entropy of the mean attention (B, K) over a batch, as a share of log K: -1 where all are used alike."""
+    mean = shares.mean(dim=0)
+    return (mean * mean.clamp_min(torch.finfo(mean.dtype).tiny).log()).sum() / torch.log(torch.tensor(float(len(mean))))
+
+
+def _stage1(system: Satipatthana, train: Split, places: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    settings = system.params.stage1
+    thought = system.samatha(train.x[places], settings.noise_level, generator=generator)
+    last, before = thought.pair
+    errors = system.recon_error(thought.state, thought.encoded)[:, 0]
+    if system.params.task.job == "anomaly":  # what is normal is learned from normal rows alone
+        usual = (train.y[places] == 0).float()
+        errors = errors * usual / usual.mean().clamp_min(1 / len(usual))
+    terms = {
+        "stability": (last - before).square().sum(dim=1).mean(),
+        "recon": errors.mean(),
+        "diversity": diversity(system.vitakka.probes, settings.squared_diversity),
+        "usage": usage(thought.meta.probs),
+    }
+    if system.aux is not None:
+        terms["guidance"] = jobs.loss(system.params.task.job, system.aux(thought.state), train.y[places])
+    weighted = [getattr(settings, f"weight_{name}") * term for name, term in terms.items()]
+    residual = (last - before).norm(dim=1) / last.norm(dim=1).clamp_min(torch.finfo(last.dtype).tiny)
+    return terms | {"loss": torch.stack(weighted).sum(), "residual": residual.mean().detach()}
+
+
+def start_probes(system: Satipatthana, x: Tensor, seed: int) -> None:
+    """Probes at the centres of the latents of train inputs, if vitakka.init says k_means; before stage 1."""
+    if system.params.vitakka.init != "k_means":
+        return
+    with torch.no_grad():
+        latents = functional.normalize(system.adapter(x), dim=1).double().numpy()
+    if system.params.vitakka.n_probes > len(x):
+        wanted = system.params.vitakka.n_probes
+        raise StageCheckError(f"vitakka.n_probes is {wanted}, but there are only {len(x)} train rows; lower it")
+    centres = KMeans(system.params.vitakka.n_probes, n_init=4, random_state=seed % 2**32).fit(latents).cluster_centers_
+    system.vitakka.load_probes(torch.from_numpy(centres).float())
+
+
+def _stage2(
+    system: Satipatthana, train: Split, params: SatipatthanaParams, seed: int, known: Tensor | None
+) -> StageSpec:
+    settings, shares = params.stage2, params.paths.shares()
+    source = VoidSource.of_task(train, params, known) if "void" in shares else None
+    weights = {head: getattr(params.vipassana, f"weight_{head}") for head in ("trust", "conformity", "confidence")}
+    pooled = POOLED[params.vipassana.trust_features]
+    if (wanted := params.vipassana.prototypes) > len(train) and system.vipassana.grounded:
+        raise StageCheckError(f"vipassana.prototypes is {wanted}, but there are only {len(train)} train rows; lower it")
+    if source is not None and "filtered_uniform" in params.void.kinds:
+        kept = acceptance(source, torch.Generator().manual_seed(seed))
+        if kept > VACUOUS:
+            print(
+                f"warning: void.min_distance keeps {100 * kept:.1f} % of uniform rows, so it filters nothing",
+                flush=True,
+            )
+    with torch.no_grad():
+        system.eval()
+        thought = system.samatha(train.x)
+        system.vipassana.learn_range(thought.state, lambda: system.look(thought)[0].features, seed)
+    right = deserved(train, params, seed)
+
+    def loss(places: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        counts = allocate(shares, len(places))
+        rows = damaged(system, train.x[places], counts, settings, source, generator, right[places])
+        scores = system.view(rows.state, rows.log, rows.recon_error).scores()
+        terms = losses(scores, rows, weights)
+        lowest, constant = floor(rows.target, rows.path, pooled)
+        facts = {"floor": torch.tensor(lowest)}
+        if pooled:
+            facts["pooled_constant"] = torch.tensor(constant)
+        for number, path in enumerate(PATHS):
+            if bool((rows.path == number).any()):
+                facts[f"trust_{path}"] = torch.sigmoid(scores["trust"][rows.path == number]).mean().detach()
+        return terms | facts
+
+    return StageSpec(2, settings, loss, len(train), len(shares))
+
+
+def cross_fitted(train: Split, params: SatipatthanaParams, seed: int) -> Tensor:
+    """Whether a guide that was fitted on other rows answers each train row rightly (n,) of 0 and 1 (R-9.4).
+
+    The guide is a logistic or a ridge regression on inputs: settled states come of a stage 1 that has seen the answers
+    of all rows, so a guide that reads them finds hardly an error. Rows of a class with fewer rows than folds are taken
+    as right.
+    """
+    rows, right = train.x.flatten(1).double().numpy(), torch.ones(len(train))
+    if params.task.job == "regression":
+        folds = KFold(FOLDS, shuffle=True, random_state=seed % 2**32)
+        guess = torch.from_numpy(cross_val_predict(RidgeCV(ALPHAS), rows, train.y.double().numpy(), cv=folds))
+        return jobs.right("regression", guess[:, None], train.y, params.reject.tolerance).float()
+    counts = torch.bincount(train.y)
+    judged = counts[train.y] >= FOLDS  # (n,)
+    if len(torch.unique(train.y[judged])) < 2:
+        print(f"stage 2: no two classes have {FOLDS} rows, so every clean row deserves trust", flush=True)
+        return right
+    parts = StratifiedKFold(FOLDS, shuffle=True, random_state=seed % 2**32)
+    labels = train.y[judged].numpy()
+    guess = cross_val_predict(LogisticRegression(max_iter=500), rows[judged.numpy()], labels, cv=parts)
+    right[judged] = torch.from_numpy(guess == labels).float()
+    return right
+
+
+def deserved(train: Split, params: SatipatthanaParams, seed: int) -> Tensor:
+    """Trust (n,) that clean train rows deserve (R-9.4)."""
+    if train.deserved is not None:
+        return train.deserved
+    return cross_fitted(train, params, seed) if params.stage2.correctness else torch.ones(len(train))
