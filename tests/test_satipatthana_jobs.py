@@ -22,10 +22,11 @@ from lego.satipatthana.specs import spec_of
 from lego.satipatthana.stages import StageCheckError
 from lego.satipatthana.store import load, save
 from lego.satipatthana.void import VoidError, VoidSource
+from stages.satipatthana.tasks import page, train
 
 PROFILES = ROOT / "stages/satipatthana/profiles.yaml"
 QUICK = SMALL | {f"stage{number}.epochs": 1 for number in STAGES} | {"vitakka.n_probes": 3}
-RECIPES = ("isolation", "rejection", "unsupervised", "domain_noise", "regression")
+RECIPES = ("isolation", "rejection", "unsupervised", "regression")
 
 
 def of(profile, **changes):
@@ -75,7 +76,7 @@ def test_regression_answers_in_units_of_the_target_and_is_right_within_the_toler
 
 
 def test_an_anomaly_system_has_no_decoder_and_answers_by_trust(trained):
-    for name in ("isolation", "rejection", "unsupervised", "domain_noise"):
+    for name in ("isolation", "rejection", "unsupervised"):
         system, task, use, params = trained[name]
         assert system.decoder is None
         found = system(task.test.x)
@@ -201,3 +202,34 @@ def test_the_pipeline_trains_and_evaluates_other_jobs_and_says_what_it_does_not(
     for script, argument in (("compat", ()), ("plain", ()), ("peers", ("msp",)), ("ablations", ()), ("report", ())):
         with pytest.raises(StageError, match=r"task\.job is anomaly, and .* is of classification alone"):
             run(script, *argument)
+
+
+@pytest.mark.slow
+def test_the_page_of_tasks_has_every_task_and_a_verdict_of_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stages/satipatthana").mkdir(parents=True)
+    names = ["wine", "regression", "rejection"]
+    tiny = QUICK | {"workers": 1, "tasks.seeds": 2, "tasks.names": names, "peers.epochs": 2}
+    values = changed(PARAMS, tiny, "test").model_dump()
+    (tmp_path / "stages/satipatthana/params.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    chosen = yaml.safe_load(PROFILES.read_text())
+    for one in chosen.values():
+        for key in [key for key in one if key.endswith(("prototypes", "epochs"))]:
+            del one[key]
+    (tmp_path / "stages/satipatthana/profiles.yaml").write_text(yaml.safe_dump(chosen))
+    for name in names:
+        monkeypatch.setattr(sys, "argv", ["train", name])
+        train.main()
+    found = read_json("metrics/satipatthana/tasks/rejection.json")
+    assert found["job"] == "anomaly"
+    assert set(found) == {"job", "rows", "satipatthana", "input_knn", "isolation_forest"}
+    assert len(found["satipatthana"]["seeds"]) == 2
+    monkeypatch.setattr(sys, "argv", ["page"])
+    page.main()
+    text = (tmp_path / "metrics/satipatthana/tasks/report.md").read_text()
+    assert all(f"## {name}" in text for name in names)
+    assert text.count("trust is ") == 3
+    assert "nan" not in text
+    monkeypatch.setattr(sys, "argv", ["train", "poker"])
+    with pytest.raises(StageError, match="give one of the tasks wine, regression, rejection"):
+        train.main()

@@ -408,6 +408,26 @@ def test_the_command_line_answers_a_table(tmp_path, monkeypatch, capsys):
     assert "which is no class of the system" in said
 
 
+def test_the_decoder_brings_contexts_into_the_range_it_learned_from():
+    params, task = small(**ONCE), a_task()
+    made = begin(task, params, 0)
+    assert bool(torch.isinf(made.decoder.low).all())
+    for number in range(4):
+        advance(made, number, task, params, 0)
+    found = made(task.train.x)
+    assert torch.equal(made.decoder.low, found.v_ctx.amin(dim=0))
+    assert torch.equal(made.decoder.high, found.v_ctx.amax(dim=0))
+    with torch.no_grad():
+        answered = made.decoder(found.s_star, found.v_ctx)
+        far = made.decoder(found.s_star, found.v_ctx + 1e6)
+        edge = made.decoder(found.s_star, made.decoder.high.expand_as(found.v_ctx))
+    assert torch.equal(answered, found.output)
+    assert torch.equal(far, edge)
+    free = small(heads__bounded_context=False, **ONCE)
+    spec_of(3, made := begin(task, free, 0).eval(), task.train, free, 0)
+    assert bool(torch.isinf(made.decoder.high).all())
+
+
 @pytest.mark.parametrize("name", PARAMS.peers.names)
 def test_peers_tell_what_is_far_from_what_is_near(name):
     task = a_task(120)
