@@ -33,9 +33,7 @@ def main() -> None:
     name, params = sys.argv[1], load()
     classification_only(params, "peers")
     with Stage(f"satipatthana/peers@{name}", params.seed, params.threads):
-        work = partial(one_seed, name, params)
-        # a process costs seconds, a score without training does not
-        found = for_each_seed(work, params) if name in OWN else [work(seed) for seed in range(params.seeds)]
+        found = for_each_seed(partial(one_seed, name, params), params, light=name not in OWN)
         facts = means(found)
         write_json(f"metrics/satipatthana/peers/{name}.json", facts | {"seeds": [written(one) for one in found]})
         print(f"{name}: accuracy {facts['accuracy']:.4f}, AURC {facts['aurc']:.5f}", flush=True)

@@ -47,7 +47,7 @@ def main() -> None:
     params = load()
     classification_only(params, "the plain network")
     with Stage("satipatthana/plain", params.seed, params.threads), atomic_folder(FOLDER) as folder:
-        for_each_seed(partial(one_seed, params, folder), params)
+        for_each_seed(partial(one_seed, params, folder), params, light=True)
         print(f"{params.seeds} plain networks of {params.peers.epochs} epochs", flush=True)
 
 

@@ -15,6 +15,8 @@ from lego.satipatthana.store import Use, save
 from lego.satipatthana.tasks import read_task
 from stages.satipatthana.seeds import for_each_seed
 
+LIGHT = (0, 3)  # stages of a second or less a seed
+
 
 def one_seed(number: int, params: SatipatthanaParams, folder: Path, seed: int) -> list[dict[str, float]]:
     """Trains a seed's system, saves it in the folder, and returns its terms by epoch."""
@@ -35,7 +37,7 @@ def main() -> None:
     number, params = int(sys.argv[1]), load()
     with Stage(f"satipatthana/train_stage{number}", params.seed, params.threads) as stage:
         with atomic_folder(f"data/satipatthana/stage{number}") as folder:
-            histories = for_each_seed(partial(one_seed, number, params, folder), params)
+            histories = for_each_seed(partial(one_seed, number, params, folder), params, light=number in LIGHT)
         rows = [
             {"seed": seed, "epoch": epoch} | terms
             for seed, history in enumerate(histories)
