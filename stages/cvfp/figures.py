@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
 from lego.cvfp.sections import CvfpParams
 from lego.page import Figure
 from lego.pictures import look, picture
@@ -12,6 +15,13 @@ from lego.stats import Interval
 
 FORMS = ("sound", "seed", "untrained", "end_to_end")  # what names of forms of CVFP begin with
 Column = dict[str, list[float]]
+
+
+def plain_numbers(axis: Axis) -> None:
+    """Ticks of a log axis as plain numbers, dense enough for less than a decade."""
+    axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axis.set_major_formatter(ScalarFormatter())
+    axis.set_minor_formatter(NullFormatter())
 
 
 def perplexities(folder: Path, found: dict[str, Interval], ngrams: dict[str, float]) -> Figure:
@@ -27,6 +37,7 @@ def perplexities(folder: Path, found: dict[str, Interval], ngrams: dict[str, flo
         axes.set_yticks(range(len(names)), names)
         axes.invert_yaxis()
         axes.set_xscale("log")
+        plain_numbers(axes.xaxis)
         axes.set_xlabel("held-out perplexity (log scale); bars: 95 % interval over seeds")
         axes.legend()
     return Figure(
@@ -48,6 +59,8 @@ def scaling(folder: Path, curves: dict[str, list[tuple[float, Interval]]]) -> Fi
             )
         axes.set_xscale("log")
         axes.set_yscale("log")
+        for axis in (axes.xaxis, axes.yaxis):
+            plain_numbers(axis)
         axes.set_xlabel("train tokens (log scale)")
         axes.set_ylabel("held-out perplexity (log scale)")
         axes.legend()
