@@ -18,7 +18,7 @@ from lego.params import ParamsError
 from lego.satipatthana import jobs, predict, tasks
 from lego.satipatthana.curriculum import STAGES, advance, begin, how_to_use, judge
 from lego.satipatthana.sections import changed, with_profile
-from lego.satipatthana.specs import spec_of
+from lego.satipatthana.specs import cross_fitted, spec_of
 from lego.satipatthana.stages import StageCheckError
 from lego.satipatthana.store import load, save
 from lego.satipatthana.void import VoidError, VoidSource
@@ -26,6 +26,7 @@ from stages.satipatthana.tasks import page, train
 
 PROFILES = ROOT / "stages/satipatthana/profiles.yaml"
 QUICK = SMALL | {f"stage{number}.epochs": 1 for number in STAGES} | {"vitakka.n_probes": 3}
+ODD = {"task.job": "anomaly", "task.anomalies": ["8", "9"], "stage2.correctness": False}
 RECIPES = ("isolation", "rejection", "unsupervised", "regression")
 
 
@@ -87,6 +88,12 @@ def test_an_anomaly_system_has_no_decoder_and_answers_by_trust(trained):
         told = predict.answers(system, use, task.test.x)
         assert set(told["answer"]) <= {"normal", "anomaly"}
         assert ((told["answer"] == "normal") == told["accepted"]).all()
+        assert not {"aurc", "risk_at_90", "risk_of_accepted"} & set(facts)  # of mistakes, which no row can show
+        assert "trust_calibrated" not in told
+        words = pd.Series(["normal", "anomaly", "8", "malignant", "0"], name="y")
+        some = told.head(5).assign(answer=["normal"] * 5)
+        strange = ["anomaly", *params.task.anomalies]
+        assert predict.rights(system, use, some, words, "t").tolist() == [word not in strange for word in words]
         with pytest.raises(StageCheckError, match="job anomaly has no decoder"):
             spec_of(3, system, task.train, params, 0)
 
@@ -123,6 +130,7 @@ def test_unlabelled_train_rows_keep_their_anomalies_and_labelled_ones_lose_them(
     mixed = tasks.load(params.task, params.test)
     clean = tasks.load(params.task.model_copy(update={"unlabelled": False}), params.test)
     assert len(mixed.train) > len(clean.train)
+    assert len(mixed.validation) > len(clean.validation)
     assert len(mixed.test) == len(clean.test)
     assert set(mixed.outside) == {"seen_malignant"}
     assert set(clean.outside) == {"unseen_malignant"}
@@ -144,6 +152,32 @@ def test_time_warp_is_a_window_at_another_speed():
         VoidSource(ramp[:, :, 0], None, void).draw(2, torch.Generator())
 
 
+@pytest.mark.parametrize("rows", [2, 6])
+def test_a_table_that_is_too_small_is_one_sentence_or_enough(tmp_path, rows):
+    file = tmp_path / "rows.csv"
+    pd.DataFrame({"a": np.arange(rows), "b": np.arange(rows) ** 2.0, "y": np.arange(rows) / 2}).to_csv(
+        file, index=False
+    )
+    params = of("regression", task__name="table", task__file=str(file), task__label="y")
+    if rows == 2:
+        with pytest.raises(tasks.TaskError, match=r"rows of .*rows\.csv cannot be split by task\.test_share"):
+            tasks.load(params.task, params.test)
+        return
+    task = tasks.load(params.task, params.test)
+    assert torch.equal(cross_fitted(task.train, params, 0), torch.ones(len(task.train)))
+
+
+def test_dropout_draws_from_the_seed_of_its_stage_whatever_was_initialized_before():
+    task = tasks.load(of("wine").task, of("wine").test)
+    found = []
+    for width in (16, 8):  # of the decoder, which stage 0 has nothing to do with
+        params = of("wine", adapter__dropout=0.5, heads__decoder_hidden=width)
+        made = begin(task, params, 0)
+        advance(made, 0, task, params, 0)
+        found.append(torch.cat([one.flatten() for one in made.adapter.parameters()]))
+    assert torch.equal(*found)
+
+
 def test_flags_of_a_known_order():
     inside, outside = np.linspace(0.5, 1, 150), np.array([0.1, 0.2, 0.6, 0.9])
     found = jobs.flagged(inside, outside)
@@ -161,6 +195,12 @@ def test_flags_of_a_known_order():
         ({"task.job": "anomaly", "task.anomalies": ["8"]}, "stage2.correctness must be false"),
         ({"void.kinds": ["anomalies"]}, "void.kinds must not have anomalies unless task.known names some"),
         ({"test.kinds": []}, "test.kinds must name at least one kind"),
+        (ODD | {"task.known": ["8"], "task.unlabelled": True}, "known must be empty when task.unlabelled is true"),
+        (
+            ODD | {"task.known": ["8"], "system.guided": False},
+            "unless system.guided is true or void.kinds has anomalies",
+        ),
+        (ODD | {"reject.rule": "risk"}, "reject.rule must not be risk when task.job is anomaly"),
     ],
 )
 def test_what_does_not_fit_together_is_said(changes, said):
@@ -220,7 +260,7 @@ def test_the_page_of_tasks_has_every_task_and_a_verdict_of_each(tmp_path, monkey
     for name in names:
         monkeypatch.setattr(sys, "argv", ["train", name])
         train.main()
-    found = read_json("metrics/satipatthana/tasks/rejection.json")
+    found = read_json("metrics/satipatthana/tasks/found/rejection.json")
     assert found["job"] == "anomaly"
     assert set(found) == {"job", "rows", "satipatthana", "input_knn", "isolation_forest"}
     assert len(found["satipatthana"]["seeds"]) == 2
@@ -228,7 +268,7 @@ def test_the_page_of_tasks_has_every_task_and_a_verdict_of_each(tmp_path, monkey
     page.main()
     text = (tmp_path / "metrics/satipatthana/tasks/report.md").read_text()
     assert all(f"## {name}" in text for name in names)
-    assert text.count("trust is ") == 3
+    assert text.count("trust is ") == 2 + 2 + 2
     assert "nan" not in text
     monkeypatch.setattr(sys, "argv", ["train", "poker"])
     with pytest.raises(StageError, match="give one of the tasks wine, regression, rejection"):

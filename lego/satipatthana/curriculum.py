@@ -108,7 +108,8 @@ def how_to_use(system: Satipatthana, task: Task, settings: RejectParams) -> Use:
     temperature = fit_temperature(found.output, labels) if classifies and settings.calibration != "none" else 1.0
     right = jobs.right(job, found.output, labels, settings.tolerance).numpy()
     trust = found.trust[:, 0].double().numpy()
-    mapped: TrustMap = fit_trust(trust, right, settings.calibration)
+    # validation rows of the job anomaly hold no known mistake that trust could be mapped to the share of
+    mapped: TrustMap = fit_trust(trust, right, settings.calibration if job != "anomaly" else "none")
     scale = {name: [] if one is None else one.tolist() for name, one in (("mean", task.mean), ("std", task.std))}
     cut = threshold(trust, right, settings.rule, settings.wanted)
     answer = list(task.answer)
@@ -120,13 +121,13 @@ def judge(system: Satipatthana, task: Task, use: Use, params: SatipatthanaParams
     protocol = Protocol(task.test, task.outside, params.stage2, derived_seed(params.seed, f"satipatthana/{seed}/test"))
     facts = evaluate(system, protocol, use.temperature)
     output, accepted, trust = system.predict(task.test.x, use.threshold)
-    right = jobs.right(params.task.job, output, task.test.y, params.reject.tolerance)
-    mapped = use.trust(trust[:, 0].double().numpy())
-    facts |= {
-        "coverage": float(accepted.double().mean()),
-        "risk_of_accepted": float((~right[accepted]).double().mean()) if bool(accepted.any()) else math.nan,
-        "trust_ece_calibrated": ece(mapped, right.numpy()),
-    }
+    facts["coverage"] = float(accepted.double().mean())
+    if params.task.job != "anomaly":
+        right = jobs.right(params.task.job, output, task.test.y, params.reject.tolerance)
+        facts |= {
+            "risk_of_accepted": float((~right[accepted]).double().mean()) if bool(accepted.any()) else math.nan,
+            "trust_ece_calibrated": ece(use.trust(trust[:, 0].double().numpy()), right.numpy()),
+        }
     for kind, rows in task.outside.items():
         facts[f"accepted_{kind}"] = float(system.predict(rows, use.threshold)[1].double().mean())
     return facts

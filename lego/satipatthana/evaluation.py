@@ -48,18 +48,11 @@ def evaluate(system: Satipatthana, protocol: Protocol, temperature: float = 1.0)
     test, params = protocol.test, system.params
     found = system(test.x)
     trust, error = found.trust[:, 0].double().numpy(), -found.recon_error[:, 0].double().numpy()
-    right = jobs.right(params.task.job, found.output, test.y, params.reject.tolerance).numpy()
-    facts = jobs.answered(params, found.output, test.y, temperature) | {
+    facts = jobs.answered(params, found.output, trust, test.y, temperature) | {
         "known_share": float(found.known.double().mean()),
         "mean_steps": float(found.steps.double().mean()),
         "last_step": float((velocity(found.s_star, found.log) / found.s_star.norm(dim=1)).mean()),
         "recon_mse": float(found.recon_error.mean()),
-        "trust_ece": metrics.ece(trust, right),
-        "auroc_correct": metrics.correct_above_wrong(trust, right),
-        "aurc": metrics.aurc(trust, ~right),
-        "eaurc": metrics.eaurc(trust, ~right),
-        "augrc": metrics.augrc(trust, ~right),
-        **metrics.risks(trust, ~right),
     }
     away_from, errors = list[np.ndarray](), list[np.ndarray]()
     for kind, rows in protocol.outside.items():
@@ -112,11 +105,12 @@ def fixed_point(system: Satipatthana, test: Split) -> dict[str, float]:
         }
         if job == "anomaly":  # no decoder, and a guide that knows of normal rows what all have in common
             continue
-        facts[f"accuracy_{factor}T"] = float(jobs.right(job, found.output, test.y, tolerance).double().mean())
+        name = "accuracy" if job == "classification" else "within_tolerance"
+        facts[f"{name}_{factor}T"] = float(jobs.right(job, found.output, test.y, tolerance).double().mean())
         if system.aux is not None:
             with torch.no_grad():
                 guess = system.aux(found.s_star)
-            facts[f"aux_accuracy_{factor}T"] = float(jobs.right(job, guess, test.y, tolerance).double().mean())
+            facts[f"aux_{name}_{factor}T"] = float(jobs.right(job, guess, test.y, tolerance).double().mean())
     return facts
 
 

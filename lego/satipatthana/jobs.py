@@ -39,28 +39,43 @@ def probabilities(logits: Tensor, temperature: float = 1.0) -> np.ndarray:
     return torch.softmax(logits.double() / temperature, dim=1).numpy()
 
 
-def answered(params: SatipatthanaParams, output: Tensor, y: Tensor, temperature: float) -> dict[str, float]:
-    """How good answers (n, C) to y (n,) are, whatever the trust in them."""
+def believed(trust: np.ndarray, right: np.ndarray) -> dict[str, float]:
+    """What a score (n,) says of which answers are right (n,), and what is risked by abstaining where it is low."""
+    return {
+        "auroc_correct": metrics.correct_above_wrong(trust, right),
+        "aurc": metrics.aurc(trust, ~right),
+        "eaurc": metrics.eaurc(trust, ~right),
+        "augrc": metrics.augrc(trust, ~right),
+        **metrics.risks(trust, ~right),
+    }
+
+
+def answered(
+    params: SatipatthanaParams, output: Tensor, trust: np.ndarray, y: Tensor, temperature: float
+) -> dict[str, float]:
+    """How good answers (n, C) to y (n,) are, and what their trust (n,) says of it; nothing in the job anomaly."""
+    if params.task.job == "anomaly":
+        return {}
     good = right(params.task.job, output, y, params.reject.tolerance).numpy()
+    facts = believed(trust, good) | {"trust_ece": metrics.ece(trust, good)}
     if params.task.job == "regression":
         error = (output[:, 0] - y).double()
         spread = (y.double() - y.double().mean()).square().mean()
-        return {
+        return facts | {
             "within_tolerance": float(good.mean()),
             "rmse": float(error.square().mean().sqrt()),
             "mae": float(error.abs().mean()),
             "r2": float(1 - error.square().mean() / spread),
         }
-    if params.task.job == "anomaly":
-        return {}
     p, labels = probabilities(output, temperature), y.numpy()
-    return {
+    return facts | {
         "accuracy": float(good.mean()),
         "nll": metrics.nll(p, labels),
         "ece": metrics.ece(p.max(axis=1), good),
         "brier": metrics.brier(p, labels),
         "ece_before_temperature": metrics.ece(probabilities(output).max(axis=1), good),
         "auroc_correct_msp": metrics.correct_above_wrong(p.max(axis=1), good),
+        "aurc_msp": metrics.aurc(p.max(axis=1), ~good),
     }
 
 

@@ -29,8 +29,8 @@ AT_A_TIME = 1024  # rows, which changes no answer
 
 
 def answers(system: Satipatthana, use: Use, x: torch.Tensor) -> pd.DataFrame:
-    """One row an input: answer, its probability (classes alone), trust, how often such trust is right, whether it is
-    accepted, whether the gate knew it, steps and recon_error.
+    """One row an input: answer, its probability (classes alone), trust, how often such trust is right (not of
+    anomalies), whether it is accepted, whether the gate knew it, steps and recon_error.
 
     Args:
         system: trained.
@@ -53,7 +53,7 @@ def _part(system: Satipatthana, use: Use, x: torch.Tensor) -> pd.DataFrame:
         _answer(system, use, found)
         | {
             "trust": trust,
-            "trust_calibrated": use.trust(trust),
+            **({} if system.decoder is None else {"trust_calibrated": use.trust(trust)}),
             "accepted": trust >= use.threshold,
             "known": found.known.numpy(),
             "steps": found.steps.numpy(),
@@ -84,6 +84,11 @@ def rights(system: Satipatthana, use: Use, found: pd.DataFrame, truth: pd.Series
         allowed = system.params.reject.tolerance * use.answer[1]
         close: np.ndarray = np.abs(found["answer"].to_numpy() - values) <= allowed
         return close
+    if system.params.task.job == "anomaly":  # labels are those words, or the classes of the task
+        anomaly = use.classes[1]
+        strange = truth.astype(str).isin([anomaly, *system.params.task.anomalies])
+        told: np.ndarray = ((found["answer"] == anomaly) == strange.to_numpy()).to_numpy()
+        return told
     if odd := sorted(set(truth.astype(str)) - set(use.classes)):
         raise TaskError(f"{name}: column {truth.name} has {odd[0]}, which is no class of the system")
     same: np.ndarray = found["answer"].to_numpy() == truth.astype(str).to_numpy()

@@ -80,6 +80,8 @@ class TaskParams(Section):
             raise ValueError("anomalies, known and unlabelled must be empty or false unless task.job is anomaly")
         if strange := [name for name in self.known if name not in self.anomalies]:
             raise ValueError(f"known must be among task.anomalies, which {', '.join(strange)} is not")
+        if self.unlabelled and self.known:
+            raise ValueError("known must be empty when task.unlabelled is true: rows without labels are not known")
         return self
 
 
@@ -344,8 +346,12 @@ class SatipatthanaParams(Section):
             raise ValueError(
                 "stage2.correctness must be false when task.job is anomaly: there is no answer to be right"
             )
+        if self.task.job == "anomaly" and self.reject.rule == "risk":
+            raise ValueError("reject.rule must not be risk when task.job is anomaly: validation has no known mistakes")
         if ("anomalies" in self.void.kinds) > bool(self.task.known):
             raise ValueError("void.kinds must not have anomalies unless task.known names some")
+        if self.task.known and not self.system.guided and "anomalies" not in self.void.kinds:
+            raise ValueError("task.known must be empty unless system.guided is true or void.kinds has anomalies")
         if self.ablations.seeds > self.seeds:
             raise ValueError(f"ablations.seeds must be at most seeds, {self.seeds}, got {self.ablations.seeds}")
         return self

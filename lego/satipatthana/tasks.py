@@ -141,12 +141,22 @@ def _rows(settings: TaskParams) -> tuple[np.ndarray, np.ndarray, list[str], list
 
 
 def splits(x: np.ndarray, y: np.ndarray, settings: TaskParams) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Test, then validation out of the rest, seed 0 (section 11); stratified unless answers are numbers."""
+    """Test, then validation out of the rest, seed 0 (section 11); stratified unless answers are numbers.
+
+    Raises:
+        TaskError: too few rows for these shares.
+    """
 
     def parted(x: np.ndarray, y: np.ndarray, share: float) -> tuple[np.ndarray, ...]:
-        found: list[np.ndarray] = train_test_split(
-            x, y, test_size=share, random_state=0, stratify=None if settings.job == "regression" else y
-        )
+        try:
+            found: list[np.ndarray] = train_test_split(
+                x, y, test_size=share, random_state=0, stratify=None if settings.job == "regression" else y
+            )
+        except ValueError as error:
+            raise TaskError(
+                f"{PARAMS}: {len(y)} rows of {settings.file or settings.name} cannot be split by task.test_share and "
+                f"task.validation_share ({error}); give more rows or change the shares"
+            ) from None
         return tuple(found)
 
     rest_x, test_x, rest_y, test_y = parted(x, y, settings.test_share)
@@ -159,8 +169,8 @@ def normal_rows(
 ) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], np.ndarray, dict[str, np.ndarray]]:
     """The job anomaly: normal rows with the answer 0, known anomalies of train, and those of test by class.
 
-    Validation has normal rows alone. Train has as well, unless it is unlabelled; anomalies that are not known are left
-    out of it. Kinds of test begin with `seen_` or `unseen_`, by whether training was shown rows of that class.
+    Train and validation have normal rows alone, unless they are unlabelled; anomalies that are not known are left out.
+    Kinds of test begin with `seen_` or `unseen_`, by whether training was shown rows of that class.
 
     Raises:
         TaskError: an anomaly is no class of the task, or nothing is normal.
@@ -175,7 +185,7 @@ def normal_rows(
     odd, known = ([classes.index(name) for name in names] for names in (settings.anomalies, settings.known))
     found = {}
     for name, (x, y) in parts.items():
-        kept = np.ones(len(y), dtype=bool) if settings.unlabelled and name == "train" else ~np.isin(y, odd)
+        kept = np.ones(len(y), dtype=bool) if settings.unlabelled and name != "test" else ~np.isin(y, odd)
         found[name] = (x[kept], np.zeros(int(kept.sum()), dtype=np.int64))
     (train, of), (test, away) = parts["train"], parts["test"]
     seen = {name: "seen" if name in settings.known or settings.unlabelled else "unseen" for name in settings.anomalies}

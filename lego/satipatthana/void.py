@@ -14,7 +14,7 @@ LEAST_WARP = 0.3  # power of two, of at most 1: a warp that is hardly one is non
 
 
 class VoidError(StageError):
-    """No row could be made that is far enough from the data; nothing unfiltered is put in its place."""
+    """A kind of row that cannot be made: none far enough from the data, no windows, no known anomalies."""
 
 
 class VoidSource:

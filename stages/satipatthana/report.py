@@ -4,6 +4,7 @@ dvc repro stages/satipatthana/dvc.yaml:report          (python -m stages.satipat
 """
 
 import json
+import math
 import platform
 import statistics
 from dataclasses import replace
@@ -57,7 +58,10 @@ def by_seed(found: Found, model: str, key: str) -> str:
 
 
 def shown(value: Interval | None, digits: int = 4) -> str:
-    return "" if value is None else f"{value.mean:.{digits}f} ± {(value.high - value.low) / 2:.{digits}f}"
+    if value is None:
+        return ""
+    half = (value.high - value.low) / 2
+    return f"{value.mean:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else " (one seed)")
 
 
 def ahead(found: Found, key: str, higher_is_better: bool) -> list[str]:

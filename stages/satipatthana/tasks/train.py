@@ -1,4 +1,4 @@
-"""One task over all seeds, with scores to compare -> metrics/satipatthana/tasks/<name>.json.
+"""One task over all seeds, with scores to compare -> metrics/satipatthana/tasks/found/<name>.json.
 
 dvc repro stages/satipatthana/tasks/dvc.yaml          (python -m stages.satipatthana.tasks.train wine)
 """
@@ -22,7 +22,7 @@ from lego.satipatthana.tasks import load as load_task
 from stages.satipatthana.seeds import for_each_seed
 
 Facts = dict[str, float]
-OF_A_NETWORK = ("msp", "energy", "knn", "mahalanobis", "input_knn", "isolation_forest")
+OF_CLASSES = ("msp", "energy", "knn", "mahalanobis", "input_knn", "isolation_forest")  # with answers of a plain network
 OF_INPUTS = ("input_knn", "isolation_forest")
 
 
@@ -36,7 +36,7 @@ def one_seed(params: SatipatthanaParams, seed: int) -> dict[str, Facts]:
     print(f"seed {seed}: {in_short(found['satipatthana'])}", flush=True)
     if params.task.job == "classification":
         plain = networks("plain", task, params.peers, own, params.void)
-        scored = {name: peer(name, plain, task, params.peers, own) for name in OF_A_NETWORK}
+        scored = {name: peer(name, plain, task, params.peers, own) for name in OF_CLASSES}
         return found | {name: judge_peer(one, task.test, task.outside) for name, one in scored.items()}
     return found | {name: by_inputs(name, system, task, params, own) for name in OF_INPUTS}
 
@@ -44,14 +44,13 @@ def one_seed(params: SatipatthanaParams, seed: int) -> dict[str, Facts]:
 def by_inputs(name: str, system: Satipatthana, task: Task, params: SatipatthanaParams, seed: int) -> Facts:
     """Numbers of a score of inputs beside the answers of the system."""
     score = of_inputs(name, task, params.peers, seed)
-    output, inside = system(task.test.x).output, score(task.test.x)
-    right = jobs.right(params.task.job, output, task.test.y, params.reject.tolerance).numpy()
+    inside = score(task.test.x)
     strangers = {kind: score(rows) for kind, rows in task.outside.items()}
     facts = {f"auroc_{kind}": metrics.auroc(inside, away) for kind, away in strangers.items()}
     if params.task.job == "anomaly":
         return facts | jobs.flagged(inside, np.concatenate(list(strangers.values())))
-    facts |= {"auroc_correct": metrics.correct_above_wrong(inside, right), "aurc": metrics.aurc(inside, ~right)}
-    return facts | metrics.risks(inside, ~right)
+    right = jobs.right(params.task.job, system(task.test.x).output, task.test.y, params.reject.tolerance).numpy()
+    return facts | jobs.believed(inside, right)
 
 
 def main() -> None:
@@ -68,7 +67,7 @@ def main() -> None:
         for model in seeds[0]:
             facts = [one[model] for one in seeds]
             content[model] = {"means": means(facts), "seeds": [written(one) for one in facts]}
-        write_json(f"metrics/satipatthana/tasks/{name}.json", content)
+        write_json(f"metrics/satipatthana/tasks/found/{name}.json", content)
 
 
 if __name__ == "__main__":
