@@ -224,6 +224,11 @@ def test_no_sentence_of_the_page_speaks_of_an_outdated_row(monkeypatch):
     assert "lstm 30.0 (+10.0" in compared.answer()
     assert "gru 39.0 (+1.0" in compared.answer()
     assert len(compared.claims()) == 1
+    goals = compared.goals()
+    assert [("**not reached**" in one, name in one) for one, name in zip(goals, ("untrained", "gru"), strict=True)] == [
+        (False, True),
+        (True, True),
+    ]
     old = Compared(PARAMS, found | {"lstm": found["lstm"] | {"made_of": "x"}}, {}, tokens)
     assert "lstm" not in old.answer()
     page = Page("t")
