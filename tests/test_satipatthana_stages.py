@@ -80,6 +80,13 @@ def test_r5_3_stage_3_thinks_once(monkeypatch):
 def test_r5_4_guidance_is_one_switch():
     assert system(small()).aux is not None
     assert system(small(system__guided=False)).aux is None
+    with pytest.raises(ParamsError, match=r"stage1\.weight_guidance must be above 0 when system\.guided is true"):
+        small(stage1__weight_guidance=0.0)
+    made = system(small())
+    with pytest.raises(ValueError, match="row 1 has a feature that is not a finite number"):
+        made(torch.tensor([[0.0] * 12, [float("nan")] * 12]))
+    with pytest.raises(ValueError, match=r"inputs must be \(rows, 12\), got \(2, 11\)"):
+        made(torch.zeros(2, 11))
 
 
 def test_r5_5_unknown_and_missing_keys_are_refused():
@@ -94,7 +101,7 @@ def test_r5_5_unknown_and_missing_keys_are_refused():
     [
         ("stage1__weight_stability", 50.0),
         ("stage1__weight_recon", 0.0),
-        ("stage1__weight_guidance", 0.0),
+        ("stage1__weight_guidance", 0.05),
         ("stage1__weight_diversity", 5.0),
         ("stage1__weight_usage", 5.0),
         ("stage1__noise_level", 1.0),
@@ -432,7 +439,7 @@ def test_the_decoder_brings_contexts_into_the_range_it_learned_from():
 def test_peers_tell_what_is_far_from_what_is_near(name):
     task = a_task(120)
     outside = {"far": 3 * torch.randn(60, 12, generator=torch.Generator().manual_seed(5))}
-    settings = PARAMS.peers.model_copy(update={"epochs": 8, "hidden": 32, "dim": 16})
+    settings = PARAMS.peers.model_copy(update={"epochs": 20, "hidden": 32, "dim": 32})
     kind = name if name in OWN else "plain"
 
     def judged():

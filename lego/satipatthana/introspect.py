@@ -113,7 +113,8 @@ class Vipassana(nn.Module):
             self.conformity_head = _head(settings.gru_hidden, hidden)
             self.confidence_head = _head(settings.gru_hidden + settings.metric_proj, hidden)
         else:
-            self.context = nn.Sequential(nn.Linear(dim + 2, hidden), nn.ReLU(), nn.Linear(hidden, settings.context_dim))
+            width = settings.context_hidden
+            self.context = nn.Sequential(nn.Linear(dim + 2, width), nn.ReLU(), nn.Linear(width, settings.context_dim))
             self.trust_head = _head(features, hidden)
 
     @property

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from sklearn.covariance import EmpiricalCovariance
+from sklearn.covariance import LedoitWolf
 from sklearn.ensemble import IsolationForest
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ OWN = ("ensemble", "outlier_exposure")  # peers that train networks of their own
 
 
 class Plain(nn.Module):
-    """A classifier as wide as the adapter: features before the last layer, and logits.
+    """A classifier of two hidden layers: features before the last one, and logits.
 
     Args:
         size: of an input, flattened.
@@ -37,7 +37,7 @@ class Plain(nn.Module):
 
     def __init__(self, size: int, hidden: int, dim: int, classes: int) -> None:
         super().__init__()
-        self.body = nn.Sequential(nn.Flatten(), perceptron([size, hidden, hidden, dim]), nn.ReLU())
+        self.body = nn.Sequential(nn.Flatten(), perceptron([size, hidden, dim]), nn.LayerNorm(dim), nn.ReLU())
         self.head = nn.Linear(dim, classes)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,7 +141,7 @@ def _trust(
         case "mahalanobis":  # Lee et al. 2018: nearest class mean under a shared covariance
             rows, labels = _features(model, task.train.x), task.train.y.numpy()
             means = np.stack([rows[labels == one].mean(axis=0) for one in range(len(task.classes))])
-            shared = EmpiricalCovariance(assume_centered=True).fit(rows - means[labels])
+            shared = LedoitWolf(assume_centered=True).fit(rows - means[labels])  # features outnumber a class's rows
             return lambda x: -np.stack([shared.mahalanobis(_features(model, x) - mean) for mean in means]).min(axis=0)
         case _:
             return of_inputs(name, task, settings, seed)

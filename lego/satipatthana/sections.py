@@ -163,6 +163,7 @@ class VipassanaParams(Section):
     velocity: Literal["last_step", "whole_way"]
     hidden: Count
     context_dim: Count
+    context_hidden: Count
     gru_hidden: Count
     metric_proj: Count
     prototypes: CountOrZero
@@ -335,6 +336,10 @@ class SatipatthanaParams(Section):
         ]
         if alike:
             raise ValueError(f"void.kinds must not be of a kind that test.kinds holds back, as are {', '.join(alike)}")
+        if self.system.guided and not self.stage1.weight_guidance:
+            raise ValueError(
+                "stage1.weight_guidance must be above 0 when system.guided is true, which asks for a guide"
+            )
         if self.stage2.batch_size < len(self.paths.shares()):
             raise ValueError(
                 f"stage2.batch_size must be at least the number of paths, {len(self.paths.shares())}, "

@@ -101,9 +101,9 @@ def _stage1(system: Satipatthana, train: Split, places: Tensor, generator: torch
     settings = system.params.stage1
     thought = system.samatha(train.x[places], settings.noise_level, generator=generator)
     last, before = thought.pair
-    errors = system.recon_error(thought.state, thought.encoded)[:, 0]
+    errors = system.recon_error(thought.state, thought.encoded)  # (B, 1)
     if system.params.task.job == "anomaly":  # what is normal is learned from normal rows alone
-        usual = (train.y[places] == 0).float()
+        usual = (train.y[places] == 0).float()[:, None]
         errors = errors * usual / usual.mean().clamp_min(1 / len(usual))
     terms = {
         "stability": (last - before).square().sum(dim=1).mean(),
@@ -136,6 +136,8 @@ def _stage2(
 ) -> StageSpec:
     settings, shares = params.stage2, params.paths.shares()
     source = VoidSource.of_task(train, params, known) if "void" in shares else None
+    if source is None:
+        print("warning: paths.void is 0, so trust is never shown a row from outside of the data", flush=True)
     weights = {head: getattr(params.vipassana, f"weight_{head}") for head in ("trust", "conformity", "confidence")}
     pooled = POOLED[params.vipassana.trust_features]
     if (wanted := params.vipassana.prototypes) > len(train) and system.vipassana.grounded:

@@ -136,7 +136,14 @@ class Satipatthana(nn.Module):
         """Answers and trust for inputs (B, *shape), deterministic, in evaluation mode whatever the mode was.
 
         In the job anomaly there is no decoder, and the answer is 1 - trust (B, 1).
+
+        Raises:
+            ValueError: inputs of another shape, or that are not finite.
         """
+        if tuple(x.shape[1:]) != self.shape:
+            raise ValueError(f"inputs must be (rows, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+        if not bool((finite := torch.isfinite(x.flatten(1)).all(dim=1)).all()):
+            raise ValueError(f"row {int((~finite).nonzero()[0])} has a feature that is not a finite number")
         with evaluation(self):
             thought = self.samatha(x, max_steps=max_steps, rests=rests)
             view, error = self.look(thought)
