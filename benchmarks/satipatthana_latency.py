@@ -30,9 +30,10 @@ def of_all(models: list[Plain], x: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def lines(x: Tensor, repeats: int) -> list[str]:
-    """A line for each batch size, of inputs (n, *shape)."""
+def lines(repeats: int) -> list[str]:
+    """A line for each batch size."""
     params, task = load_params(), read_task("data/satipatthana/task")
+    x = task.test.x
     system, _ = load("data/satipatthana/system")
     plain = read(task, params, 0)
     members, found = [plain] * params.peers.members, []
@@ -53,7 +54,7 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
     reuse_freed_memory()
-    print("\n".join(lines(read_task("data/satipatthana/task").test.x, repeats)))
+    print("\n".join(lines(repeats)))
 
 
 if __name__ == "__main__":

@@ -94,10 +94,16 @@ class Compared:
 
     def rivals(self) -> list[str]:
         """What `sound` should beat: untrained contexts, the best of the MLPs, the GRU; and the best of all others."""
-        others = sorted((name for name in self.current if name != "sound"), key=lambda name: self.current[name]["ppl"])
-        mlps = [name for name in others if name.startswith("mlp_")]
-        wanted = ["untrained", "untrained_longer", "sound_reservoir", *mlps[:1], "gru", *others[:1]]
+        others = self._best_first([name for name in self.current if name != "sound"])
+        wanted = ["untrained", "untrained_longer", "sound_reservoir", *self._mlps()[:1], "gru", *others[:1]]
         return [name for name in dict.fromkeys(wanted) if name in self.current]
+
+    def _best_first(self, names: list[str]) -> list[str]:
+        return sorted(names, key=lambda name: self.current[name]["ppl"])
+
+    def _mlps(self) -> list[str]:
+        """Current MLPs, the best first."""
+        return self._best_first([name for name in self.current if name.startswith("mlp_")])
 
     def answer(self) -> str:
         """One sentence with the intervals that decide it."""
@@ -128,7 +134,7 @@ class Compared:
 
     def goals(self) -> list[str]:
         """Whether `sound` is ahead of what it was asked to be ahead of (the goal of the results page)."""
-        mlps = sorted((one for one in self.current if one.startswith("mlp_")), key=lambda one: self.current[one]["ppl"])
+        mlps = self._mlps()
         said = []
         for what, name in (
             ("untrained contexts", "untrained"),
