@@ -12,12 +12,14 @@ from torch import Tensor
 
 from lego.artifacts import write_json
 from lego.cvfp.checks import (
+    Convergence,
     IdentityError,
     convergence,
     flags,
     frozen_passes,
     identity,
     require_no_identity,
+    settles,
     trend,
     validation_trend,
 )
@@ -142,13 +144,32 @@ def test_b23_norms_and_mean_squares_are_told_apart():
     shift = torch.linspace(0.1, 0.4, D)
     model = Network(lambda c, t: c + shift)
     embeddings = torch.zeros(30, D)
-    passes = frozen_passes(model, embeddings, 3, carry=True)
+    passes = frozen_passes(model, embeddings, 3)
     found = convergence(model, embeddings, CHECKS)
     mse = float((passes[2] - passes[1]).square().mean())
     assert found.differences == pytest.approx([30 * float(shift.norm())] * 4, rel=1e-4)
     assert found.final_diff**2 == pytest.approx(D * mse, rel=1e-3)
     assert found.per_dimension == pytest.approx(math.sqrt(mse), rel=1e-3)
     assert not found.passed
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ([0.5, 0.1, 0.0005], True),
+        ([0.1, 0.5, 0.0005], False),  # it rose on its way
+        ([0.5, 0.1, 0.002], False),
+        ([0.0001, 0.0009, 0.0002], True),  # below the line it may rise
+        ([0.0001, 0.002, 0.0001], False),
+    ],
+)
+def test_settling_is_falling_below_the_line(changes, expected):
+    assert settles(changes, 1e-3) is expected
+
+
+@pytest.mark.parametrize(("last", "band"), [(5e-5, 1e-4), (5e-4, 1e-3), (1e-3, 1e-2), (0.5, None)])
+def test_the_last_change_is_told_by_the_notes_lines(last, band):
+    assert Convergence([1.0, last], D, True, torch.zeros(3)).below(CHECKS.final_diff_bands) == band
 
 
 def test_frozen_passes_of_a_contraction_settle():
@@ -235,6 +256,10 @@ def test_a4_the_report_is_the_form_of_the_specification():
         (("0.0% (0/6400", "5.0% (0/6400"), "5.0% is not 0/6400"),
         (("100.0% (1280/1280", "100.0% (1281/1280"), "is not 1281/1280"),
         (("ER 627", "good ER 627"), "is not of the form"),
+        (("ER 689.26/768 (89.7%)", "ER 789.26/768 (102.8%)"), "789.26 is above 768"),
+        (("untrained ER 695.00", "untrained ER 795.00"), "795.00 is above 768"),
+        (("(81.7%)", "(91.7%)"), "91.7% is not 627.29/768"),
+        (("iterations 10/10", "iterations 11/10"), "11 is above 10"),
     ],
 )
 def test_a_report_that_lacks_a_number_is_rejected(change, sentence):

@@ -176,12 +176,12 @@ BY_NAME = {
 def both_phases(params: CvfpParams) -> dict[str, Tensor]:
     """All weights after both phases, and the contexts in between, with how often the solver swept."""
     model, ids = network(params), text(180)
-    train_contexts(model, ids, params.predict, params.phase1, params.model.train_embedding, 0)
+    result = train_contexts(model, ids, params.predict, params.phase1, params.model.train_embedding, 0)
     model.eval()
     splits = Text({"train": ids, "validation": ids[:9], "test": ids[:9]}, VOCAB, torch.ones(VOCAB), "")
     found = settled(model, splits, params.contexts, params.progress)["train"]
     fixed = FixedText(ids, found.contexts)
-    after, _ = train_head(model, fixed, fixed, params.phase2, 0)
+    after, _ = train_head(model, fixed, fixed, params.phase2, 0, result.reader)
     return after.state_dict() | {"contexts": found.contexts, "sweeps": torch.tensor(found.sweeps)}
 
 
@@ -261,7 +261,7 @@ def test_b26_every_threshold_decides_something(key):
 
 
 def test_b26_no_threshold_is_forgotten():
-    of_the_page = {"rank_tokens", "rank_bands"}  # how much is measured, and what the page quotes
+    of_the_page = {"rank_tokens", "rank_bands", "final_diff_bands"}  # how much is measured, and what the page quotes
     assert CHECKED.keys() | of_the_page == set(ChecksParams.model_fields)
 
 

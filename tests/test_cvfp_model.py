@@ -201,3 +201,17 @@ def test_b7_the_debiased_estimate_is_right_after_20_steps_where_the_plain_one_is
     assert int(moments.steps) == 20
     with pytest.raises(ValueError, match="no row yet"):
         RunningMoments(dim=2, momentum=0.9).debiased()
+
+
+@pytest.mark.parametrize("changes", [{}, {"model__update": "gated"}, {"model__layernorm_mix": 0.3}], ids=str)
+def test_the_next_context_alone_is_that_of_forward_with_equal_gradients(changes):
+    model = network(seed_params(**changes))
+    context, token = torch.randn(7, 24), torch.randn(7, 16)
+    whole, alone = model(context=context, token=token)[0], model.next_context(context=context, token=token)
+    torch.testing.assert_close(alone, whole)
+    used = [parameter for block in model.blocks for parameter in block.parameters()]
+    found = [torch.autograd.grad(one.square().sum(), used, allow_unused=True) for one in (alone, whole)]
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            torch.testing.assert_close(one, other)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from lego.cvfp import forms, peers, rivals
 from lego.cvfp.contest import epochs_of, made_of, size_on_paper
-from lego.cvfp.sections import changed
+from lego.cvfp.sections import changed, with_profile
 from lego.cvfp.store import build
 from lego.cvfp.text import Text
 from lego.harness import StageError
@@ -138,25 +138,28 @@ def test_a_contestant_learns_from_equal_tokens(name):
 
 def test_seed_has_as_many_parameters_and_reads_as_many_tokens_in_passes_over_less_text(monkeypatch):
     monkeypatch.chdir(ROOT)  # where the profiles lie
-    params = changed(CONTEST, {"phase1.early_stop": False, "phase1.max_iterations": 4}, "test")
     scaled = forms.seed_of_equal_size(PARAMS, 1024)
     budget, size = size_on_paper(PARAMS, 1024), size_on_paper(scaled, 1024)
     assert size == pytest.approx(budget, rel=0.05)
     assert scaled.model.layer_structure == [1] * 6
-    found = forms.compete("seed", params, toy_text(400), seed=1, lr=0.01)
-    assert found["tokens"] == epochs_of(params) * 400
-    untrained = forms.compete("seed_untrained", params, toy_text(400), seed=1, lr=0.01)
-    assert untrained["tokens"] == params.phase2.epochs * 400  # the same phase 2, and nothing before it
+    stops = forms.compete("seed", CONTEST, toy_text(400), seed=1, lr=0.01)
+    patient = {"phase1.early_stop": False, "phase1.max_iterations": 4}
+    monkeypatch.setattr(forms, "with_profile", lambda *of: changed(with_profile(*of), patient, "test"))
+    found = forms.compete("seed", CONTEST, toy_text(400), seed=1, lr=0.01)
+    assert found["tokens"] == epochs_of(CONTEST) * 400 > stops["tokens"]
+    untrained = forms.compete("seed_untrained", CONTEST, toy_text(400), seed=1, lr=0.01)
+    assert untrained["tokens"] == CONTEST.phase2.epochs * 400  # the same phase 2, and nothing before it
     assert untrained["parameters"] == found["parameters"]
     with pytest.raises(ValueError, match="there is no form untraind; there are sound"):
-        forms.compete("untraind", params, toy_text(400), seed=1, lr=0.01)
+        forms.compete("untraind", CONTEST, toy_text(400), seed=1, lr=0.01)
 
 
 def test_a_reservoir_trains_its_embedding_and_no_block():
     text, before = toy_text(), build(CONTEST.model, CONTEST.phase1, VOCAB, 1).state_dict()
-    model, spent = forms._contexts("sound_reservoir", CONTEST, text, 1)
+    model, reader, spent = forms._contexts("sound_reservoir", CONTEST, text, 1)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert {name.split(".")[0] for name in moved} == {"token_embedding", "embed_norm", "token_output"}
+    assert {name.split(".")[0] for name in moved} == {"token_embedding", "embed_norm"}
+    assert reader is not None
     assert spent == CONTEST.predict.epochs * 1500
 
 

@@ -12,11 +12,14 @@ from cvfp_models import VOCAB, network, seed_params, text, trained
 from torch.nn import functional
 
 from lego.cvfp import losses, passes, phase1
-from lego.cvfp.losses import centroid_batch, cvfp_loss, vicreg
+from lego.cvfp.losses import ZeroGradientError, centroid_batch, cvfp_loss, vicreg
+from lego.cvfp.model import EMA
 from lego.cvfp.passes import NonFiniteContextError, sequential_pass, settle
-from lego.cvfp.phase1 import ContextTrainer, ZeroGradientError
+from lego.cvfp.phase1 import ContextTrainer
 from lego.cvfp.ranks import effective_rank
+from lego.cvfp.run import first_phase
 from lego.cvfp.store import from_weights
+from lego.cvfp.text import Text
 
 
 def reference(weights: dict, ids: torch.Tensor, blocks: int, iterations: int, w: float, lr: float) -> list:
@@ -106,19 +109,17 @@ def test_b2_sequential_modes_run_and_gradients_reach_back_bptt_len_tokens(mode, 
         model = network(params)
         trainer = ContextTrainer(model, model.embed(text(9)).detach(), params.phase1)
         made: list[torch.Tensor] = []
-        forward = type(model).forward
+        advance = type(model).next_context
 
-        def kept(self, *, context, token, made=made, forward=forward):
-            after = forward(self, context=context, token=token)
-            after[0].retain_grad() if after[0].requires_grad else None
-            made.append(after[0])
-            return after
+        def kept(self, *, context, token, made=made, advance=advance):
+            made.append(advance(self, context=context, token=token))
+            return made[-1]
 
-        monkeypatch.setattr(type(model), "forward", kept)
+        monkeypatch.setattr(type(model), "next_context", kept)
         seen = []
         monkeypatch.setattr(trainer, "_update", lambda cvfp, *_, seen=seen: seen.append(cvfp))
         trainer._pass(1, torch.randn(9, 24), torch.randn(9, 24))
-        monkeypatch.setattr(type(model), "forward", forward)
+        monkeypatch.setattr(type(model), "next_context", advance)
         gradient = torch.autograd.grad(made[2].sum(), made[1], allow_unused=True)[0]
         assert (gradient is not None) == reaches
 
@@ -131,13 +132,17 @@ def test_b3_a_pass_starts_from_the_last_context_of_the_one_before(mode, start, m
     params = params.model_copy(update={"phase1": params.phase1.model_copy(update={"max_iterations": 4})})
     model = network(params)
     trainer = ContextTrainer(model, model.embed(text(30)).detach(), params.phase1)
-    starts, forward = [], type(model).forward
+    starts, of_first_pass, of_others = [], type(model).forward, type(model).next_context
 
-    def spy(self, *, context, token):
-        starts.append(context)
-        return forward(self, context=context, token=token)
+    def spy(real):
+        def spied(self, *, context, token):
+            starts.append(context)
+            return real(self, context=context, token=token)
 
-    monkeypatch.setattr(type(model), "forward", spy)
+        return spied
+
+    monkeypatch.setattr(type(model), "forward", spy(of_first_pass))
+    monkeypatch.setattr(type(model), "next_context", spy(of_others))
     previous = None
     for iteration in trainer.iterations():
         first = starts[0][0]
@@ -176,6 +181,9 @@ def test_b5_a_loss_without_gradient_is_refused_or_warned_of():
     with pytest.warns(UserWarning, match="trains nothing"):
         trainer, _ = trained(allowed)
     assert trainer.updates > 0
+    with pytest.raises(ZeroGradientError, match=r"phase1\.diversity: centroid_ema has weight 0\.9"):
+        trained(seed_params(phase1__diversity="centroid_ema", phase1__max_iterations=2))  # one step, which has no past
+    trained(seed_params(phase1__diversity="centroid_ema", phase1__max_iterations=3))
     online = seed_params(phase1__mode="sequential_online")  # the centroid of one row is the row
     with pytest.raises(ZeroGradientError, match="centroid_batch"):
         trained(online)
@@ -273,6 +281,11 @@ def test_b27_an_overflow_of_the_loss_is_not_called_a_missing_gradient():
     trainer, iterations = trained(params, tokens=100)
     assert not math.isfinite(iterations[-1].diversity)
     assert (trainer.updates, trainer.skipped) == (0, 2)
+    of_text = Text({"train": text(100)}, VOCAB, torch.ones(VOCAB), "heldout_in_vocab")
+    with pytest.raises(
+        NonFiniteContextError, match=r"iteration 2: .* 1 steps were skipped; .* is that of token \d+; set"
+    ):
+        first_phase(params, of_text, 0)  # the pipeline stops, since no number is one
 
 
 VARIANTS = [
@@ -291,11 +304,15 @@ VARIANTS = [
     *({"model__head": one} for one in ("context", "token")),
     {"model__init_weight_std": 0.05, "model__init_bias_std": 0.0},
     {"model__update": "gated"},
-    *({"phase1__diversity": one} for one in ("none", "dist_batch", "oacd", "vicreg", "centroid_ema", "ema_live")),
+    *({"phase1__diversity": one} for one in ("none", "dist_batch", "oacd", "vicreg", *EMA) if one != "ema_buffer"),
+    {"phase1__diversity": "ema_buffer", "phase1__allow_zero_gradient_loss": True},
+    {"phase1__convergence_threshold": 0.02},
+    {"phase1__recompute_contexts": False},
     {"phase1__normalize": "per_token"},
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*trains nothing")  # of ema_buffer, which is allowed to
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 def test_a3_every_variant_runs_from_parameters_alone(changes):
     mix = {"model__init_weight_std": 0.01} if changes.get("model__layernorm_mix") == 0.0 else {}

@@ -11,12 +11,13 @@ from cvfp_models import PARAMS, SMALL, VOCAB, network, seed_params, text
 from torch.nn import functional
 
 from lego.artifacts import ArtifactError, write_json, write_tensors
-from lego.cvfp.passes import sequential_pass, shifted
+from lego.cvfp.losses import ZeroGradientError
+from lego.cvfp.passes import NonFiniteContextError, sequential_pass, shifted
 from lego.cvfp.phase2 import FixedText, Score, logits_at, nll, score, shuffled, train_head, zeroed
-from lego.cvfp.predict import Predictor, columns, train_contexts, two_starts, unroll, windows
+from lego.cvfp.predict import Predictor, _refuse, columns, train_contexts, two_starts, unroll, windows
 from lego.cvfp.run import MADE_OF, fixed_text, weights_digest
 from lego.cvfp.sections import changed
-from lego.cvfp.store import from_weights, load_network, parameter_counts, save
+from lego.cvfp.store import from_weights, load_network, load_reader, parameter_counts, save, save_reader
 from lego.cvfp.text import Text
 
 SOUND = changed(PARAMS, SMALL | {"predict.epochs": 2, "predict.streams": 4, "phase2.batch_tokens": 32}, "test")
@@ -258,6 +259,46 @@ def test_the_contraction_term_falls_where_it_counts():
     start, contexts = torch.randn(1, 24), torch.randn(3, 1, 24)
     alone = two_starts(network(SOUND), start, contexts, text(3)[:, None], 0.5, torch.Generator())
     assert alone == 0
+
+
+def test_b5_contraction_of_a_single_stream_is_refused():
+    params = changed(SOUND, {"predict.streams": 1}, "test")
+    with pytest.raises(ZeroGradientError, match=r"predict\.regularizer_weight: contraction .* set predict\.streams to"):
+        train_contexts(network(params), learnable(100), params.predict, params.phase1, True, 0)
+    params = changed(params, {"phase1.dist_reg_weight": 1.0}, "test")
+    train_contexts(network(params), learnable(100), params.predict, params.phase1, True, 0)
+
+
+def test_b27_a_token_is_named_by_its_place_in_the_text():
+    ids = learnable(600) % (VOCAB - 1)
+    ids[457] = VOCAB - 1
+    model = network(SOUND)
+    with torch.no_grad():
+        model.token_embedding.weight[VOCAB - 1] = torch.inf
+    with pytest.raises(NonFiniteContextError, match="phase 1, epoch 1: the context of token 457 is not finite"):
+        train_contexts(model, ids, SOUND.predict, SOUND.phase1, True, 0)
+    contexts, wrong = torch.zeros(3, 2, 4), torch.zeros(3, 2)
+    wrong[2, 1] = torch.nan
+    with pytest.raises(NonFiniteContextError, match="the loss after token 118 is not finite"):
+        _refuse(contexts, wrong, length=100, begin=16, what="phase 1")
+    with pytest.raises(NonFiniteContextError, match="contraction or VICReg"):
+        _refuse(contexts, torch.zeros(3, 2), length=100, begin=16, what="phase 1")
+
+
+def test_b20_phase_1_leaves_the_head_and_phase_2_may_start_it_from_the_reader(tmp_path):
+    model = network(SOUND)
+    result = train_contexts(model, learnable(300), SOUND.predict, SOUND.phase1, True, 0)
+    assert all(not one.any() and not one.requires_grad for one in model.token_output.parameters())
+    save_reader(result.reader, tmp_path)
+    reader = load_reader(tmp_path)
+    fixed = FixedText(learnable(80), torch.randn(80, 24))
+    settings = SOUND.phase2.model_copy(update={"lr": 1e-12, "weight_decay": 0.0})  # which shows where it starts
+    after, _ = train_head(model, fixed, fixed, settings, 0, reader)
+    torch.testing.assert_close(after.token_output.weight[:, :24], result.reader.weight)
+    torch.testing.assert_close(after.token_output.bias, result.reader.bias)
+    assert after.token_output.weight[:, 24:].abs().max() < 1e-8
+    (tmp_path / "reader.safetensors").unlink()
+    assert load_reader(tmp_path) is None
 
 
 def test_weights_come_from_a_plain_dict_or_a_clear_error():

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from lego.artifacts import ArtifactError, read_tensors, write_json, write_tensors
+from lego.artifacts import ArtifactError, read_json, read_tensors, write_json, write_tensors
 from lego.blocks import BlockWriter
 from lego.cvfp import text as policy
 from lego.cvfp.contest import size_on_paper
@@ -80,8 +80,9 @@ def test_b22_what_is_left_out_joins_no_run_of_train(tmp_path):
     vocabulary = np.arange(600)
     held_out = np.r_[30:40, 500, 40:50, 3, 1, 2]
     kept, _ = in_vocabulary(held_out, vocabulary[:100], "filter", 0)
-    left, cut = without_overlap(kept, vocabulary[:100], 20)
-    assert (len(left), cut) == (3, 20)
+    left, places = without_overlap(kept, vocabulary[:100], 20)
+    assert left.tolist() == [3, 1, 2]
+    assert places.tolist() == [20, 21, 22]
     source = ast.unparse(ast.parse(inspect.getsource(write_text_ids)))
     assert source.index("in_vocabulary(") < source.index("without_overlap(")
 
@@ -98,8 +99,9 @@ def test_overlap_equals_brute_force(ids, train, length):
     ]
     one, other = np.array(ids, dtype=np.int64), np.array(train, dtype=np.int64)
     assert overlap(one, other, length).tolist() == expected
-    left, cut = without_overlap(one, other, length)
-    assert len(left) + cut == len(ids)
+    left, places = without_overlap(one, other, length)
+    assert np.array_equal(left, one[places])
+    assert (np.diff(places) > 0).all()
     assert not overlap(left, other, length).any()
 
 
@@ -166,6 +168,37 @@ def test_ids_that_train_does_not_have_are_left_out_or_replaced_and_counted():
     assert policy.MODES == "heldout_in_vocab or val_from_train"
 
 
+def test_bytes_of_ids_that_were_replaced_still_count(tokens, encoder):
+    settings = PARAMS.text.model_copy(update={"unseen": "unk", "overlap_length": 1000})
+    counts = write_text_ids(tokens, tokens, encoder, settings)
+    text, spelled = read_text_ids(tokens), stream(tokens, "test")
+    assert counts["test_unseen"] > 0
+    assert text.hidden_bytes["test"] > 0
+    assert text.bytes_of("test") == int(encoder.token_bytes()[spelled[1:]].sum())
+
+
+def test_b21_ids_that_train_does_not_have_are_refused_when_the_text_is_read(tokens, encoder):
+    """Even where files and digests fit together, as those of another writer would."""
+    write_text_ids(tokens, tokens, encoder, PARAMS.text)
+    ids = read_tensors(tokens / "ids.safetensors")
+    unseen = next(one for one in range(encoder.vocab_size) if one not in ids["train"])
+    ids["validation"] = torch.cat([ids["validation"], torch.tensor([unseen])])
+    facts = read_json(tokens / "text.json")
+    facts["validation_sha256"] = policy.digest(ids["validation"])
+    write_tensors(tokens / "ids.safetensors", ids)
+    write_json(tokens / "text.json", facts)
+    with pytest.raises(UnseenIdError, match=f"validation: 1 ids do not occur in train, the first is {unseen}"):
+        read_text_ids(tokens)
+
+
+@pytest.mark.parametrize("name", ["text.json", "ids.safetensors", "bytes.safetensors"])
+def test_b21_each_missing_file_is_named(tokens, encoder, name):
+    write_text_ids(tokens, tokens, encoder, PARAMS.text)
+    (tokens / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        read_text_ids(tokens)
+
+
 def test_every_profile_is_valid_and_changes_what_it_says():
     file = ROOT / "stages/cvfp/profiles.yaml"
     assert list(profiles(file)) == ["sound", "seed", "legacy_seed3"]
@@ -176,6 +209,8 @@ def test_every_profile_is_valid_and_changes_what_it_says():
         [],
         6,
     )
+    others = {"phase1.lr": 0.01, "phase1.diversity": "oacd", "phase1.max_iterations": 20, "model.layernorm_mix": 0.5}
+    assert with_profile(changed(PARAMS, others, "test"), "seed", file) == seed  # whatever `sound` becomes
     legacy = with_profile(PARAMS, "legacy_seed3", file)
     assert (legacy.phase1.min_updates, legacy.phase1.recompute_contexts) == (0, False)
     with pytest.raises(ParamsError, match="has no profile nonsense; it has sound, seed, legacy_seed3"):

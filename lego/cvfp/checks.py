@@ -142,26 +142,29 @@ class Convergence:
     def final_diff(self) -> float:
         return self.differences[-1]
 
+    def below(self, bands: Sequence[float]) -> float | None:
+        """The lowest of the lines that the last change is below, if any (section 5.3)."""
+        return min((band for band in bands if self.final_diff < band), default=None)
+
     @property
     def per_dimension(self) -> float:
         return self.final_diff / math.sqrt(self.dims)
 
 
-def frozen_passes(
-    model: NewLLMResidual, embeddings: Tensor, count: int, carry: bool, telling: Telling = QUIET
-) -> list[Tensor]:
-    """Contexts (n, d) of `count` sequential passes under frozen weights.
+def frozen_passes(model: NewLLMResidual, embeddings: Tensor, count: int, telling: Telling = QUIET) -> list[Tensor]:
+    """Contexts (n, d) of `count` sequential passes under frozen weights, each from the last context of the one before.
+
+    From 0 each, all passes would be the same one (ruling 9.4).
 
     Args:
         model: frozen.
         embeddings: (n, e).
-        count: passes.
-        carry: start each from the last context of the one before, the first from 0; else all from 0.
+        count: passes; the first starts from 0.
         telling: what is printed on the way.
     """
     found: list[Tensor] = []
     for number in range(count):
-        start = found[-1][-1] if carry and found else None
+        start = found[-1][-1] if found else None
         found.append(sequential_pass(model, embeddings, start, telling, f"frozen pass {number + 1}/{count}"))
     return found
 
@@ -169,15 +172,17 @@ def frozen_passes(
 def convergence(
     model: NewLLMResidual, embeddings: Tensor, settings: ChecksParams, telling: Telling = QUIET
 ) -> Convergence:
-    """Whether frozen passes over the same text settle (section 5.3): the change falls and ends below final_diff.
-
-    Below final_diff it need not fall further: there it is rounding.
-    """
-    passes = frozen_passes(model, embeddings, settings.passes, True, telling)
+    """Whether frozen passes over the same text settle (section 5.3); see `settles`."""
+    passes = frozen_passes(model, embeddings, settings.passes, telling)
     changes = [float((after - before).norm(dim=1).mean()) for before, after in itertools.pairwise(passes)]
-    falling = all(after <= max(before, settings.final_diff) for before, after in itertools.pairwise(changes))
     moved = (passes[-1] - passes[-2]).square().mean(dim=1)
-    return Convergence(changes, model.context_dim, falling and changes[-1] < settings.final_diff, moved)
+    return Convergence(changes, model.context_dim, settles(changes, settings.final_diff), moved)
+
+
+def settles(changes: Sequence[float], final_diff: float) -> bool:
+    """Whether the change from pass to pass falls and ends below final_diff, below which it need not fall further."""
+    falling = all(after <= max(before, final_diff) for before, after in itertools.pairwise(changes))
+    return falling and changes[-1] < final_diff
 
 
 @dataclass(frozen=True)
@@ -236,6 +241,6 @@ def validation_trend(
     model: NewLLMResidual, embeddings: Tensor, threshold: float, settings: ChecksParams, telling: Telling = QUIET
 ) -> Trend:
     """`trend` of num_trials frozen passes with carry-over over validation text (n, e); trial 1 has no loss."""
-    passes = frozen_passes(model, embeddings, settings.num_trials, True, telling)
+    passes = frozen_passes(model, embeddings, settings.num_trials, telling)
     losses = [float((b - a).square().mean()) for a, b in itertools.pairwise(passes)]
     return trend(losses, threshold, float(passes[-1].var(0, correction=0).mean()), settings)

@@ -125,6 +125,7 @@ def critical_checks(
     facts |= {
         "final_diff_l2": still.final_diff,
         "final_diff_per_dimension": still.per_dimension,
+        "final_diff_below_l2": still.below(settings.final_diff_bands),
         "converges": still.passed,
         "converged_when_frozen": still.converged(threshold),
         "untrained_final_diff_l2": before.final_diff,

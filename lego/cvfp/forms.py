@@ -8,8 +8,8 @@ from typing import Any, get_args
 import torch
 
 from lego.cvfp.contest import epochs_of, parameter_facts, size_on_paper
-from lego.cvfp.model import NewLLMResidual
-from lego.cvfp.phase2 import FixedText, score, shuffled, train_head, zeroed
+from lego.cvfp.model import NewLLMResidual, Reader
+from lego.cvfp.phase2 import FixedText, ppl, score, shuffled, train_head, zeroed
 from lego.cvfp.predict import train_contexts
 from lego.cvfp.run import first_phase, settled
 from lego.cvfp.sections import CvfpParams, Form, changed, with_profile
@@ -65,10 +65,10 @@ def compete(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> 
         contexts = contexts.model_copy(update={"max_train_sweeps": params.contest.seed_sweeps})
     if name == "untrained_longer":
         phase2 = phase2.model_copy(update={"epochs": epochs_of(params), "patience": epochs_of(params)})
-    model, spent = _contexts(name, params, text, seed)
+    model, reader, spent = _contexts(name, params, text, seed)
     found = settled(model, text, contexts, params.progress)
     fixed = {split: FixedText(text.ids[split], found[split].contexts) for split in SPLITS}
-    after, result = train_head(model, fixed["train"], fixed["validation"], phase2, seed)
+    after, result = train_head(model, fixed["train"], fixed["validation"], phase2, seed, reader)
     test = score(after, fixed["test"], phase2.mode)
     outcome = {
         "val_loss": min(one.loss for one in result.validation),
@@ -82,29 +82,31 @@ def compete(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> 
         begun = time.perf_counter()
         for key, change in (("zero", zeroed), ("shuffled", lambda one: shuffled(one, seed))):
             other = {split: change(one) for split, one in fixed.items()}
-            blind, _ = train_head(model, other["train"], other["validation"], phase2, seed)
-            outcome[f"ppl_trained_{key}_contexts"] = score(blind, other["test"], phase2.mode).ppl
+            blind, _ = train_head(model, other["train"], other["validation"], phase2, seed, reader)
+            loss = score(blind, other["test"], phase2.mode).loss
+            outcome[f"ppl_trained_{key}_contexts"] = ppl(loss)
+            outcome[f"bits_per_byte_trained_{key}_contexts"] = text.bits_per_byte(loss, "test")
         outcome["seconds_besides"] = time.perf_counter() - begun
     return outcome | parameter_facts(after)
 
 
-def _contexts(name: str, params: CvfpParams, text: Text, seed: int) -> tuple[NewLLMResidual, int]:
-    """The network after phase 1, and the tokens that phase 1 processed."""
+def _contexts(name: str, params: CvfpParams, text: Text, seed: int) -> tuple[NewLLMResidual, Reader | None, int]:
+    """The network after phase 1, the reader to start from, and the tokens that phase 1 processed."""
     train = text.ids["train"]
     if name.startswith("seed"):
         scaled = seed_of_equal_size(params, text.vocab_size)
         if name == "seed_untrained":
-            return build(scaled.model, scaled.phase1, text.vocab_size, seed).eval(), 0
+            return build(scaled.model, scaled.phase1, text.vocab_size, seed).eval(), None, 0
         # as many tokens as `sound` reads in phase 1, unless its stop rule ends it, in passes over less text
         part = train[: params.predict.epochs * len(train) // scaled.phase1.max_iterations]
         done = first_phase(scaled, Text(text.ids | {"train": part}, text.vocab_size, text.token_bytes, ""), seed)
-        return done.model, done.passes * len(part)
+        return done.model, None, done.passes * len(part)
     if name == "sound":
         done = first_phase(params, text, seed)
-        return done.model, done.passes * len(train)
+        return done.model, done.reader, done.passes * len(train)
     model = build(params.model, params.phase1, text.vocab_size, seed)
     if name.startswith("untrained"):
-        return model.eval(), 0
+        return model.eval(), None, 0
     torch.nn.ModuleList(model.blocks).requires_grad_(False)
-    train_contexts(model, train, params.predict, params.phase1, params.model.train_embedding, seed)
-    return model.eval(), params.predict.epochs * len(train)
+    result = train_contexts(model, train, params.predict, params.phase1, params.model.train_embedding, seed)
+    return model.eval(), result.reader, params.predict.epochs * len(train)

@@ -12,7 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lego.params import ParamsError
+
 CENTRE = 0.1  # weight of the centre's norm in oacd
+
+
+class ZeroGradientError(ParamsError):
+    """A loss with a weight above 0 that trains nothing (B5)."""
 
 
 def cvfp_loss(contexts: Tensor, target: Tensor) -> Tensor:

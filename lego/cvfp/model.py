@@ -11,6 +11,7 @@ Names of the weights, as `load_state_dict` takes them (l counts the layers of bl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
@@ -81,12 +82,7 @@ class CVFPLayer(nn.Module):
         Raises:
             ValueError: a context or token of another width.
         """
-        if context.shape[-1] != self.context_dim or token.shape[-1] != self.embed_dim:
-            raise ValueError(
-                f"context must be (n, {self.context_dim}) and token (n, {self.embed_dim}), got {tuple(context.shape)} "
-                f"and {tuple(token.shape)}"
-            )
-        z = torch.cat([context, token], dim=-1)  # (n, d + e)
+        z = self._joined(context, token)
         u = torch.relu(self.fnn(z))  # (n, h)
         if self.update == "gated":
             old = {"both": z, "context": context, "token": token}[self.writes]
@@ -101,9 +97,30 @@ class CVFPLayer(nn.Module):
             context = self._mixed(new[..., : self.context_dim], "context_norm")
         if self.writes != "context":
             token = self._mixed(new[..., -self.embed_dim :], "token_norm")
+        self._remember(context)
+        return context, token
+
+    def next_context(self, *, context: Tensor, token: Tensor) -> Tensor:
+        """The context (n, d) of `forward` alone, without the rows of the weights that only write the token vector."""
+        if self.update == "gated" or self.writes != "both":
+            return self(context=context, token=token)[0]
+        d, z = self.context_dim, self._joined(context, token)
+        u = torch.relu(functional.linear(z, self.fnn.weight[:d], self.fnn.bias[:d]))  # (n, d)
+        context = self._mixed(context + u, "context_norm")
+        self._remember(context)
+        return context
+
+    def _joined(self, context: Tensor, token: Tensor) -> Tensor:
+        if context.shape[-1] != self.context_dim or token.shape[-1] != self.embed_dim:
+            raise ValueError(
+                f"context must be (n, {self.context_dim}) and token (n, {self.embed_dim}), got {tuple(context.shape)} "
+                f"and {tuple(token.shape)}"
+            )
+        return torch.cat([context, token], dim=-1)  # (n, d + e)
+
+    def _remember(self, context: Tensor) -> None:
         if self.statistics is not None and self.training:
             self._latest = context
-        return context, token
 
     def _mixed(self, rows: Tensor, norm: str) -> Tensor:
         if not self.mix:
@@ -139,6 +156,14 @@ class CVFPLayer(nn.Module):
             moments.update(rows)
             mean, var = moments.mean, moments.var
         return mean.square().mean() + (var - 1).square().mean()
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What read the next token out of contexts: weight (V, d) and bias (V,), where phase 2's head may start."""
+
+    weight: Tensor
+    bias: Tensor
 
 
 def _keeps_statistics(diversity: str, writes: Writes, last: bool) -> bool:
@@ -265,6 +290,13 @@ class NewLLMResidual(nn.Module):
         for block in self.blocks:
             context, written = block(context=context, token=written)
         return context, written
+
+    def next_context(self, *, context: Tensor, token: Tensor) -> Tensor:
+        """The next context (n, d) of `forward` alone, which spares what only the token vector needs."""
+        *layers, last = (layer for block in self.blocks for layer in block.layers)
+        for layer in layers:
+            context, token = layer(context=context, token=token)
+        return last.next_context(context=context, token=token)
 
     def read(self, *, context: Tensor, token: Tensor) -> Tensor:
         """Token vector (n, e) that the token blocks make of contexts (n, d) and embeddings (n, e)."""

@@ -113,7 +113,7 @@ def parallel_pass(model: NewLLMResidual, embeddings: Tensor, previous: Tensor, s
     """
     before = shifted(previous, start)
     parts = zip(before.split(chunk), embeddings.split(chunk), strict=True)
-    return torch.cat([model(context=context, token=token)[0] for context, token in parts])
+    return torch.cat([model.next_context(context=context, token=token) for context, token in parts])
 
 
 @dataclass(frozen=True)

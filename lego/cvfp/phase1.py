@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from lego.cvfp.losses import BATCH, cvfp_loss
+from lego.cvfp.losses import BATCH, ZeroGradientError, cvfp_loss
 from lego.cvfp.model import NewLLMResidual
 from lego.cvfp.passes import QUIET, Telling, parallel_pass, require_finite, sequential_pass, shifted
 from lego.cvfp.sections import Phase1Params
@@ -61,11 +61,7 @@ class Iteration:
 
 
 NEED_A_PAST = ("centroid_ema", "ema_target")  # diversities that are 0 for the very first context
-LATEST = 2  # weight updates after which every loss must have had a gradient
-
-
-class ZeroGradientError(ParamsError):
-    """A loss with a weight above 0 that trains nothing (B5)."""
+LATEST = 2  # weight updates after which every loss must have had a gradient, if there are so many
 
 
 @dataclass
@@ -123,7 +119,8 @@ class ContextTrainer:
             yield latest
             rates.append(latest.converged / len(previous))
             if self.updates >= settings.min_updates and self._stops(rates):
-                return
+                break
+        self._require_all_trained()
 
     def iterate(self, number: int, previous: Tensor, first: Tensor) -> Iteration:
         """One pass and its optimizer steps.
@@ -192,13 +189,14 @@ class ContextTrainer:
 
     def _step(self, views: list[Tensor], token: Tensor) -> list[Tensor]:
         """The next context of each view; the last call is that of the starts themselves, of which statistics are."""
-        return [self.model(context=view, token=token)[0] for view in views]
+        return [self.model.next_context(context=view, token=token) for view in views]
 
     def _parallel(self, previous: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
         starts = self._views(shifted(previous, self._start(previous)))
 
         def forward(part: slice) -> Tensor:
-            return torch.stack(self._step([start[part] for start in starts], self.embeddings[part]))
+            views = self._step([start[part] for start in starts], self.embeddings[part])
+            return torch.stack(views) if len(views) > 1 else views[0][None]
 
         def losses(views: Tensor) -> tuple[Tensor, Tensor]:  # (views, N, d); the last one is from the starts themselves
             return self._losses(views[-1], views[0] if len(starts) > 1 else target)
@@ -281,7 +279,7 @@ class ContextTrainer:
         loss, self.made_with = (1 - w) * cvfp + w * diversity, self.updates
         self.optimizer.zero_grad(set_to_none=True)
         if torch.isfinite(loss):
-            self._require_gradients({"cvfp_target": (1 - w, cvfp), "diversity": (w, diversity)}, contexts)
+            self._require_gradients({"cvfp_target": cvfp, "diversity": diversity}, contexts)
         if torch.isfinite(loss) and loss.requires_grad:
             if backward is None:
                 loss.backward()
@@ -296,7 +294,7 @@ class ContextTrainer:
                 return
         self.skipped += 1
 
-    def _require_gradients(self, terms: dict[str, tuple[float, Tensor]], contexts: Tensor) -> None:
+    def _require_gradients(self, terms: dict[str, Tensor], contexts: Tensor) -> None:
         """Refuses a term that counts and trains nothing: in its first steps, where it should.
 
         Asked of the contexts where the term is computed from them, as the way on to the weights is long; of the weights
@@ -308,18 +306,34 @@ class ContextTrainer:
         if self.updates > LATEST:
             return
         wanted = self.parameters if self._from_statistics else [contexts]
-        for name, (weight, term) in terms.items():
-            if not weight or name in self._has_gradient or (name == "diversity" and self.settings.diversity == "none"):
-                continue
+        for name in self._waiting():
+            term = terms[name]
             found = (
                 torch.autograd.grad(term, wanted, retain_graph=True, allow_unused=True) if term.requires_grad else ()
             )
             if any(one is not None and bool((one != 0).any()) for one in found):
                 self._has_gradient.add(name)
             elif self.updates == LATEST or (name == "diversity" and self.settings.diversity not in NEED_A_PAST):
-                kind = self.settings.diversity if name == "diversity" else self.settings.cvfp_target
-                sentence = f"phase1.{name}: {kind} has weight {weight:g} and no gradient, so it trains nothing"
-                if not self.settings.allow_zero_gradient_loss:
-                    raise ZeroGradientError(f"{sentence}; choose another, or set phase1.allow_zero_gradient_loss: true")
-                warnings.warn(sentence, stacklevel=2)
-                self._has_gradient.add(name)
+                self._refuse(name)
+
+    def _waiting(self) -> list[str]:
+        """Terms that count and have had no gradient yet."""
+        return [name for name, weight in self._weights().items() if weight and name not in self._has_gradient]
+
+    def _weights(self) -> dict[str, float]:
+        w = self.settings.dist_reg_weight
+        return {"cvfp_target": 1 - w, "diversity": 0.0 if self.settings.diversity == "none" else w}
+
+    def _refuse(self, name: str) -> None:
+        kind = self.settings.diversity if name == "diversity" else self.settings.cvfp_target
+        sentence = f"phase1.{name}: {kind} has weight {self._weights()[name]:g} and no gradient, so it trains nothing"
+        if not self.settings.allow_zero_gradient_loss:
+            raise ZeroGradientError(f"{sentence}; choose another, or set phase1.allow_zero_gradient_loss: true")
+        warnings.warn(sentence, stacklevel=3)
+        self._has_gradient.add(name)
+
+    def _require_all_trained(self) -> None:
+        """The same after the last pass, where passes were too few to tell before."""
+        if self.updates:
+            for name in self._waiting():
+                self._refuse(name)

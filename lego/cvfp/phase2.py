@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lego.cvfp.model import NewLLMResidual
+from lego.cvfp.model import NewLLMResidual, Reader
 from lego.cvfp.passes import shifted
 from lego.cvfp.sections import Phase2Params
 from lego.progress import track
@@ -168,7 +168,12 @@ class Phase2Result:
 
 
 def train_head(
-    model: NewLLMResidual, train: FixedText, validation: FixedText, settings: Phase2Params, seed: int
+    model: NewLLMResidual,
+    train: FixedText,
+    validation: FixedText,
+    settings: Phase2Params,
+    seed: int,
+    reader: Reader | None = None,
 ) -> tuple[NewLLMResidual, Phase2Result]:
     """Trains head and token vector; returns the network of the best epoch by validation loss.
 
@@ -177,11 +182,16 @@ def train_head(
         train, validation: ids and C*, made by the snapshot.
         settings: section `phase2`.
         seed: of the order of batches.
+        reader: of phase 1, where the head starts, its token half at 0; without, all of it is 0.
 
     Raises:
         FloatingPointError: the loss is not finite.
     """
     model = copy.deepcopy(model).train()
+    if reader is not None:
+        with torch.no_grad():
+            model.token_output.weight[:, : model.context_dim] = reader.weight
+            model.token_output.bias.copy_(reader.bias)
     shared = not len(model.token_blocks)  # else contexts and tokens have parameters of their own
     for block in model.blocks:
         block.requires_grad_(shared and not settings.freeze_context)
@@ -235,7 +245,7 @@ def _epoch(
     else:
         batches = positions(text.predictions, settings.batch_tokens, generator)
     before, total = shifted(text.contexts, torch.zeros(model.context_dim)), 0.0
-    for places in track(batches, steps, "phase 2", "batch"):
+    for places in track(batches, steps, "phase 2", "batch") if steps > 1 else batches:
         optimizer.zero_grad(set_to_none=True)
         for loss, objective, count in _parts(model, text, before, places, settings):
             if not torch.isfinite(objective):
@@ -256,7 +266,8 @@ def _parts(
     v1_mse adds the squared distance of the contexts that it hands on from C*.
     """
     if settings.mode == "v2":
-        for part in places.split(settings.chunk_tokens):
+        parts = places.split(settings.chunk_tokens)
+        for part in track(parts, len(parts), "phase 2", "chunk") if len(parts) > 1 else parts:
             logits, _ = logits_at(model, text, before, part)
             loss = functional.cross_entropy(logits, text.ids[part + 1])
             yield loss, loss, len(part)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lego.cvfp.losses import contraction, vicreg
-from lego.cvfp.model import NewLLMResidual
-from lego.cvfp.passes import require_finite
+from lego.cvfp.losses import ZeroGradientError, contraction, vicreg
+from lego.cvfp.model import NewLLMResidual, Reader
+from lego.cvfp.passes import NonFiniteContextError
 from lego.cvfp.sections import Phase1Params, PredictParams
 from lego.progress import track
 from lego.steps import build_scheduler
@@ -41,16 +41,17 @@ def windows(total: int, length: int, first: int) -> Iterator[slice]:
 
 @dataclass(frozen=True)
 class PredictResult:
-    """Mean loss of the next token (nats) and of the other terms by epoch, and the optimizer steps."""
+    """Mean loss of the next token (nats) and of the other terms by epoch, the optimizer steps, and a reader to keep."""
 
     loss: list[float]
     contraction: list[float]
     vicreg: list[float]
     updates: int
+    reader: Reader | None
 
 
 class Predictor(nn.Module):
-    """Reads the next token out of a context; where phase 2's head starts, or thrown away.
+    """Reads the next token out of a context.
 
     Args:
         model: whose contexts are read, and whose embeddings InfoNCE tells apart.
@@ -70,12 +71,19 @@ class Predictor(nn.Module):
             wanted: the ids that follow.
             embed: ids -> vectors (m, e); the other ids of the batch are the negatives of InfoNCE.
         """
+        return self.losses(contexts, wanted, embed).mean()
+
+    def losses(self, contexts: Tensor, wanted: Tensor, embed: Callable[[Tensor], Tensor]) -> Tensor:
+        """The same context by context (m,)."""
         read = self.read(contexts)
         if self.kind == "ce":
-            return functional.cross_entropy(read, wanted)
+            return functional.cross_entropy(read, wanted, reduction="none")
         candidates, place = torch.unique(wanted, return_inverse=True)
         scores = read @ embed(candidates).T / math.sqrt(read.shape[1])  # (m, distinct)
-        return functional.cross_entropy(scores, place)
+        return functional.cross_entropy(scores, place, reduction="none")
+
+    def kept(self) -> Reader:
+        return Reader(self.read.weight.detach().clone(), self.read.bias.detach().clone())
 
 
 def unroll(model: NewLLMResidual, context: Tensor, embeddings: Tensor) -> Tensor:
@@ -102,7 +110,7 @@ def two_starts(
     """
     steps, streams = ids.shape
     if streams < 2:
-        return contexts.sum() * 0
+        return contexts.new_zeros(())
     step = int(torch.randint(steps, (1,), generator=generator))
     shift = int(torch.randint(1, streams, (1,), generator=generator))
     before = (contexts[step - 1] if step else start).detach()
@@ -118,7 +126,7 @@ def train_contexts(
     """Trains the blocks, embed_norm and, if asked, the embedding, in place.
 
     Args:
-        model: its head stays as it is, unless keep_reader makes it the reader that was trained here.
+        model: its head stays as it is; with keep_reader the result has what phase 2's may start from.
         ids: train text (n,).
         settings: section `predict`.
         phase1: of which dist_reg_weight and grad_clip count.
@@ -126,7 +134,8 @@ def train_contexts(
         seed: of the borders of windows, the pairs that are compared and the reading head.
 
     Raises:
-        FloatingPointError: the loss or a context is not finite.
+        FloatingPointError: the loss or a context is not finite; the message names the token.
+        ZeroGradientError: contraction counts, and there is one stream, so no other context to come closer to.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -138,6 +147,11 @@ def train_contexts(
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
     w = phase1.dist_reg_weight
     weights = torch.tensor([1.0, settings.regularizer_weight * (1 - w), settings.regularizer_weight * w])
+    if float(weights[1]) and text.shape[1] < 2:
+        raise ZeroGradientError(
+            "predict.regularizer_weight: contraction compares streams of the text and there is one, so it trains "
+            "nothing; set predict.streams to at least 2 (5 tokens or more), or phase1.dist_reg_weight: 1"
+        )
     total = len(text) - 1
     steps = settings.epochs * (-(-total // settings.bptt_len) + 1)
     scheduler = build_scheduler(optimizer, "cosine", settings.warmup_steps, steps, 0.0)
@@ -154,8 +168,8 @@ def train_contexts(
             terms = torch.stack([predictor(flat, wanted, model.embed), fading, vicreg(flat)])
             objective = terms @ weights
             if not torch.isfinite(objective):
-                require_finite(contexts.detach().flatten(0, 1), f"phase 1, epoch {epoch + 1}")
-                raise FloatingPointError(f"the loss of phase 1 is {objective.item()}; lower predict.lr")
+                losses = predictor.losses(flat, wanted, model.embed).view(contexts.shape[:2])
+                _refuse(contexts.detach(), losses.detach(), total, part.start, f"phase 1, epoch {epoch + 1}")
             optimizer.zero_grad(set_to_none=True)
             objective.backward()
             nn.utils.clip_grad_norm_(parameters, phase1.grad_clip)
@@ -170,9 +184,30 @@ def train_contexts(
             flush=True,
         )
     model.token_embedding.weight.requires_grad_(False)
-    if settings.keep_reader:
-        with torch.no_grad():
-            model.token_output.weight[:, : model.context_dim] = predictor.read.weight
-            model.token_output.bias.copy_(predictor.read.bias)
     loss, fadings, spreads = (list(values) for values in zip(*history, strict=True))
-    return PredictResult(loss, fadings, spreads, updates)
+    return PredictResult(loss, fadings, spreads, updates, predictor.kept() if settings.keep_reader else None)
+
+
+def _refuse(contexts: Tensor, losses: Tensor, length: int, begin: int, what: str) -> None:
+    """Says where in the text a loss that is not finite comes from.
+
+    Args:
+        contexts: of a window's tokens (T, S, d).
+        losses: of what follows each (T, S).
+        length: tokens of a stream.
+        begin: of the window, in each stream.
+        what: was done.
+
+    Raises:
+        NonFiniteContextError: always; a context is not finite, or the loss after one, or neither.
+    """
+    in_order = contexts.transpose(0, 1), losses.T  # (S, T, d), (S, T)
+    for name, bad in zip(("context of", "loss after"), (~torch.isfinite(one) for one in in_order), strict=True):
+        rows = bad.flatten(2).any(2) if bad.dim() == 3 else bad  # (S, T)
+        if rows.any():
+            stream, step = (int(one) for one in rows.nonzero()[0])
+            token = stream * length + begin + step
+            raise NonFiniteContextError(
+                f"{what}: the {name} token {token} is not finite; set model.layernorm_mix above 0, or lower predict.lr"
+            )
+    raise NonFiniteContextError(f"{what}: contraction or VICReg of the contexts is not finite; lower predict.lr")

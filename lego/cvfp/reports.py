@@ -76,6 +76,19 @@ class ValidationFacts:
         )
 
 
+def _require_shares(line: str) -> None:
+    """Shares follow from their counts, and no count is above its whole."""
+    for share, part, whole in re.findall(rf"({NUMBER})% \((\d+)/(\d+) tokens\)", line):
+        if int(part) > int(whole) or abs(float(share) - 100 * int(part) / max(1, int(whole))) > 0.051:
+            raise ReportError(f"{share}% is not {part}/{whole}")
+    for part, whole, share in re.findall(rf"ER ({NUMBER})/(\d+) \(({NUMBER})%\)", line):
+        if abs(float(share) - 100 * float(part) / int(whole)) > 0.051 + 1 / int(whole):  # the rank is rounded too
+            raise ReportError(f"{share}% is not {part}/{whole}")
+    for part, whole in re.findall(rf"({NUMBER})/(\d+)", line):
+        if float(part) > int(whole):
+            raise ReportError(f"{part} is above {whole}, of which it is a part")
+
+
 def report(train: TrainFacts, validation: ValidationFacts) -> str:
     """Both lines, checked."""
     text = f"{train.line()}\n{validation.line()}"
@@ -96,8 +109,6 @@ def validate(text: str) -> None:
             raise ReportError(f"a report has one line that begins with {name}:, this one has {len(lines)}")
         if not pattern.fullmatch(lines[0]):
             raise ReportError(f"the line {lines[0]!r} is not of the form that section 7 of the specification gives")
-        for share, part, whole in re.findall(rf"({NUMBER})% \((\d+)/(\d+) tokens\)", lines[0]):
-            if int(part) > int(whole) or abs(float(share) - 100 * int(part) / max(1, int(whole))) > 0.051:
-                raise ReportError(f"{share}% is not {part}/{whole}")
+        _require_shares(lines[0])
     if judged := BANNED.search(text):
         raise ReportError(f"a report states numbers and judges nothing; take out {judged.group()!r}")

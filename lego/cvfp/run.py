@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from lego.artifacts import ArtifactError, read_json, read_tensors
-from lego.cvfp.model import NewLLMResidual
-from lego.cvfp.passes import Settled, Telling, settle
+from lego.cvfp.model import NewLLMResidual, Reader
+from lego.cvfp.passes import NonFiniteContextError, Settled, Telling, settle
 from lego.cvfp.phase1 import ContextTrainer, Iteration
 from lego.cvfp.phase2 import FixedText
 from lego.cvfp.predict import train_contexts
@@ -26,6 +31,7 @@ class FirstPhase:
     """What phase 1 leaves: the network, as it is and as it was, weight updates, and one row a pass or epoch.
 
     weights_version counts the updates behind the network: without recompute_contexts it is that of before the last one.
+    The head is as it was made (B20); reader is where phase 2's may start, if predict.keep_reader says so.
     """
 
     model: NewLLMResidual
@@ -34,6 +40,7 @@ class FirstPhase:
     weights_version: int
     rows: list[dict[str, Any]]
     last: Iteration | None
+    reader: Reader | None = None
 
     def facts(self) -> dict[str, Any]:
         """For metrics: the last row, and what the mandatory report needs."""
@@ -58,6 +65,14 @@ def announce(what: str, tokens: int, settings: ProgressParams) -> None:
         print(f"{what}: {tokens:,} tokens, more than {settings.warn_above:,}", flush=True)
 
 
+def seed_all(seed: int) -> None:
+    """The generators of Python, numpy and torch, and deterministic kernels (specification, section 7)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
+
 def first_phase(params: CvfpParams, text: Text, seed: int) -> FirstPhase:
     """Trains contexts on the train ids by the objective that the parameters name.
 
@@ -69,6 +84,7 @@ def first_phase(params: CvfpParams, text: Text, seed: int) -> FirstPhase:
     Raises:
         FloatingPointError: a loss or a context is not finite.
     """
+    seed_all(seed)
     model = build(params.model, params.phase1, text.vocab_size, seed)
     untrained = copy.deepcopy(model).eval()
     ids = text.ids["train"]
@@ -81,11 +97,12 @@ def first_phase(params: CvfpParams, text: Text, seed: int) -> FirstPhase:
                 zip(result.loss, result.contraction, result.vicreg, strict=True), 1
             )
         ]
-        return FirstPhase(model.eval(), untrained, result.updates, result.updates, rows, None)
+        return FirstPhase(model.eval(), untrained, result.updates, result.updates, rows, None, result.reader)
     trainer = ContextTrainer(model, model.embed(ids).detach(), params.phase1, telling(params.progress))
     rows, last = [], None
     for last in trainer.iterations():
         print(last.line(params.phase1.max_iterations), flush=True)
+        _require_finite_loss(trainer, last)
         if last.cvfp is not None:
             rows.append(
                 {"pass": last.number, "cvfp_mse": last.cvfp, "diversity": last.diversity, "converged": last.converged}
@@ -95,6 +112,22 @@ def first_phase(params: CvfpParams, text: Text, seed: int) -> FirstPhase:
         model.load_state_dict(trainer.weights_before)
         version = trainer.made_with
     return FirstPhase(model.eval(), untrained, trainer.updates, version, rows, last)
+
+
+def _require_finite_loss(trainer: ContextTrainer, last: Iteration) -> None:
+    """Contexts may be finite and so large that their squares are not: no step is taken then, and no number is one.
+
+    Raises:
+        NonFiniteContextError: the loss is not finite; the message names the token with the largest context.
+    """
+    if last.cvfp is None or last.diversity is None or (math.isfinite(last.cvfp) and math.isfinite(last.diversity)):
+        return
+    size = last.contexts.values.abs().amax(dim=1)  # (N,)
+    raise NonFiniteContextError(
+        f"iteration {last.number + 1}: the loss is not finite, {trainer.skipped} steps were skipped; the largest "
+        f"context, {float(size.max()):.2g}, is that of token {int(size.argmax())}; set model.layernorm_mix above 0, or "
+        "lower the rate"
+    )
 
 
 def settled(

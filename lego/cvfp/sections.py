@@ -215,6 +215,7 @@ class ChecksParams(Section):
     passes: Annotated[int, at_least(2, 1000)]
     num_trials: Annotated[int, at_least(2, 1000)]
     final_diff: Positive
+    final_diff_bands: Annotated[list[Positive], Field(min_length=1)]
     identity_cosine: Unit
     identity_norm: Positive
     identity_pairs: Count
@@ -274,6 +275,10 @@ class CvfpParams(Section):
     def _reader_fits(self) -> CvfpParams:
         if self.predict.keep_reader and self.predict.loss != "ce":
             raise ValueError(f"predict.keep_reader must be false when predict.loss is {self.predict.loss}, got true")
+        if self.predict.keep_reader and self.phase1.objective == "predict" and self.model.head == "token":
+            raise ValueError(
+                "predict.keep_reader must be false when model.head is token, which reads no context; got true"
+            )
         return self
 
     @model_validator(mode="after")

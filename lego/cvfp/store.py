@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from lego.artifacts import ArtifactError, read_json, read_tensors, write_json, write_tensors
-from lego.cvfp.model import NewLLMResidual
+from lego.cvfp.model import NewLLMResidual, Reader
 from lego.cvfp.sections import CvfpParams, ModelParams, Phase1Params
 
 GPT2 = "gpt2"  # its name on the hub
+READER = "reader.safetensors"
 
 
 class EmbeddingError(ArtifactError):
@@ -131,6 +132,22 @@ def save(network: NewLLMResidual, settings: CvfpParams, folder: Path, **facts: A
     write_tensors(folder / "model.safetensors", network.state_dict())
     sizes = {"vocab_size": network.vocab_size, "parameters": json.loads(settings.model_dump_json())}
     write_json(folder / "config.json", sizes | facts)
+
+
+def save_reader(reader: Reader | None, folder: Path) -> None:
+    """Writes what phase 2's head starts from beside the network, if there is one."""
+    if reader is not None:
+        write_tensors(folder / READER, {"weight": reader.weight, "bias": reader.bias})
+
+
+def load_reader(folder: str | Path) -> Reader | None:
+    """What `save_reader` wrote, if anything.
+
+    Raises:
+        ArtifactError: the file is damaged.
+    """
+    file = Path(folder) / READER
+    return Reader(**read_tensors(file)) if file.exists() else None
 
 
 def load_network(folder: str | Path) -> tuple[NewLLMResidual, CvfpParams, dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -115,27 +115,31 @@ def _hashes(rows: np.ndarray) -> np.ndarray:
     return value
 
 
-def without_overlap(ids: np.ndarray, train: np.ndarray, length: int) -> tuple[np.ndarray, int]:
-    """Held-out ids (m,) without the runs of `length` that train has, cut until there is none, and how many were cut."""
-    before = len(ids)
-    while (marked := overlap(ids, train, length)).any():
-        ids = ids[~marked]
-    return ids, before - len(ids)
+def without_overlap(ids: np.ndarray, train: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Held-out ids (m,) without the runs of `length` that train has, cut until there is none, and where they stood."""
+    places = np.arange(len(ids))
+    while (marked := overlap(ids[places], train, length)).any():
+        places = places[~marked]
+    return ids[places], places
 
 
 @dataclass(frozen=True)
 class Text:
-    """Ids by split (n,), sizes of the vocabulary, bytes behind each id (V,), and what was left out."""
+    """Ids by split (n,), size of the vocabulary, bytes behind each id (V,), policy, and what `unk` hides of a split.
+
+    hidden_bytes: what the predicted ids of a split stood for beyond the ids that replaced them.
+    """
 
     ids: dict[str, Tensor]
     vocab_size: int
     token_bytes: Tensor
     validation: str
     end_of_text: int = 0
+    hidden_bytes: dict[str, int] = field(default_factory=dict)
 
     def bytes_of(self, split: str) -> int:
         """Bytes of text that the predicted ids of a split stand for; the first one is not predicted."""
-        return int(self.token_bytes[self.ids[split][1:]].sum())
+        return int(self.token_bytes[self.ids[split][1:]].sum()) + self.hidden_bytes.get(split, 0)
 
     def bits_per_byte(self, loss: float, split: str) -> float:
         """A mean loss in nats a token as bits a byte of text."""
@@ -171,16 +175,20 @@ def write_text_ids(folder: Path, tokens: str | Path, encoder: TextEncoder, setti
     lengths = encoder.token_bytes()
     if lengths is None:
         raise CorpusError("stages/cvfp/params.yaml: data.tokenizer must be a byte-level one, so that bytes are known")
-    train, counts = stream(tokens, "train"), dict[str, object]()
+    train, counts, hidden = stream(tokens, "train"), dict[str, object](), dict[str, int]()
     ids = {"train": train}
     for split in ("validation", "test"):
         if split == "validation" and settings.validation == "val_from_train":
             ids[split] = validation_from_train(train, settings.val_share, encoder)
             continue
+        spelled = stream(tokens, split)
         held_out, counts[f"{split}_unseen"] = in_vocabulary(
-            stream(tokens, split), train, settings.unseen, encoder.end
+            spelled, train, settings.unseen, encoder.end
         )  # before the cut: what is left out makes neighbours
-        ids[split], counts[f"{split}_overlapping"] = without_overlap(held_out, train, settings.overlap_length)
+        ids[split], places = without_overlap(held_out, train, settings.overlap_length)
+        counts[f"{split}_overlapping"] = len(held_out) - len(places)
+        if settings.unseen == "unk":
+            hidden[split] = int((lengths[spelled[places]] - lengths[ids[split]])[1:].sum())
         if len(ids[split]) < 2:
             raise CorpusError(f"{split}: nothing is left of it after {counts}; raise data.max_{split}_tokens")
     write_tensors(
@@ -190,6 +198,7 @@ def write_text_ids(folder: Path, tokens: str | Path, encoder: TextEncoder, setti
     counts |= {f"{split}_tokens": len(one) for split, one in ids.items()}
     facts: dict[str, object] = {f"{split}_sha256": digest(one) for split, one in ids.items()}
     facts |= {"vocab_size": encoder.vocab_size, "end_of_text": encoder.end, "validation": settings.validation}
+    facts["hidden_bytes"] = hidden
     write_json(folder / "text.json", facts | {"counts": counts})
     return counts
 
@@ -206,7 +215,7 @@ def read_text_ids(folder: str | Path) -> Text:
     for name in ("text.json", "ids.safetensors", "bytes.safetensors"):
         if not (folder / name).exists():
             raise FileNotFoundError(2, "is missing; run dvc repro stages/cvfp/dvc.yaml to make it", str(folder / name))
-    known = ("vocab_size", "validation", "end_of_text", *(f"{split}_sha256" for split in SPLITS))
+    known = ("vocab_size", "validation", "end_of_text", "hidden_bytes", *(f"{split}_sha256" for split in SPLITS))
     facts = read_json(folder / "text.json", *known)
     ids = read_tensors(folder / "ids.safetensors")
     for split in SPLITS:
@@ -218,4 +227,4 @@ def read_text_ids(folder: str | Path) -> Text:
     train = ids["train"].numpy()
     require_seen(ids["validation"].numpy(), train, f"{folder}/ids.safetensors: validation")
     token_bytes = read_tensors(folder / "bytes.safetensors")["bytes"]
-    return Text(ids, facts["vocab_size"], token_bytes, facts["validation"], facts["end_of_text"])
+    return Text(ids, facts["vocab_size"], token_bytes, facts["validation"], facts["end_of_text"], facts["hidden_bytes"])

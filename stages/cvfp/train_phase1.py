@@ -6,7 +6,7 @@ dvc repro stages/cvfp/dvc.yaml:train_phase1          (python -m stages.cvfp.trai
 from lego.artifacts import atomic_folder, write_csv, write_json
 from lego.cvfp.run import first_phase
 from lego.cvfp.sections import WRITTEN, load
-from lego.cvfp.store import save
+from lego.cvfp.store import save, save_reader
 from lego.cvfp.text import read_text_ids
 from lego.harness import Stage, exit_cleanly
 
@@ -18,6 +18,7 @@ def main() -> None:
         done = first_phase(params, text, stage.seed)
         with atomic_folder("data/cvfp/phase1") as folder:
             save(done.model, params, folder, weights_version=done.weights_version)
+            save_reader(done.reader, folder)
         with atomic_folder("data/cvfp/untrained") as folder:
             save(done.untrained, params, folder, weights_version=0)
         write_json("metrics/cvfp/train_phase1.json", done.facts())

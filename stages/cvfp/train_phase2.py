@@ -8,7 +8,7 @@ from lego.cvfp.checks import require_no_identity
 from lego.cvfp.phase2 import train_head
 from lego.cvfp.run import fixed_text
 from lego.cvfp.sections import WRITTEN, load
-from lego.cvfp.store import load_network, parameter_counts, save
+from lego.cvfp.store import load_network, load_reader, parameter_counts, save
 from lego.cvfp.text import read_text_ids
 from lego.harness import Stage, exit_cleanly
 
@@ -22,7 +22,9 @@ def main() -> None:
         train, validation = (
             fixed_text(text, split, "data/cvfp/contexts", snapshot) for split in ("train", "validation")
         )
-        model, result = train_head(snapshot, train, validation, params.phase2, stage.seed)
+        model, result = train_head(
+            snapshot, train, validation, params.phase2, stage.seed, load_reader("data/cvfp/phase1")
+        )
         with atomic_folder("data/cvfp/phase2") as folder:
             (folder / "snapshot").mkdir()  # what makes C* of any further text, as phase 2 may change the blocks
             save(snapshot, params, folder / "snapshot", **{"weights_version": facts["weights_version"]})
