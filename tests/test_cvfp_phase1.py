@@ -132,23 +132,18 @@ def test_b3_a_pass_starts_from_the_last_context_of_the_one_before(mode, start, m
     params = params.model_copy(update={"phase1": params.phase1.model_copy(update={"max_iterations": 4})})
     model = network(params)
     trainer = ContextTrainer(model, model.embed(text(30)).detach(), params.phase1)
-    starts, of_first_pass, of_others = [], type(model).forward, type(model).next_context
+    starts, advance = [], type(model).next_context
 
-    def spy(real):
-        def spied(self, *, context, token):
-            starts.append(context)
-            return real(self, context=context, token=token)
+    def spied(self, *, context, token):
+        starts.append(context)
+        return advance(self, context=context, token=token)
 
-        return spied
-
-    monkeypatch.setattr(type(model), "forward", spy(of_first_pass))
-    monkeypatch.setattr(type(model), "next_context", spy(of_others))
+    monkeypatch.setattr(type(model), "next_context", spied)
     previous = None
     for iteration in trainer.iterations():
-        first = starts[0][0]
         if previous is not None:
             wanted = previous[-1] if start == "carry" else torch.zeros(24)
-            assert torch.equal(first, wanted)
+            assert torch.equal(starts[0][0], wanted)
             assert not starts[0].requires_grad
         previous = iteration.contexts.values
         starts.clear()
@@ -343,7 +338,7 @@ def test_segments_side_by_side_settle_to_the_sequential_contexts(segments):
     expected = sequential_pass(model, embeddings)
     found = settle(model, embeddings, segments, tolerance=0.0)
     torch.testing.assert_close(found.contexts, expected, rtol=0, atol=1e-5)
-    assert found.sweeps <= segments
+    assert found.sweeps == min(segments, 3)  # one without training forgets nothing: the third goes token by token
     early = settle(model, embeddings, segments, 0.0, max_sweeps=1)
     assert early.residual > 0 or segments == 1
 

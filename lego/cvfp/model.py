@@ -10,9 +10,9 @@ Names of the weights, as `load_state_dict` takes them (l counts the layers of bl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,72 @@ from lego.cvfp.losses import BATCH, diversity_of
 from lego.cvfp.moments import RunningMoments
 
 Writes = Literal["both", "context", "token"]
+Pair = tuple[Tensor, Tensor]  # weight and bias
 EMA = ("centroid_ema", "ema_buffer", "ema_target", "ema_live")
+
+
+class LayerWeights(NamedTuple):
+    """Weight and bias of each part of a layer, None of those that it lacks."""
+
+    fnn: Pair
+    gate: Pair | None
+    proposal: Pair | None
+    context_norm: Pair | None
+    token_norm: Pair | None
+
+    def detached(self) -> LayerWeights:
+        fnn, *others = (None if pair is None else (pair[0].detach(), pair[1].detach()) for pair in self)
+        return LayerWeights(cast(Pair, fnn), *others)
+
+
+def _pair(part: Any) -> Pair:
+    return part.weight, part.bias
+
+
+@dataclass(frozen=True)
+class LayerForm:
+    """What the formula of a layer is; see CVFPLayer."""
+
+    context_dim: int
+    embed_dim: int
+    mix: float
+    update: str
+    writes: Writes
+
+    def step(self, weights: LayerWeights, context: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        """Context (n, d) and token (n, e) after the layer: the one place of its formula."""
+        z = torch.cat([context, token], dim=-1)  # (n, d + e)
+        u = torch.relu(functional.linear(z, *weights.fnn))  # (n, h)
+        if weights.gate is not None and weights.proposal is not None:
+            old = {"both": z, "context": context, "token": token}[self.writes]
+            proposal, gate = functional.linear(u, *weights.proposal), functional.linear(z, *weights.gate)
+            new = torch.lerp(old, torch.tanh(proposal), torch.sigmoid(gate))
+        elif self.writes == "both":
+            new = z + u
+        else:
+            new = (
+                context + u[..., : self.context_dim] if self.writes == "context" else token + u[..., self.context_dim :]
+            )
+        if self.writes != "token":
+            context = self.normalized(new[..., : self.context_dim], weights.context_norm)
+        if self.writes != "context":
+            token = self.normalized(new[..., -self.embed_dim :], weights.token_norm)
+        return context, token
+
+    def context_step(self, weights: LayerWeights, context: Tensor, token: Tensor) -> Tensor:
+        """The context of `step` alone, without the rows of the weights that only write the token vector."""
+        if self.update == "gated" or self.writes != "both":
+            return self.step(weights, context, token)[0]
+        (weight, bias), d = weights.fnn, self.context_dim
+        u = torch.relu(functional.linear(torch.cat([context, token], dim=-1), weight[:d], bias[:d]))  # (n, d)
+        return self.normalized(context + u, weights.context_norm)
+
+    def normalized(self, rows: Tensor, norm: Pair | None) -> Tensor:
+        """Rows (n, m) of which a share `mix` is normalized."""
+        if norm is None:
+            return rows
+        normalized = functional.layer_norm(rows, rows.shape[-1:], *norm)
+        return normalized if self.mix == 1 else (1 - self.mix) * rows + self.mix * normalized
 
 
 class CVFPLayer(nn.Module):
@@ -61,8 +126,8 @@ class CVFPLayer(nn.Module):
             raise ValueError(
                 f"hidden_dim must be context_dim + embed_dim = {context_dim + embed_dim}, got {hidden_dim}"
             )
-        self.context_dim, self.embed_dim, self.mix = context_dim, embed_dim, layernorm_mix
-        self.update, self.writes, self.diversity = update, writes, diversity
+        self.form = LayerForm(context_dim, embed_dim, layernorm_mix, update, writes)
+        self.diversity = diversity
         written = {"both": hidden_dim, "context": context_dim, "token": embed_dim}[writes]
         self.fnn = nn.Linear(hidden_dim, hidden_dim)
         if update == "gated":
@@ -82,51 +147,33 @@ class CVFPLayer(nn.Module):
         Raises:
             ValueError: a context or token of another width.
         """
-        z = self._joined(context, token)
-        u = torch.relu(self.fnn(z))  # (n, h)
-        if self.update == "gated":
-            old = {"both": z, "context": context, "token": token}[self.writes]
-            new = torch.lerp(old, torch.tanh(self.proposal(u)), torch.sigmoid(self.gate(z)))
-        elif self.writes == "both":
-            new = z + u
-        else:
-            new = (
-                context + u[..., : self.context_dim] if self.writes == "context" else token + u[..., self.context_dim :]
-            )
-        if self.writes != "token":
-            context = self._mixed(new[..., : self.context_dim], "context_norm")
-        if self.writes != "context":
-            token = self._mixed(new[..., -self.embed_dim :], "token_norm")
+        self._require_sizes(context, token)
+        context, token = self.form.step(self.weights(), context, token)
         self._remember(context)
         return context, token
 
     def next_context(self, *, context: Tensor, token: Tensor) -> Tensor:
-        """The context (n, d) of `forward` alone, without the rows of the weights that only write the token vector."""
-        if self.update == "gated" or self.writes != "both":
-            return self(context=context, token=token)[0]
-        d, z = self.context_dim, self._joined(context, token)
-        u = torch.relu(functional.linear(z, self.fnn.weight[:d], self.fnn.bias[:d]))  # (n, d)
-        context = self._mixed(context + u, "context_norm")
+        """The context (n, d) of `forward` alone; see LayerForm."""
+        self._require_sizes(context, token)
+        context = self.form.context_step(self.weights(), context, token)
         self._remember(context)
         return context
 
-    def _joined(self, context: Tensor, token: Tensor) -> Tensor:
-        if context.shape[-1] != self.context_dim or token.shape[-1] != self.embed_dim:
+    def weights(self) -> LayerWeights:
+        """The parameters by part."""
+        fnn, *others = (getattr(self, name, None) for name in LayerWeights._fields)
+        return LayerWeights(_pair(fnn), *(None if part is None else _pair(part) for part in others))
+
+    def _require_sizes(self, context: Tensor, token: Tensor) -> None:
+        d, e = self.form.context_dim, self.form.embed_dim
+        if context.shape[-1] != d or token.shape[-1] != e:
             raise ValueError(
-                f"context must be (n, {self.context_dim}) and token (n, {self.embed_dim}), got {tuple(context.shape)} "
-                f"and {tuple(token.shape)}"
+                f"context must be (n, {d}) and token (n, {e}), got {tuple(context.shape)} and {tuple(token.shape)}"
             )
-        return torch.cat([context, token], dim=-1)  # (n, d + e)
 
     def _remember(self, context: Tensor) -> None:
         if self.statistics is not None and self.training:
             self._latest = context
-
-    def _mixed(self, rows: Tensor, norm: str) -> Tensor:
-        if not self.mix:
-            return rows
-        normalized: Tensor = getattr(self, norm)(rows)
-        return normalized if self.mix == 1 else (1 - self.mix) * rows + self.mix * normalized
 
     def get_distribution_loss(self) -> Tensor:
         """The diversity loss of the EMA kinds from the contexts of the last call, which the statistics then take in.
@@ -136,7 +183,7 @@ class CVFPLayer(nn.Module):
         """
         if self.statistics is None or self._latest is None:
             raise ValueError("this layer has no contexts to take statistics of; choose an EMA diversity and train()")
-        rows, moments, self._latest = self._latest.reshape(-1, self.context_dim), self.statistics, None
+        rows, moments, self._latest = self._latest.reshape(-1, self.form.context_dim), self.statistics, None
         first = not int(moments.steps)
         if self.diversity == "centroid_ema":
             loss = -(rows - moments.mean).norm(dim=-1).mean() if not first else rows.sum() * 0
@@ -297,6 +344,21 @@ class NewLLMResidual(nn.Module):
         for layer in layers:
             context, token = layer(context=context, token=token)
         return last.next_context(context=context, token=token)
+
+    def frozen_step(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """`next_context` as a function of context (n, d) and token (n, e), of the weights as they are now.
+
+        It spares the calls of modules, which take half the time of a pass token by token.
+        """
+        layers = [(layer.form, layer.weights().detached()) for block in self.blocks for layer in block.layers]
+
+        def step(context: Tensor, token: Tensor) -> Tensor:
+            for form, weights in layers[:-1]:
+                context, token = form.step(weights, context, token)
+            form, weights = layers[-1]
+            return form.context_step(weights, context, token)
+
+        return step
 
     def read(self, *, context: Tensor, token: Tensor) -> Tensor:
         """Token vector (n, e) that the token blocks make of contexts (n, d) and embeddings (n, e)."""

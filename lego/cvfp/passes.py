@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +69,13 @@ def require_finite(contexts: Tensor, what: str) -> None:
         )
 
 
+def frozen(model: NewLLMResidual) -> Callable[[Tensor, Tensor], Tensor]:
+    """What makes the next context under weights that stay as they are, of a network or of what is called like one."""
+    if isinstance(model, NewLLMResidual):
+        return model.frozen_step()
+    return lambda context, token: model(context=context, token=token)[0]
+
+
 @torch.no_grad()
 def sequential_pass(
     model: NewLLMResidual, embeddings: Tensor, start: Tensor | None = None, telling: Telling = QUIET, what: str = "pass"
@@ -88,8 +95,9 @@ def sequential_pass(
     n, d = len(embeddings), model.context_dim
     contexts = embeddings.new_empty(n, d)
     context = embeddings.new_zeros(1, d) if start is None else start.reshape(1, d).clone()
+    step = frozen(model)
     for index in telling.tokens(n, what):
-        context, _ = model(context=context, token=embeddings[index : index + 1])
+        context = step(context, embeddings[index : index + 1])
         contexts[index] = context[0]
     require_finite(contexts, what)
     return contexts
@@ -131,15 +139,16 @@ def settle(
 ) -> Settled:
     """Contexts from start 0, with segments of the text run side by side until each starts where the last one ends.
 
-    Sweep k is exact in the first k segments (multiple shooting without a coarse solver), so it ends after `segments`
-    sweeps at the latest with what `sequential_pass` finds; a network that forgets its start needs two or three.
+    Sweep k is exact in the first k segments (multiple shooting without a coarse solver); a network that forgets its
+    start needs two or three. Where the second leaves all other starts moving, the network does not forget: the third is
+    then a pass token by token, which costs less than as many sweeps as there are segments.
 
     Args:
         model: its weights stay as they are.
         embeddings: (N, e).
         segments: computed side by side.
         tolerance: largest change of a start, in any dimension, that counts as settled.
-        max_sweeps: default `segments`.
+        max_sweeps: ends sooner, with starts that still move; None = settled.
 
     Raises:
         NonFiniteContextError: a context is not finite.
@@ -153,11 +162,11 @@ def settle(
     starts = embeddings.new_zeros(segments, d)
     contexts = embeddings.new_empty(length, segments, d)
     moving = torch.arange(segments)  # whose start changed since they were run
-    sweeps, residual = 0, 0.0
-    while len(moving) and sweeps < (max_sweeps or segments):
+    sweeps, residual, step, forgets = 0, 0.0, frozen(model), True
+    while len(moving) and sweeps < (max_sweeps or segments) and forgets:
         context = starts[moving]
         for index in track(range(length), length, f"contexts, sweep {sweeps + 1}", "step"):
-            context, _ = model(context=context, token=steps[index, moving])
+            context = step(context, steps[index, moving])
             contexts[index, moving] = context
         sweeps += 1
         found = torch.cat([starts[:1], contexts[-1, :-1]])
@@ -165,6 +174,21 @@ def settle(
         residual = float(change.max())
         moving = (change > tolerance).nonzero()[:, 0]
         starts[moving] = found[moving]
+        forgets = max_sweeps is not None or sweeps != 2 or len(moving) < segments - sweeps
+    if not forgets and len(moving):
+        _one_by_one(step, steps, contexts, int(moving[0]), starts[moving[:1]])
+        sweeps, residual = sweeps + 1, 0.0
     contexts = contexts.transpose(0, 1).reshape(segments * length, d)[:n]
     require_finite(contexts, "contexts")
     return Settled(contexts, sweeps, residual)
+
+
+def _one_by_one(
+    step: Callable[[Tensor, Tensor], Tensor], tokens: Tensor, contexts: Tensor, first: int, context: Tensor
+) -> None:
+    """Fills contexts (T, S, d) of embeddings (T, S, e) from segment `first` on, which begins from a context (1, d)."""
+    length, segments = tokens.shape[:2]
+    for place in track(range(first * length, segments * length), (segments - first) * length, "contexts", "token"):
+        segment, index = divmod(place, length)
+        context = step(context, tokens[index, segment : segment + 1])
+        contexts[index, segment] = context[0]

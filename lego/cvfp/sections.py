@@ -183,6 +183,8 @@ class ContestParams(Section):
     own: dict[Form, Positive]
     peers: dict[Peer, Positive]
     scaling: ScalingParams
+    trial_seeds: Count
+    trials: dict[str, dict[str, bool | int | float | str | list[int]]]
 
     @model_validator(mode="after")
     def _scaled_models_are_of_the_contest(self) -> ContestParams:

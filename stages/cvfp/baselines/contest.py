@@ -99,7 +99,7 @@ def run(group: str, compete: Compete) -> None:
         found, metrics = chosen(name, params, rates[name], lambda runs: kept(stage, work, runs, params.contest.workers))
         stage.record |= {"seconds_a_run": sum(one.pop("seconds") for one in found) / len(found)}
         stage.record |= {"peak_mib": max(one.pop("peak_mib") for one in found)}
-        for key in ("ppl", "bits_per_byte"):
+        for key in [key for key in found[0] if key in ("ppl", "bits_per_byte") or "_trained_" in key]:
             metrics |= {f"{key}_{seed}": one[key] for seed, one in enumerate(found)}
         metrics |= {key: sum(one[key] for one in found) / len(found) for key in found[0]}
         write_json(f"metrics/cvfp/baselines/{name}.json", metrics | {"made_of": made_of(name, params, text.digests())})

@@ -1,0 +1,1 @@
+"""Changes to the profile `sound` that were tried, one at a time."""
