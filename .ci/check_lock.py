@@ -9,7 +9,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PIPELINES = ("dvc.yaml", "stages/cvfp/dvc.yaml", "stages/satipatthana/dvc.yaml")  # baselines run when asked for
+TARGETS = (  # baselines run when asked for, but the page of the evidence is that of its records
+    "dvc.yaml",
+    "stages/cvfp/dvc.yaml",
+    "stages/satipatthana/dvc.yaml",
+    "stages/evidence/dvc.yaml:report",
+)
 
 
 def mismatches(entry: Any, place: str = "") -> list[str]:
@@ -23,7 +28,7 @@ def mismatches(entry: Any, place: str = "") -> list[str]:
 
 
 def main() -> int:
-    ran = [file for file in PIPELINES if Path(file).with_suffix(".lock").exists()]
+    ran = [target for target in TARGETS if Path(target.partition(":")[0]).with_suffix(".lock").exists()]
     done = subprocess.run([sys.executable, "-m", "dvc", "status", "--json", *ran], capture_output=True, text=True)
     if done.returncode:
         print(done.stderr, file=sys.stderr)

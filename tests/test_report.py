@@ -12,6 +12,7 @@ from lego.params import load_params
 from stages.evidence import graph, tables, wording
 from stages.evidence.pictures import hard_against_random, regime_map, routed_against_cost, training_curves
 from stages.evidence.summary import DEEP, Suite, between_settings, compared_in, difference, rivals
+from stages.evidence.token_pictures import fullest
 
 TOKENS = [100, 400, 250]
 PARAMS = load_params(ROOT / "params.yaml")
@@ -54,11 +55,13 @@ def record(ppl: float, total: bool = False, leaky: bool = False, two_exits: bool
 def ashem(ppl: float, tokens: int = 1_000_000, **more):
     """ASHEM's own record, with what it knows of block 1 (perplexity 40)."""
     phase1 = {"train_tokens": tokens, "parameters": 100_000, "phase1_converged": False, "val_ppl": 41.0}
+    phase1["train_text_tokens"] = tokens // 2
     extra = {
         "shallow_documents": record(40.0)["documents"],
         "phase1": phase1,
         "phase1_curve": {"macs": [1e10, 1e11], "val_ppl": [90.0, 41.0]},
         "sweep": {"flops_ratio": [1.1, 0.7], "ppl": [ppl, 40.0]},
+        "criteria": {"test": {"max_prob": {"ppl": ppl, "gain_auroc": 0.6, "flops_ratio": 0.9}}},
     }
     return record(ppl, two_exits=True, deep=ppl + 2, **extra, **more)
 
@@ -151,7 +154,17 @@ def test_the_regime_map_says_where_each_model_is_passed_and_bears_an_unfinished_
     regime = Suite.of("regime", copy.deepcopy(found))
     assert compared_in(regime) == ["shallow_continued", "random"]
     said = wording.crossover(regime)
-    assert said == ["against shallow_continued: better at 40.0, 80.0; worse at 2.0 tokens of phase 1 per parameter"]
+    assert said == [
+        "against shallow_continued: better at 40.0, 80.0; worse at 2.0 tokens of phase 1 per parameter, so the border "
+        "lies between 2.0 and 40.0"
+    ]
+    assert wording.when(regime) == (
+        "When: of the models of equal added MACs, their always-deep form counted as another, ASHEM is, by tokens of "
+        "phase 1 a parameter, at 2.0 better than 0 of 1 and worse than 1; at 40.0 better than 1 of 1 and worse than 0; "
+        "at 80.0 better than 1 of 1 and worse than 0."
+    )
+    assert "by 20.0 % at 2.0, 8.8 % at 40.0, 7.5 % at 80.0 tokens a parameter" in wording.how_far(regime)
+    assert tables.criteria_table(regime)[1] == [["max_prob", *["35.00 [34.75, 35.25]; 0.600; 0.90"] * 3]]
     assert [row[0] for row in tables.regime_table(regime, PARAMS, asked(1.0))[1]] == ["2.0", "40.0", "80.0"]
     assert regime_map(tmp_path, regime).file.exists()
     nothing = Suite.of("regime", {"unfinished": found["unfinished"]})
@@ -161,7 +174,10 @@ def test_the_regime_map_says_where_each_model_is_passed_and_bears_an_unfinished_
 
 def test_ratios_without_random_selection_are_passed_over(records, tmp_path):
     ratios = Suite.of("ratios", {"ratio_30": records["default"], "ratio_70": {"ashem": records["default"]["ashem"]}})
-    assert wording.ratios(ratios) == "Hard against random selection, by share: 30 %: better (-1.00 [-1.00, -1.00])."
+    _, rows, _ = tables.ratios_table(ratios, PARAMS, asked(1.0))
+    deep = difference(ratios, "ratio_30", "ashem", "random" + DEEP)
+    assert [row[:5] for row in rows] == [["0.30", *rows[0][1:3], "-1.00 [-1.00, -1.00]", "better"]]
+    assert rows[0][5:] == [f"{deep.over_seeds:+.2f}", deep.verdict]
     assert hard_against_random(tmp_path, ratios).file.exists()
 
 
@@ -179,6 +195,26 @@ def test_options_are_compared_with_the_unchanged_setting_on_the_same_text(record
     assert [row[0] for row in rows] == ["depth_6", "**nothing**", "text"]
     assert rows[0][5] == "better"
     assert rows[1][3:6] == rows[2][3:6] == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("told", "expected"),
+    [
+        (["worse", "worse", "not distinguishable", "better"], ", so the border lies between 2.0 and 4.0"),
+        (["worse", "better", "worse", "better"], ""),  # it turns back
+        (["better", "better", "worse", "worse"], ""),
+        (["worse", "not distinguishable", "not distinguishable", "worse"], ""),
+        (["better", "better", "better", "better"], ""),
+    ],
+)
+def test_a_border_is_named_where_there_is_one(told, expected):
+    assert wording.border(list(zip([1.0, 2.0, 3.0, 4.0], told, strict=True))) == expected
+
+
+def test_a_sample_is_the_stretch_that_fills_the_most():
+    blank, full = [("\n", False)] * 400, [("word ", True)] * 400
+    assert fullest([*blank, *full, *blank], columns=40, lines=5) == 400
+    assert fullest([("a", True)] * 30, columns=40, lines=5) == 0
 
 
 def test_an_end_of_the_search_is_marked_by_the_settings_own_rates(records):

@@ -84,9 +84,10 @@ def training_curves(folder: Path, suite: Suite, setting: str) -> Figure:
     with picture(folder, "curves", height=5.4) as axes:
         first = next(iter(suite.records[setting]["ashem"].values()))["phase1_curve"]
         axes.plot(first["macs"], first["val_ppl"], color="#555555", linewidth=1.5, linestyle=":", label="phase 1")
-        for number, model in enumerate(name for name in suite.models(setting) if DEEP not in name):
+        shown = [name for name in suite.models(setting) if DEEP not in name and not leaky(suite, setting, name)]
+        for number, model in enumerate(shown):  # the curve of what leaks is of text that it trained on
             curve = suite.records[setting][model].get("0", {}).get("curve")
-            if curve and model != "leaky_validation":  # its curve is of text that it trained on
+            if curve:
                 colour, marker = look(number)
                 axes.plot(curve["macs"], curve["val_ppl"], color=colour, marker=marker, markersize=4, label=model)
         axes.set_yscale("log")
@@ -101,15 +102,15 @@ def training_curves(folder: Path, suite: Suite, setting: str) -> Figure:
 
 def regime_map(folder: Path, suite: Suite) -> Figure:
     """ASHEM less each other model, against how much text phase 1 had seen; settings of another width stand alone."""
-    with picture(folder, "regime", height=5.4) as axes:
-        for number, other in enumerate(name for name in compared_in(suite) if DEEP not in name):
+    with picture(folder, "regime", height=5.8) as axes:
+        for number, other in enumerate(compared_in(suite)):
             found = [(seen, name, difference(suite, name, "ashem", other)) for seen, name in by_regime(suite)]
             for same in (True, False):
                 known = [(seen, one.over_seeds) for seen, name, one in found if one and ("dim" in name) != same]
                 if known:
-                    apart = [seen * 1.04 ** (number - 1.5) for seen, _ in known]
+                    apart = [seen * 1.04 ** (number - 3) for seen, _ in known]
                     label, line = (f"against {other}", "-") if same else (f"_{other}", "")
-                    points(axes, apart, [one for _, one in known], number, label, line)
+                    points(axes, apart, [one for _, one in known], number, label, line, hollow=DEEP in other)
         axes.axhline(0, color="#000000", linewidth=1)
         axes.set_xscale("log")
         axes.set_yscale("symlog", linthresh=1)

@@ -27,7 +27,7 @@ from stages.evidence.summary import Suite, by_regime
 from stages.evidence.token_pictures import confidences, hard_by_class, sample
 from stages.evidence.wanted import outdated
 
-SETTING, SATURATED, SAMPLED, OTHER_TEXT = "default", "tokens_5500k", 900, "wikitext2"
+SETTING, MOST_TEXT, OTHER_TEXT = "default", "tokens_5500k", "wikitext2"
 NOT_RUN = "Not run yet: `python -m stages.evidence.run --full`."
 PICTURES = Path("metrics/pictures")
 
@@ -46,7 +46,7 @@ def draw(folder: Path, suites: dict[str, Suite], table: TokenTable, criterion: s
         training_curves(folder, core, SETTING),
         confidences(folder, table.confidence, table.right_shallow.astype(bool), mining),
         hard_by_class(folder, texts, ~table.easy(mining)),
-        sample(folder, list(zip(texts[:SAMPLED], deep[:SAMPLED].tolist(), strict=True))),
+        sample(folder, list(zip(texts, deep.tolist(), strict=True))),
     ]
     if by_regime(suites["regime"]):
         figures.append(regime_map(folder, suites["regime"]))
@@ -73,6 +73,15 @@ def parameters(params: Params) -> list[str]:
     return [f"seed: {values['seed']}", *named]
 
 
+def settings(asked: dict[str, graph.Suite]) -> str:
+    """What each suite changes in params.yaml, one setting a line."""
+    lines = []
+    for name, suite in asked.items():
+        lines.append(f"{name}: seeds {suite.seeds}, search {suite.search}")
+        lines += [f"  {key}: {', '.join(f'{k}: {v}' for k, v in one.items())}" for key, one in suite.settings.items()]
+    return "\n".join(lines)
+
+
 def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict[str, Figure]) -> None:
     """Question, answer, and every model at equal cost."""
     core, regime, asked = suites["core"], suites["regime"], load_suites()
@@ -81,8 +90,8 @@ def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict
     page.heading("Answer")
     page.text(wording.answer(core, SETTING), lead=True)
     if "regime" in figures:
-        page.text(wording.answer(regime, by_regime(regime)[-1][1]), lead=True)
-        page.points(wording.crossover(regime))
+        page.text(wording.when(regime), lead=True)
+        page.points([*wording.crossover(regime), wording.how_far(regime)])
     page.heading("Every model at equal cost")
     page.text(wording.facts(core, SETTING))
     page.table(*tables.main_table(core, SETTING, params, asked[core.name]))
@@ -93,19 +102,20 @@ def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict
     if "regime" in figures:
         page.figure(figures["regime"], Path("metrics"))
         page.table(*tables.regime_table(regime, params, asked["regime"]))
+        page.table(*tables.criteria_table(regime))
     else:
         page.text(NOT_RUN)
     page.heading("Which tokens: selection at the same share")
-    if "ashem" in suites["selection"].models(SATURATED):
-        page.table(*tables.difference_table(suites["selection"], SATURATED, params, asked["selection"]))
+    if "ashem" in suites["selection"].models(MOST_TEXT):
+        page.table(*tables.difference_table(suites["selection"], MOST_TEXT, params, asked["selection"]))
     else:
         page.text(NOT_RUN)
     if "ratios" in figures:
-        page.text(wording.ratios(suites["ratios"]))
+        page.table(*tables.ratios_table(suites["ratios"], params, asked["ratios"]))
         page.figure(figures["ratios"], Path("metrics"))
     page.heading("Which options")
-    if "ashem" in suites["options"].models(SATURATED):
-        page.table(*tables.options_table(suites["options"], SATURATED))
+    if "ashem" in suites["options"].models(MOST_TEXT):
+        page.table(*tables.options_table(suites["options"], MOST_TEXT))
     else:
         page.text(NOT_RUN)
     other = suites[OTHER_TEXT]
@@ -148,6 +158,8 @@ def build(params: Params, suites: dict[str, Suite], figures: dict[str, Figure], 
     page.points(wording.provenance(suites, old))
     versions = {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}}
     page.code("\n".join([*parameters(params), "", *(f"{name} {number}" for name, number in versions.items())]))
+    page.text("Each suite is that with these changes; `search` holds the factors of the learning rate that were tried.")
+    page.code(settings(asked))
     return page
 
 

@@ -63,8 +63,20 @@ def hard_by_class(folder: Path, tokens: Sequence[str], hard: np.ndarray) -> Figu
     return Figure(folder / "classes.svg", "Bars: hard share by class of token", caption)
 
 
+def fullest(pieces: Sequence[tuple[str, bool]], columns: int, lines: int, stride: int = 200) -> int:
+    """Where, in steps of `stride` tokens, a stretch begins that fills the most of so many lines."""
+
+    def letters(begin: int) -> int:
+        laid = laid_out(pieces[begin : begin + columns * lines], columns, lines)
+        return sum(len(part.strip()) for _, _, part, _ in laid)
+
+    return max(range(0, max(1, len(pieces) - stride), stride), key=letters)
+
+
 def sample(folder: Path, pieces: Sequence[tuple[str, bool]], columns: int = 92, lines: int = 22) -> Figure:
-    """A stretch of test text, each token with the colour of the depth that predicted it."""
+    """The fullest stretch of test text, each token with the colour of the depth that predicted it."""
+    begin = fullest(pieces, columns, lines)
+    pieces = pieces[begin : begin + columns * lines]
     with picture(folder, "sample", width=9.2, height=0.24 * lines + 0.2) as axes:
         for row, column, part, deep in laid_out(pieces, columns, lines):
             axes.add_patch(Rectangle((column, row), len(part), 0.92, color=DEEP if deep else SHALLOW, linewidth=0))
