@@ -298,6 +298,8 @@ def test_b26_keys_of_the_contest_text_and_progress_have_tests_by_name():
         "own": "test_a_contestant_learns",
         "peers": "test_a_contestant_learns",
         "scaling": "test_the_curve_over_train_text",
+        "trials": "test_trials_are_shown",
+        "trial_seeds": "test_trials_are_shown",
         "validation": "test_validation_from_train_is",
         "val_share": "test_validation_from_train_is",
         "unseen": "test_ids_that_train_does_not_have",

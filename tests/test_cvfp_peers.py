@@ -21,6 +21,7 @@ from lego.params import ParamsError
 from stages.cvfp.baselines.contest import Run, chosen
 from stages.cvfp.compared import NGRAMS, Compared
 from stages.cvfp.figures import scaling
+from stages.cvfp.trials import shown
 
 OWN, NAMES = PARAMS.contest.own, list(PARAMS.contest.peers)
 SIZED = [name for name in NAMES if name != "end_to_end"]
@@ -94,7 +95,7 @@ def test_widths_give_equal_parameters(name):
 
 
 def test_the_budget_is_that_of_sound():
-    assert size_on_paper(PARAMS, 1024) == 98_304 + 194_784 + 138_912 + 295_936
+    assert size_on_paper(PARAMS, 1024) == 98_304 + 194_400 + 138_720 + 295_936
     with pytest.raises(ValueError, match="there is no peer bert; there are mlp_1"):
         peers.make("bert", 10, 8, 8, 8)
 
@@ -210,6 +211,8 @@ def test_no_sentence_of_the_page_speaks_of_an_outdated_row(monkeypatch):
     def of(name: str, ppl: float) -> dict[str, object]:
         seeds = {f"{key}_{seed}": ppl + seed / 10 for key in ("ppl", "bits_per_byte") for seed in range(3)}
         blind = {"ppl_trained_zero_contexts": 70.0, "ppl_trained_shuffled_contexts": 71.0}
+        kinds = [f"{key}_trained_{kind}_contexts" for key in ("ppl", "bits_per_byte") for kind in ("zero", "shuffled")]
+        blind |= {f"{kind}_{seed}": 70.0 + seed for kind in kinds for seed in range(3)}
         facts = {
             "parameters": 9,
             "parameters_without_embeddings": 8,
@@ -237,6 +240,7 @@ def test_no_sentence_of_the_page_speaks_of_an_outdated_row(monkeypatch):
     page = Page("t")
     old.write(page, {})
     assert "Not run yet: sound_reservoir, " in page.markdown()  # of the models of contest those that have no row
+    assert "| sound, head trained with C* = 0 | 71.00 [68.52, 73.48] | 71.000 [68.516, 73.484] | " in page.markdown()
     assert "**outdated**" in next(line for line in page.markdown().splitlines() if line.startswith("| lstm"))
     assert Compared(PARAMS, found, {}, tokens | {"test_sha256": "y"}).answer().startswith("Outdated")
     assert Compared(PARAMS, {}, {}, tokens).answer().startswith("Not run yet")
@@ -270,3 +274,31 @@ def test_the_curve_over_train_text_ends_in_the_contest_and_leaves_outdated_rows_
         changed(PARAMS, wrong, "test")
     with pytest.raises(ParamsError, match=r"scaling\.shares must differ, got \[0\.5, 0\.5\]"):
         changed(PARAMS, {"contest.scaling.shares": [0.5, 0.5]}, "test")
+
+
+def test_trials_are_shown_with_what_they_change_seed_by_seed_and_outdated_ones_are_left_out(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = toy_text().digests()
+    trials = {"unchanged": {}, "wide": {"predict.bptt_len": 64}, "late": {"predict.lr": 0.5}}
+    params = changed(PARAMS, {"contest.trials": trials, "contest.trial_seeds": 2}, "test")
+
+    def found(name: str, *losses: float) -> dict:
+        values = {f"{key}_{seed}": 10 * one for key in ("val_loss", "ppl") for seed, one in enumerate(losses)}
+        mean = {key: 10 * sum(losses) / len(losses) for key in ("val_loss", "ppl")}
+        return values | mean | {"made_of": made_of("sound", changed(params, trials[name], "test"), text)}
+
+    results = {"unchanged": found("unchanged", 0.4, 0.5), "wide": found("wide", 0.3, 0.45), "late": found("late", 1)}
+    tokens = {f"{split}_sha256": one for split, one in text.items()}
+    fits = shown.current(params, results, tokens)
+    assert list(fits) == ["wide", "unchanged", "late"]
+    wide, base, _ = shown.rows(params, fits)
+    assert wide == ["wide", "predict.bptt_len: 64", "3.750", "-1.000, -0.500", "3.75", "-1.00, -0.50"]
+    assert base == ["**unchanged**", "", "4.500", "", "4.50", ""]
+    page = Page("p")
+    shown.write(page, params, results | {"late": results["late"] | {"made_of": "x"}}, tokens)
+    assert "Not run yet, or outdated: late." in page.markdown()
+    assert "with one change each, 2 seeds" in page.markdown()
+    assert shown.current(changed(params, {"predict.weight_decay": 0.5}, "test"), results, tokens) == {}
+    empty = Page("p")
+    shown.write(empty, params, {}, tokens)
+    assert "Not run yet" in empty.markdown()

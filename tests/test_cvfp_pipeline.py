@@ -29,13 +29,14 @@ from lego.cvfp.text import SPLITS, Text, digest, stream
 from lego.scratch import fingerprint, pipeline_entry
 
 STAGES = yaml.safe_load((ROOT / "stages/cvfp/dvc.yaml").read_text())["stages"]
-BASELINES, SCALING = (
-    yaml.safe_load((ROOT / f"stages/cvfp/{folder}/dvc.yaml").read_text())["stages"]
-    for folder in ("baselines", "scaling")
-)
+BESIDES = {
+    folder: yaml.safe_load((ROOT / f"stages/cvfp/{folder}/dvc.yaml").read_text())["stages"]
+    for folder in ("baselines", "scaling", "trials")
+}
 ENTRIES = {f"cvfp/{name}": entry for name, entry in STAGES.items()}
-ENTRIES |= {f"cvfp/baselines/{name}": entry.get("do", entry) for name, entry in BASELINES.items()}
-ENTRIES |= {f"cvfp/scaling/{name}": entry.get("do", entry) for name, entry in SCALING.items()}
+ENTRIES |= {
+    f"cvfp/{folder}/{name}": entry.get("do", entry) for folder, of in BESIDES.items() for name, entry in of.items()
+}
 TINY = {
     "data.vocab_size": 300,
     "data.max_tokenizer_bytes": 200_000,
@@ -59,6 +60,7 @@ TINY = {
     "contest.peers": {"mlp_1": 0.01},
     "contest.scaling.models": {"sound": 2},
     "contest.scaling.shares": [0.5],
+    "contest.trials": {"unchanged": {}, "no_steps": {"predict.lr": 1e-9}},
 }
 
 
@@ -86,7 +88,7 @@ def test_every_section_is_declared_and_every_declared_key_exists():
 
 
 def test_a_peer_does_not_rerun_for_what_only_cvfp_reads():
-    own, peers = (set(declared(BASELINES[group]["do"])) for group in ("own", "peers"))
+    own, peers = (set(declared(BESIDES["baselines"][group]["do"])) for group in ("own", "peers"))
     assert own - peers == {"phase1", "predict", "contexts", "phase2", "contest.seed_sweeps", "contest.own.${key}"}
     assert peers - own == {"predict.epochs", "phase2.epochs", "peers", "contest.peers.${key}"}
 
@@ -95,7 +97,7 @@ def test_what_a_stage_reads_an_earlier_one_writes_and_timing_is_no_dependency():
     made: set[str] = set()
     for entry in STAGES.values():
         data = {dep for dep in entry["deps"] if dep.startswith(("data/", "metrics/"))}
-        assert data <= made | {"metrics/cvfp/contest.json", "metrics/cvfp/scaling.json"}
+        assert data <= made | {f"metrics/cvfp/{name}.json" for name in ("contest", "scaling", "trials")}
         assert not any("timing" in dep for dep in data)
         made |= {name for kind in ("outs", "metrics", "plots") for name in names(entry.get(kind, []))}
 
@@ -133,7 +135,7 @@ def clone(tmp_path_factory) -> Clone:
     values = changed(load(ROOT / PARAMS), TINY, "tiny").model_dump()
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     (clone.folder / "metrics/cvfp").mkdir(parents=True)
-    for name in ("contest", "scaling"):
+    for name in ("contest", "scaling", "trials"):
         (clone.folder / f"metrics/cvfp/{name}.json").write_text("{}\n")
     clone.run("dvc", "init", "-q", "-f")
     clone.output = clone.run("dvc", "repro", "stages/cvfp/dvc.yaml")  # type: ignore[attr-defined]
@@ -239,7 +241,7 @@ def test_the_profiles_of_the_notes_run_through_all_stages(tmp_path, monkeypatch,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["stage"])
     (tmp_path / "stages/cvfp").mkdir(parents=True)
-    for name in ("contest", "scaling"):
+    for name in ("contest", "scaling", "trials"):
         write_json(f"metrics/cvfp/{name}.json", {})
     found = {}
     for profile, left_out in (("seed", ()), ("legacy_seed3", ("tokenize", "report"))):
@@ -326,11 +328,17 @@ def test_the_contest_runs_goes_on_after_a_kill_and_reaches_the_page(clone):
     assert set(curves["sound"]["0.5"]) == {"ppl_0", "ppl_1"}
     assert curves["sound"]["0.5"]["ppl_0"] > found["sound"]["ppl_0"]  # half of the text
     assert curves["fivegram"]["0.5"]["ppl_0"] > clone.json("metrics/cvfp/tokenize.json")["test_fivegram_ppl"]
+    clone.run("dvc", "repro", "stages/cvfp/trials/dvc.yaml")
+    trials = clone.json("metrics/cvfp/trials.json")
+    assert trials["no_steps"]["val_loss_0"] > trials["unchanged"]["val_loss_0"]
     clone.run("dvc", "repro", "stages/cvfp/dvc.yaml:report")
     page = (clone.folder / "metrics/cvfp/report.md").read_text()
     assert "On text that neither phase has seen, `sound` has a perplexity of" in page
     assert "| mlp_1 |" in page
     assert "Held-out perplexity by train text" in page
+    assert "| **unchanged** |" in page
+    assert "| no_steps | predict.lr: 1e-09 | " in page
+    assert "| sound, head trained with C* = 0 | " in page
     assert "outdated" not in page
     refused = clone.run("python", "-m", "stages.cvfp.baselines.peers", "bert", fails=True)
     assert "error: give one of the models of contest.peers: mlp_1" in refused

@@ -19,7 +19,8 @@ from lego.stats import Interval, mean_interval, verdict
 FOLDER = Path("metrics/cvfp")
 NOT_RUN = "Not run yet: `dvc repro stages/cvfp/baselines/dvc.yaml`."
 OUTDATED = "Outdated, run again: `dvc repro stages/cvfp/baselines/dvc.yaml`."
-TRIED = "What was tried to reach it, on one seed, stands in docs/results.md with its figures."
+TRIED = "What was tried to reach it stands under the next heading."
+BLIND = {"zero": "sound, head trained with C* = 0", "shuffled": "sound, head trained with shuffled C*"}
 NGRAMS = ("unigram", "trigram", "fivegram")
 FORMS = {
     "sound": "contexts trained to predict",
@@ -169,6 +170,7 @@ class Compared:
         if "perplexity" in figures:
             page.figure(figures["perplexity"], FOLDER)
         rows = [self._row(name) for name in sorted(self.found, key=lambda name: self.found[name]["ppl"])]
+        rows += self._blind_rows()
         for name, ppl in self.ngrams().items():
             rows.append([name, f"{ppl:.2f}", f"{self.tokens[f'test_{name}_bits_per_byte']:.3f}", *[""] * 8])
         header = ["model", "held-out perplexity", "bits per byte", "parameters", "without embeddings"]
@@ -195,6 +197,20 @@ class Compared:
             rows,
             "Held-out perplexity by train text, with intervals over seeds; parts at the rate found on the whole.",
         )
+
+    def _blind_rows(self) -> list[list[str]]:
+        """Heads that never saw contexts, on the network of `sound`."""
+        if "sound" not in self.current:
+            return []
+        return [
+            [
+                said,
+                f"{mean_interval(self.over_seeds('sound', f'ppl_trained_{kind}_contexts')):.2f}",
+                f"{mean_interval(self.over_seeds('sound', f'bits_per_byte_trained_{kind}_contexts')):.3f}",
+                *[""] * 8,
+            ]
+            for kind, said in BLIND.items()
+        ]
 
     def _row(self, name: str) -> list[str]:
         one = self.found[name]

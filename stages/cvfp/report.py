@@ -19,6 +19,7 @@ from lego.page import Figure, Page
 from lego.progress import share
 from stages.cvfp.compared import FOLDER, Compared
 from stages.cvfp.figures import Column, memory, perplexities, scaling, settling
+from stages.cvfp.trials import shown as trials
 
 DEGENERATE = ("constant", "identity", "token_blind", "memoryless")
 
@@ -60,6 +61,12 @@ def contexts(page: Page, facts: dict[str, Any], compared: Compared, figures: dic
     )
 
 
+def under_line(facts: dict[str, Any], params: CvfpParams) -> str:
+    """Which of the notes' lines the last change is below."""
+    lines, found = params.checks.final_diff_bands, facts["final_diff_below_l2"]
+    return f"below {found:g}" if found is not None else f"below none of {', '.join(f'{one:g}' for one in lines)}"
+
+
 def checks(page: Page, params: CvfpParams, facts: dict[str, Any], figures: dict[str, Figure]) -> None:
     trend = read_json(FOLDER / "check_val_convergence.json")
     page.heading("Critical checks")
@@ -97,7 +104,8 @@ def checks(page: Page, params: CvfpParams, facts: dict[str, Any], figures: dict[
             f"{', '.join(DEGENERATE)}; global attractor: {facts['train_attractor']} on train, {facts['val_attractor']} "
             f"on validation; zero solution: {facts['train_zero']}, {facts['val_zero']}",
             f"convergence of frozen passes: final_diff {facts['final_diff_l2']:.2e} (mean L2), passed: "
-            f"{facts['converges']}; tokens that moved less than {params.phase1.convergence_threshold:g} (MSE): "
+            f"{facts['converges']}, {under_line(facts, params)}; tokens that moved less than "
+            f"{params.phase1.convergence_threshold:g} (MSE): "
             f"{share(facts['converged_when_frozen'], facts['frozen_tokens'])}, of the untrained network "
             f"{share(facts['untrained_converged_when_frozen'], facts['frozen_tokens'])} with final_diff "
             f"{facts['untrained_final_diff_l2']:.2e}",
@@ -112,6 +120,7 @@ def build(params: CvfpParams, figures: dict[str, Figure], compared: Compared) ->
     page = Page("CVFP: do contexts that settle say what comes next?")
     page.text(compared.answer(), lead=True)
     compared.write(page, figures)
+    trials.write(page, params, read_json(FOLDER / "trials.json"), tokens)
     contexts(page, facts, compared, figures)
     checks(page, params, facts, figures)
     page.heading("Threats to validity")
