@@ -20,14 +20,15 @@ from lego.cvfp.sections import CvfpParams, changed, load, with_profile
 from lego.cvfp.store import build
 
 
-def seconds(work: Callable[[], object], repeats: int) -> float:
-    """The fastest of so many runs."""
-    times = []
+def fastest(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Seconds of the fastest of so many runs of each, in turns, so that a slow stretch of the machine slows all."""
+    times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - start)
+    return {name: min(found) for name, found in times.items()}
 
 
 def trainer_of(params: CvfpParams, tokens: int) -> ContextTrainer:
@@ -51,6 +52,52 @@ def plain_step(model: NewLLMResidual, embeddings: Tensor, previous: Tensor, opti
     optimizer.step()
 
 
+def profile(dim: int, layers: int) -> CvfpParams:
+    """The profile `seed` at this size."""
+    sizes = {"model.context_dim": dim, "model.embed_dim": dim, "model.hidden_dim": 2 * dim}
+    return changed(with_profile(load(), "seed"), sizes | {"model.layer_structure": [1] * layers}, "benchmark")
+
+
+def measure(params: CvfpParams, tokens: int, sequential_tokens: int, repeats: int) -> dict[str, float]:
+    """Tokens a second of one iteration with its step, and of the sequential first one.
+
+    Args:
+        params: of the network and of phase 1.
+        tokens: N.
+        sequential_tokens: of which the modes token by token are timed; their time is linear in tokens.
+        repeats: of each, of which the fastest counts.
+    """
+    parallel = trainer_of(params, tokens)
+    previous = torch.randn(tokens, params.model.context_dim)
+    slow = trainer_of(changed(params, {"phase1.mode": "sequential_batch"}, "benchmark"), sequential_tokens)
+    few = previous[:sequential_tokens]
+    optimizer = torch.optim.Adam([p for p in parallel.model.parameters() if p.requires_grad], lr=params.phase1.lr)
+    found = fastest(
+        {
+            "parallel": lambda: parallel.iterate(1, previous, previous),
+            "plain": lambda: plain_step(parallel.model, parallel.embeddings, previous, optimizer),
+            "sequential_batch": lambda: slow.iterate(1, few, few),
+            "first": lambda: sequential_pass(slow.model, slow.embeddings),  # iteration 0 of both modes
+        },
+        repeats,
+    )
+    return {name: (tokens if name in ("parallel", "plain") else sequential_tokens) / one for name, one in found.items()}
+
+
+def whole_phase(speeds: dict[str, float], iterations: int) -> float:
+    """How many times as fast a phase of so many iterations is, of which the first is sequential in both modes."""
+    spent = {mode: 1 / speeds["first"] + (iterations - 1) / speeds[mode] for mode in ("parallel", "sequential_batch")}
+    return spent["sequential_batch"] / spent["parallel"]
+
+
+def peak_gib(params: CvfpParams, tokens: int, iterations: int) -> float:
+    """Peak resident memory of this process after so many parallel iterations."""
+    trainer, previous = trainer_of(params, tokens), torch.randn(tokens, params.model.context_dim)
+    for number in range(1, iterations + 1):
+        previous = trainer.iterate(number, previous, previous).contexts.values
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=6400)
@@ -58,38 +105,28 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--memory", type=int, help="measure the peak memory of one parallel step over so many tokens")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--memory", type=int, help="measure the peak memory of parallel iterations over so many tokens")
+    parser.add_argument("--iterations", type=int, default=3, help="of --memory")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
-    sizes = {"model.context_dim": asked.dim, "model.embed_dim": asked.dim, "model.hidden_dim": 2 * asked.dim}
-    params = changed(with_profile(load(), "seed"), sizes | {"model.layer_structure": [1] * asked.layers}, "benchmark")
+    params = profile(asked.dim, asked.layers)
     if asked.memory:
-        trainer = trainer_of(params, asked.memory)
-        previous = torch.randn(asked.memory, asked.dim)
-        trainer.iterate(1, previous, previous)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        chunk = params.phase1.chunk_tokens
-        print(f"parallel step over {asked.memory:,} tokens in chunks of {chunk:,}: peak resident memory {peak:.2f} GiB")
+        peak, chunk = peak_gib(params, asked.memory, asked.iterations), params.phase1.chunk_tokens
+        print(
+            f"{asked.iterations} parallel iterations over {asked.memory:,} tokens in chunks of {chunk:,}: peak "
+            f"resident memory {peak:.2f} GiB"
+        )
         return
-    parallel = trainer_of(params, asked.tokens)
-    previous = torch.randn(asked.tokens, asked.dim)
-    ours = seconds(lambda: parallel.iterate(1, previous, previous), 3)
-    optimizer = torch.optim.Adam([p for p in parallel.model.parameters() if p.requires_grad], lr=0.002)
-    plain = seconds(lambda: plain_step(parallel.model, parallel.embeddings, previous, optimizer), 3)
-    slow = trainer_of(changed(params, {"phase1.mode": "sequential_batch"}, "benchmark"), asked.sequential_tokens)
-    few = previous[: asked.sequential_tokens]
-    share = asked.tokens / asked.sequential_tokens
-    sequential = share * seconds(lambda: slow.iterate(1, few, few), 2)
-    first = share * seconds(lambda: sequential_pass(slow.model, slow.embeddings), 2)  # iteration 0 of both modes
-    steps = params.phase1.max_iterations - 1
-    whole = (first + steps * sequential) / (first + steps * ours)
+    found = measure(params, asked.tokens, asked.sequential_tokens, asked.repeats)
+    iterations, ours = params.phase1.max_iterations, found["parallel"]
     print(
         f"N = {asked.tokens:,}, d = {asked.dim}, {asked.layers} layers, {asked.threads} threads, an iteration with step"
     )
-    print(f"parallel           {asked.tokens / ours:9.0f} tokens/s")
-    print(f"sequential_batch   {asked.tokens / sequential:9.0f} tokens/s; parallel is {sequential / ours:.1f}x as fast")
-    print(f"plain batched step {asked.tokens / plain:9.0f} tokens/s; parallel is {plain / ours:.2f}x as fast")
-    print(f"all {steps + 1} iterations, the first of them sequential ({first:.0f} s): {whole:.1f}x as fast")
+    for name, speed in found.items():
+        said = "" if name == "parallel" else f"; parallel is {ours / speed:.2f}x as fast"
+        print(f"{name:17} {speed:9.0f} tokens/s{said}")
+    print(f"all {iterations} iterations, the first sequential in both: {whole_phase(found, iterations):.1f}x as fast")
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from cvfp_models import VOCAB, network, seed_params, text, trained
 from torch.nn import functional
 
+from benchmarks import cvfp_speed
 from lego.cvfp import losses, passes, phase1
 from lego.cvfp.losses import ZeroGradientError, centroid_batch, cvfp_loss, vicreg
 from lego.cvfp.model import EMA
@@ -369,3 +371,14 @@ def test_a5_two_runs_are_equal_and_progress_changes_nothing(capsys):
         f"iteration 1: {n}/60 tokens ({round(n / 0.6)} %)" for n in range(10, 61, 10)
     ]
     assert VOCAB == 50
+
+
+@pytest.mark.slow
+def test_parallel_iterations_are_15_times_as_fast_as_sequential_ones_and_no_slower_than_plain_pytorch(monkeypatch):
+    monkeypatch.chdir(ROOT)  # where the profiles lie
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    found = cvfp_speed.measure(cvfp_speed.profile(768, 6), tokens=6400, sequential_tokens=100, repeats=3)
+    torch.set_num_threads(threads)
+    assert found["parallel"] > 15 * found["sequential_batch"]
+    assert found["parallel"] > found["plain"]

@@ -73,7 +73,7 @@ def test_r3_2_severity_is_per_sample_and_level_0_changes_no_bit():
     assert len(old.unique()) == 1
 
 
-def test_r3_3_gates_say_so_and_do_not_zero_and_probes_are_of_length_1_when_read():
+def test_r3_3a_gates_say_so_and_do_not_zero_and_b_probes_are_of_length_1_when_read():
     vitakka = Vitakka(8, small(vitakka__inference_gate_threshold=0.99).vitakka).eval()
     z = torch.randn(20, 8)
     with torch.no_grad():
@@ -91,7 +91,21 @@ def test_r3_3_gates_say_so_and_do_not_zero_and_probes_are_of_length_1_when_read(
         vitakka.load_probes(torch.randn(5, 8))
 
 
-def test_r3_3_soft_attention_by_hand_and_the_same_in_training_and_inference():
+def test_r3_3a_the_gate_of_inference_is_learned_so_that_train_rows_are_known():
+    vitakka, generator = Vitakka(8, small().vitakka).eval(), torch.Generator().manual_seed(0)
+    z = vitakka.read().detach().repeat(125, 1) + 0.1 * torch.randn(500, 8, generator=generator)
+    assert vitakka(z)[1].gate_open.all()  # open until it is learned
+    vitakka.learn_gate(z)
+    _, meta = vitakka(z)
+    assert float(meta.gate_open.double().mean()) == pytest.approx(0.99, abs=0.003)
+    assert not vitakka(-vitakka.read().sum(dim=0, keepdim=True))[1].gate_open.any()  # away from all probes
+    assert vitakka.train()(z)[1].gate_open.all()
+    fixed = Vitakka(8, small(vitakka__inference_gate_threshold=0.6).vitakka).eval()
+    fixed.learn_gate(z)
+    assert float(fixed.learned_gate) == -1
+
+
+def test_r3_3c_soft_attention_by_hand_and_the_same_in_training_and_inference():
     vitakka, z = Vitakka(8, small().vitakka), torch.randn(6, 8)
     probes = functional.normalize(vitakka.probes, dim=1)
     scores = functional.normalize(z, dim=1) @ probes.T

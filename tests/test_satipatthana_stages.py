@@ -33,7 +33,9 @@ from lego.satipatthana.stages import (
     trainable,
 )
 from lego.satipatthana.store import Use, load, save, standardized
-from lego.satipatthana.tasks import Task, TaskError
+from lego.satipatthana.tables import TaskError
+from lego.satipatthana.tasks import Task
+from lego.satipatthana.void import VoidError, VoidSource
 
 VOID = PARAMS.void.model_copy(update={"kinds": ["gaussian"]})
 ONCE = {f"stage{number}__epochs": 1 for number in range(4)}
@@ -256,6 +258,13 @@ def test_r8_12_what_has_no_gradient_and_states_that_are_alike_are_found():
     facts = check_states(made, train.x)
     assert facts["distinct"] > 0.9
     assert {"cosine", "z_std", "s0_std", "gates_open"} < facts.keys()
+    same = train.x[:1].expand(60, -1) + 1e-7 * torch.randn(60, 12)
+    with pytest.raises(StageCheckError, match="alike"):
+        check_states(made, same)
+    with torch.no_grad():
+        [one for one in made.adapter.modules() if isinstance(one, torch.nn.Linear)][-1].weight.mul_(1e-6)
+    with pytest.raises(StageCheckError, match="alike"):
+        check_states(made, train.x)
     gated = system(small(COMPAT, vitakka__inference_gate_threshold=1.0))
     with pytest.raises(StageCheckError, match="settled states are alike: 2 % of 60 rows are distinct"):
         check_states(gated, train.x)
@@ -381,6 +390,37 @@ def test_a_table_of_ones_own_and_what_is_wrong_with_it(tmp_path):
         tasks.features_of(frame, ["kind"], "rows")
     with pytest.raises(TaskError, match="rows: has no column q"):
         tasks.features_of(frame, ["q"], "rows")
+
+
+def test_r6_4_void_rows_may_come_from_a_table(tmp_path):
+    """Of another dataset, with the task's columns and in its units."""
+    rows = clusters(80, features=3)
+    columns = {f"c{n}": rows.x[:, n].numpy() for n in range(3)}
+    pd.DataFrame(columns | {"y": rows.y.numpy()}).to_csv(tmp_path / "own.csv", index=False)
+    away = {name: 10 + values for name, values in columns.items()}
+    pd.DataFrame(away).to_parquet(tmp_path / "other.parquet")
+    named = {"task.name": "table", "task.file": str(tmp_path / "own.csv"), "task.label": "y"}
+    named |= {"task.strangers": str(tmp_path / "other.parquet"), "void.kinds": ["file"], "test.kinds": ["uniform"]}
+    params = changed(PARAMS, named, "test")
+    task = tasks.load(params.task, params.test)
+    torch.testing.assert_close(task.strangers * task.std + task.mean, 10 + rows.x.double(), rtol=1e-4, atol=1e-4)
+    (tmp_path / "task").mkdir()
+    tasks.write_task(task, tmp_path / "task")
+    again = tasks.read_task(tmp_path / "task")
+    assert torch.equal(again.strangers, task.strangers)
+    drawn = VoidSource.of_task(task.train, params, None, task.strangers).draw(20, torch.Generator().manual_seed(0))
+    assert (drawn[:, None] == task.strangers).all(dim=2).any(dim=1).all()
+    with pytest.raises(VoidError, match=r"the task has no such rows; name some in task\.strangers"):
+        VoidSource.of_task(task.train, params).draw(3, torch.Generator())
+    with pytest.raises(ParamsError, match=r"task\.strangers must name a CSV or Parquet file if void\.kinds has file"):
+        changed(PARAMS, {"void.kinds": ["file"]}, "test")
+    with pytest.raises(TaskError, match="has no column c0, c1, c2"):
+        pd.DataFrame({"d": [1.0]}).to_csv(tmp_path / "odd.csv", index=False)
+        tasks.load(params.task.model_copy(update={"strangers": str(tmp_path / "odd.csv")}), params.test)
+    windows = {"task.name": "sensors", "task.strangers": "x.csv", "void.kinds": ["file"], "test.kinds": ["stuck"]}
+    with pytest.raises(TaskError, match="the inputs of this task are none; leave it null"):
+        odd = changed(PARAMS, windows, "test")
+        tasks.load(odd.task, odd.test)
 
 
 def test_the_command_line_answers_a_table(tmp_path, monkeypatch, capsys):

@@ -11,12 +11,12 @@ from lego.artifacts import read_json
 from lego.page import Page
 from lego.satipatthana import tasks
 from lego.satipatthana.curriculum import STAGES, advance, begin, how_to_use, judge
-from lego.satipatthana.paths import damaged
+from lego.satipatthana.paths import Way, damaged
 from lego.satipatthana.sections import changed
 from lego.satipatthana.specs import cross_fitted, deserved, spec_of
 from lego.satipatthana.stages import finished, run_stage
 from lego.satipatthana.system import Satipatthana
-from lego.satipatthana.targets import AT_LEAST, REFERENCE, reproduced, targets
+from lego.satipatthana.targets import AHEAD, AT_LEAST, AT_MOST, FAR, REFERENCE, reproduced, targets
 from lego.satipatthana.tasks import Split
 from stages.satipatthana.report import asked, over_seeds
 
@@ -34,7 +34,9 @@ def defined(key: str) -> bool:
 def test_r11_2_all_rows_of_the_target_column_hold_on_five_seeds():
     """Of the numbers that the pipeline wrote; that they are of this code, .ci/check_lock.py compares."""
     assert len(SEEDS) == PARAMS.seeds == 5
-    assert [one for one in targets(means()) if not one.met] == []
+    found = targets(means())
+    assert [one for one in found if not one.met] == []
+    assert len(found) == len(AT_LEAST) + len(AT_MOST) + 3 + len((*AHEAD, *FAR))  # none was left out
 
 
 def test_a_target_that_is_missed_is_named_and_one_that_was_not_measured_is_none():
@@ -157,8 +159,9 @@ def test_r9_4_rows_that_a_guide_of_other_rows_gets_wrong_deserve_no_trust():
     assert float(number.mean()) > 0.8
     made, counts = system(small()), {"clean": 40, "augmented": 40}
     generator = torch.Generator().manual_seed(0)
-    rows = damaged(made, train.x, counts, PARAMS.stage2, None, generator, right)
-    fewer = damaged(made, train.x, counts, PARAMS.stage2, None, torch.Generator().manual_seed(0))
+    clean = Way.of(made, train.x)
+    rows = damaged(made, clean, counts, PARAMS.stage2, None, generator, right)
+    fewer = damaged(made, clean, counts, PARAMS.stage2, None, torch.Generator().manual_seed(0))
     lower = rows.target < fewer.target
     shown = [place for place in wrong.tolist() if bool((fewer.encoded == train.x[place]).all(dim=1).any())]
     assert int(lower[:40].sum()) == len(shown)

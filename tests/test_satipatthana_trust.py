@@ -16,9 +16,10 @@ from lego.params import ParamsError
 from lego.satipatthana import metrics
 from lego.satipatthana.introspect import Vipassana, dynamics2, grounded8, velocity
 from lego.satipatthana.log import SantanaLog
-from lego.satipatthana.paths import Rows, allocate, damaged, floor, losses
+from lego.satipatthana.paths import Rows, Way, allocate, by_path, damaged, floor, floors, losses
 from lego.satipatthana.reject import fit_temperature, fit_trust, threshold
 from lego.satipatthana.sections import PATHS
+from lego.satipatthana.specs import spec_of
 from lego.satipatthana.void import VoidError, VoidSource, acceptance, derangement
 
 
@@ -135,7 +136,8 @@ def test_r8_7_clean_augmented_drunk_mismatched_and_void_rows_in_their_shares():
     made, train = system(small()), clusters(80)
     counts = allocate(PARAMS.paths.shares(), 40)
     void = VoidSource(train.x, train.y, PARAMS.void)
-    rows = damaged(made, train.x, counts, PARAMS.stage2, void, torch.Generator().manual_seed(0))
+    clean = Way.of(made, train.x)
+    rows = damaged(made, clean, counts, PARAMS.stage2, void, torch.Generator().manual_seed(0))
     of = {path: rows.path == number for number, path in enumerate(PATHS)}
     assert {path: int(one.sum()) for path, one in of.items()} == counts
     assert (rows.target[of["clean"]] == 1).all()
@@ -145,14 +147,57 @@ def test_r8_7_clean_augmented_drunk_mismatched_and_void_rows_in_their_shares():
     assert len(severities.unique()) == counts["augmented"]
     for path in ("clean", "augmented"):  # states as the log ends
         torch.testing.assert_close(rows.state[of[path]], rows.log.final[of[path]])
-    again = damaged(made, train.x, counts, PARAMS.stage2, void, torch.Generator().manual_seed(0))
+    again = damaged(made, clean, counts, PARAMS.stage2, void, torch.Generator().manual_seed(0))
     assert torch.equal(again.state, rows.state)
     with pytest.raises(ParamsError, match=r"must be in \(0, 1\)"):
         small(paths__clean=0.0)
     with pytest.raises(ParamsError, match=r"must sum to 1, got 1\.1"):
         small(paths__clean=0.35)
-    assert small(paths__void=0.0).paths.shares()["clean"] == pytest.approx(0.4)  # it inherits with the augmented ones
-    assert sum(small(paths__void=0.0).paths.shares().values()) == pytest.approx(1)
+    with pytest.raises(ParamsError, match=r"must sum to 1, got 0\.7"):
+        small(paths__void=0.0)
+    assert "void" not in small(paths__void=0.0, paths__clean=0.55).paths.shares()
+
+
+def test_r6_1_rows_go_to_paths_at_random_in_each_batch():
+    made, train = system(small()), clusters(40)
+    clean, generator, taken = Way.of(made, train.x), torch.Generator().manual_seed(0), []
+    for _ in range(200):
+        rows = damaged(made, clean, {"clean": 20, "drunk": 20}, PARAMS.stage2, None, generator)
+        kept = rows.encoded[rows.path == PATHS.index("clean")]
+        taken.append((kept[:, None] == train.x).all(dim=2).any(dim=0).float())
+    share = torch.stack(taken).mean(dim=0)  # of batches in which each row was clean
+    assert float(share.min()) > 0.35
+    assert float(share.max()) < 0.65
+
+
+def test_stage_2_settles_clean_rows_once_and_others_anew(monkeypatch):
+    """The frozen part's outputs for clean and mismatched rows are those of the one run before the stage."""
+    made, train, seen = system(small()), clusters(40), []
+    spec = spec_of(2, made, train, small(stage2__correctness=False), 0)
+    real = type(made).samatha
+    monkeypatch.setattr(
+        type(made), "samatha", lambda self, x, *rest, **more: seen.append(len(x)) or real(self, x, *rest, **more)
+    )
+    terms = spec.loss(torch.arange(40), torch.Generator().manual_seed(0))
+    counts = allocate(PARAMS.paths.shares(), 40)
+    assert seen == [counts["augmented"] + counts["void"], counts["drunk"]]
+    assert {name: int(terms[f"rows_{name}"]) for name in counts} == counts
+    direct = Way.of(made, train.x)
+    torch.testing.assert_close(direct.at(torch.tensor([3, 1])).state, direct.state[[3, 1]])
+
+
+def test_r6_3b_every_head_has_its_floor_and_every_path_its_numbers():
+    path = torch.tensor([PATHS.index(one) for one in ("clean", "mismatch", "augmented")])
+    rows = Rows(torch.zeros(3, 8), a_log(3), torch.zeros(3, 1), torch.zeros(3, 12), torch.tensor([1.0, 0.0, 0.5]), path)
+    found = floors(rows, ("trust", "conformity"), ())
+    assert found["floor"] == pytest.approx(math.log(2) / 3, rel=1e-4)  # the half alone is undecided
+    assert found["floor_conformity"] == pytest.approx(math.log(2) / 2, rel=1e-4)  # which is not shown the mismatch
+    pooled = floors(rows, ("trust",), ("clean", "augmented", "mismatch"))
+    assert pooled["pooled_constant"] == pytest.approx(0.5)
+    assert pooled["floor"] == pytest.approx(math.log(2), rel=1e-4)
+    told = by_path(rows, torch.tensor([0.9, 0.2, 0.4]))
+    assert (told["trust_mismatch"], told["target_augmented"], told["rows_clean"]) == (pytest.approx(0.2), 0.5, 1)
+    assert told["floor_augmented"] == pytest.approx(math.log(2), rel=1e-4)
 
 
 def test_r6_3_a_mismatch_is_another_row_and_its_error_is_that_of_the_state_shown():
@@ -163,10 +208,10 @@ def test_r6_3_a_mismatch_is_another_row_and_its_error_is_that_of_the_state_shown
     with pytest.raises(ValueError, match="needs at least 2 rows"):
         derangement(1, torch.Generator())
     made, train = system(small()), clusters(12)
-    counts = {"clean": 0, "mismatch": 12}
-    rows = damaged(made, train.x, counts, PARAMS.stage2, None, torch.Generator().manual_seed(3))
+    clean = Way.of(made, train.x)
+    rows = damaged(made, clean, {"mismatch": 12}, PARAMS.stage2, None, torch.Generator().manual_seed(3))
     assert ((rows.state - rows.log.final).norm(dim=1) > 1e-4).all()
-    honest = damaged(made, train.x, {"clean": 12}, PARAMS.stage2, None, torch.Generator().manual_seed(3))
+    honest = damaged(made, clean, {"clean": 12}, PARAMS.stage2, None, torch.Generator().manual_seed(3))
     assert float(rows.recon_error.mean()) != pytest.approx(float(honest.recon_error.mean()), rel=1e-6)
 
 
@@ -195,7 +240,7 @@ def test_r6_3b_the_floor_of_pooled_paths_is_the_constant_of_the_note():
     assert separable == pytest.approx(entropy, rel=1e-4)
 
 
-def test_r6_4_void_rows_are_of_their_kind_and_the_filter_gives_up_loudly():
+def test_r6_4_void_rows_are_of_their_kind_and_the_filter_gives_up_loudly(capsys):
     train = clusters(90)
     source, generator = VoidSource(train.x, train.y, PARAMS.void), torch.Generator().manual_seed(0)
     mixed = source.of("mixup", 50, generator)
@@ -214,6 +259,9 @@ def test_r6_4_void_rows_are_of_their_kind_and_the_filter_gives_up_loudly():
     never = VoidSource(train.x, None, PARAMS.void.model_copy(update={"min_distance": 100.0}))
     with pytest.raises(VoidError, match=r"0 of 10 rows lie at least 100 from the data after 20 attempts; lower"):
         never.of("filtered_uniform", 10, generator)
+    filtered = small(void__kinds=["filtered_uniform"], void__min_distance=0.01, test__kinds=["inverted"])
+    spec_of(2, system(filtered), clusters(40), filtered, 0)
+    assert "warning: void.min_distance keeps 100.0 % of uniform rows" in capsys.readouterr().out
     assert acceptance(VoidSource(torch.randn(500, 64), None, PARAMS.void), generator) > 0.99  # vacuous in 64 dimensions
     with pytest.raises(ParamsError, match=r"kind that test\.kinds holds back, as are uniform and uniform"):
         small(void__kinds=["uniform", "mixup"])

@@ -26,14 +26,14 @@ class Identity:
     """Both recorded forms of the identity check.
 
     Args:
-        mean_norm, mean_deviation: of the contexts, L2.
+        mean_norm_l2, mean_deviation_l2: of the contexts, L2.
         token_cosine: of contexts with their token's embedding; None if d is not e.
         noise_cosine: of c with f(c, t), both normal noise.
         on_data, on_noise: whether the form calls the network an identity (or its contexts constant).
     """
 
-    mean_norm: float
-    mean_deviation: float
+    mean_norm_l2: float
+    mean_deviation_l2: float
     token_cosine: float | None
     noise_cosine: float
     on_data: bool
@@ -116,8 +116,8 @@ def identity(
     cosine = float(torch.cosine_similarity(contexts, embeddings).mean()) if same else None
     small = settings.identity_norm
     return Identity(
-        mean_norm=norm,
-        mean_deviation=deviation,
+        mean_norm_l2=norm,
+        mean_deviation_l2=deviation,
         token_cosine=cosine,
         noise_cosine=on_noise,
         on_data=norm < small or deviation < small or (cosine is not None and cosine >= settings.identity_cosine),

@@ -52,8 +52,8 @@ class Spread:
     rank: float
     centred_rank: float
     participation: float
-    mean_norm: float
-    mean_distance: float
+    mean_norm_l2: float
+    mean_distance_l2: float
     mean_cosine: float
 
     @classmethod
@@ -70,15 +70,15 @@ class Spread:
             rank=effective_rank(contexts),
             centred_rank=effective_rank(contexts - contexts.mean(0)),
             participation=participation_ratio(contexts),
-            mean_norm=float(contexts.norm(dim=1).mean()),
-            mean_distance=float((a - b).norm(dim=1).mean()),
+            mean_norm_l2=float(contexts.norm(dim=1).mean()),
+            mean_distance_l2=float((a - b).norm(dim=1).mean()),
             mean_cosine=float(torch.cosine_similarity(a, b).mean()),
         )
 
     def is_attractor(self, distance: float, cosine: float) -> bool:
         """Whether all contexts are one: closer than `distance` and more alike than `cosine`."""
-        return self.mean_distance < distance and self.mean_cosine > cosine
+        return self.mean_distance_l2 < distance and self.mean_cosine > cosine
 
     def is_zero(self, norm: float) -> bool:
         """Whether contexts vanish: shorter than `norm` on average."""
-        return self.mean_norm < norm
+        return self.mean_norm_l2 < norm

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lego.satipatthana import metrics
 from lego.satipatthana.introspect import TrustHead
-from lego.satipatthana.paths import allocate, damaged
+from lego.satipatthana.paths import Way, allocate, damaged
 from lego.satipatthana.sections import SatipatthanaParams
 from lego.satipatthana.specs import deserved
 from lego.satipatthana.system import Output, Satipatthana
@@ -64,11 +64,11 @@ def _rows(system: Satipatthana, task: Task, params: SatipatthanaParams, seed: in
     source = VoidSource.of_task(train, params)
     features, latents, targets = list[Tensor](), list[Tensor](), list[Tensor]()
     size = min(params.stage2.batch_size, len(train))
-    right = deserved(train, params, seed)
+    right, clean = deserved(train, params, seed), Way.of(system, train.x)
     for _ in range(params.ablations.batches):
         places = torch.randperm(len(train), generator=generator)[:size]
         counts = allocate(params.paths.shares(), size)
-        rows = damaged(system, train.x[places], counts, params.stage2, source, generator, right[places])
+        rows = damaged(system, clean.at(places), counts, params.stage2, source, generator, right[places])
         view = system.view(rows.state, rows.log, rows.recon_error)
         features.append(system.vipassana.standardized(view.features))
         latents.append(system.adapter(rows.encoded))

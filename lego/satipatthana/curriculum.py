@@ -19,7 +19,8 @@ from lego.satipatthana.specs import spec_of, start_probes
 from lego.satipatthana.stages import TRAINABLE, check_states, run_stage
 from lego.satipatthana.store import Use, restore
 from lego.satipatthana.system import Satipatthana, build
-from lego.satipatthana.tasks import Split, Task, TaskError
+from lego.satipatthana.tables import TaskError
+from lego.satipatthana.tasks import Split, Task
 
 STAGES = (0, 1, 2, 3)
 
@@ -92,7 +93,11 @@ def advance(
         start_probes(system, task.train.x, own)
     if number > 1:
         check_states(system, task.train.x)
-    return run_stage(system, spec_of(number, system, task.train, params, own, task.known), own)
+    history = run_stage(system, spec_of(number, system, task.train, params, own, task.known, task.strangers), own)
+    if number == 1:
+        with torch.no_grad():
+            system.vitakka.learn_gate(system.adapter(task.train.x))
+    return history
 
 
 def how_to_use(system: Satipatthana, task: Task, settings: RejectParams) -> Use:

@@ -16,28 +16,35 @@ GATE_SLOPE = 10.0  # of the soft gate, a sigmoid of the attention less its thres
 
 @dataclass(frozen=True)
 class Meta:
-    """What Vitakka saw: winner (B,), attention and cosines (B, K), confidence (B,), whether the gate opened (B,)."""
+    """What Vitakka saw: winner (B,), attention and cosines (B, K), confidence (B,), likeness (B,) to what attention
+    draws, and whether it opens the gate (B,)."""
 
     winner_id: Tensor
     probs: Tensor
     raw_scores: Tensor
     confidence: Tensor
+    likeness: Tensor
     gate_open: Tensor
 
 
 class Vitakka(nn.Module):
     """A bank of probes; the start state is the latent drawn towards those that it resembles.
 
+    Where inference_gate_threshold is `learned`, what counts as known at inference follows from train rows.
+
     Args:
         dim: of latents and states.
         settings: section `vitakka`.
     """
+
+    learned_gate: Tensor
 
     def __init__(self, dim: int, settings: VitakkaParams) -> None:
         super().__init__()
         self.settings = settings
         rows = functional.normalize(torch.randn(settings.n_probes, dim), dim=1)
         self.probes = nn.Parameter(rows, requires_grad=settings.probe_trainable)
+        self.register_buffer("learned_gate", torch.tensor(-1.0))
 
     def read(self) -> Tensor:
         """Probes (K, d): of length 1 whatever training did to them, unless normalize_on_read is off (R-3.3b)."""
@@ -60,7 +67,7 @@ class Vitakka(nn.Module):
         scores = functional.normalize(z, dim=1) @ probes.T  # (B, K)
         weights = torch.softmax(scores / settings.softmax_temp, dim=1)
         winner = scores.argmax(dim=1)
-        threshold = settings.training_gate_threshold if self.training else settings.inference_gate_threshold
+        threshold = settings.training_gate_threshold if self.training else self._inference_gate()
         attention = settings.attention_training if self.training else settings.attention_inference
         if attention == "soft":
             drawn, likeness = weights @ probes, (weights * scores).sum(dim=1)
@@ -71,7 +78,18 @@ class Vitakka(nn.Module):
         start = settings.mix_alpha * z + (1 - settings.mix_alpha) * drawn  # (B, d)
         if settings.closed_gate == "zeroes":  # every rejected input then is the same point (R-3.3a)
             start = gate[:, None] * start
-        return start, Meta(winner, weights, scores, scores.amax(dim=1), likeness > threshold)
+        return start, Meta(winner, weights, scores, scores.amax(dim=1), likeness, likeness > threshold)
+
+    def _inference_gate(self) -> float | Tensor:
+        fixed = self.settings.inference_gate_threshold
+        return self.learned_gate if fixed == "learned" else fixed
+
+    @torch.no_grad()
+    def learn_gate(self, z: Tensor) -> None:
+        """Sets the gate of inference so that `known_share` of the latents (N, d) of train rows are known, if asked."""
+        if self.settings.inference_gate_threshold == "learned":
+            likeness = self(z)[1].likeness
+            self.learned_gate.copy_(torch.quantile(likeness, 1 - self.settings.known_share))
 
 
 class Vicara(nn.Module):

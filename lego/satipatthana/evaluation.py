@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,14 +11,16 @@ from torch import Tensor
 
 from lego.satipatthana import jobs, metrics
 from lego.satipatthana.introspect import velocity
-from lego.satipatthana.paths import damaged
+from lego.satipatthana.log import SantanaLog
+from lego.satipatthana.paths import Way, damaged
 from lego.satipatthana.sections import Stage2Params
 from lego.satipatthana.specs import diversity
-from lego.satipatthana.stages import distinct_share
+from lego.satipatthana.stages import distinct_share, mean_cosine
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Split
 
 SWEEP = (1, 2, 5, 20)  # multiples of max_steps of the T-sweep
+ROUNDING = 1e-4  # length of a step, as a share of the state's, below which its ratio to the next is rounding
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ def evaluate(system: Satipatthana, protocol: Protocol, temperature: float = 1.0)
     trust, error = found.trust[:, 0].double().numpy(), -found.recon_error[:, 0].double().numpy()
     facts = jobs.answered(params, found.output, trust, test.y, temperature) | {
         "known_share": float(found.known.double().mean()),
+        "cosine": mean_cosine(found.s_star),
         "mean_steps": float(found.steps.double().mean()),
         "last_step": float((velocity(found.s_star, found.log) / found.s_star.norm(dim=1)).mean()),
         "recon_mse": float(found.recon_error.mean()),
@@ -67,6 +71,7 @@ def evaluate(system: Satipatthana, protocol: Protocol, temperature: float = 1.0)
             f"aupr_{kind}": inward,
             f"aupr_out_{kind}": outward,
             f"auroc_{kind}_recon": metrics.auroc(error, errors[-1]),
+            f"known_share_{kind}": float(away.known.double().mean()),
         }
     if params.task.job == "anomaly":
         facts |= jobs.flagged(trust, np.concatenate(away_from))
@@ -77,10 +82,10 @@ def evaluate(system: Satipatthana, protocol: Protocol, temperature: float = 1.0)
 
 def paths(system: Satipatthana, protocol: Protocol) -> dict[str, float]:
     """Mean trust by path, and AUROC of clean rows against each damaged path."""
-    generator, x, trusted = torch.Generator().manual_seed(protocol.seed), protocol.test.x, dict[str, np.ndarray]()
+    generator, trusted = torch.Generator().manual_seed(protocol.seed), dict[str, np.ndarray]()
+    clean = Way.of(system, protocol.test.x)
     for path in ("clean", "augmented", "drunk", "mismatch"):
-        counts = {"clean": 0} | {path: len(x)}
-        rows = damaged(system, x, counts, protocol.settings, None, generator)
+        rows = damaged(system, clean, {path: len(clean.state)}, protocol.settings, None, generator)
         with torch.no_grad():
             view = system.view(rows.state, rows.log, rows.recon_error)
         trusted[path] = view.trust[:, 0].double().numpy()
@@ -98,6 +103,8 @@ def fixed_point(system: Satipatthana, test: Split) -> dict[str, float]:
     for factor in SWEEP:
         found = system(test.x, max_steps=factor * horizon, rests=False)
         last = velocity(found.s_star, found.log)
+        if factor == 1:
+            facts["contraction"] = contraction(found.log)
         facts |= {
             f"recon_mse_{factor}T": float(found.recon_error.mean()),
             f"last_step_{factor}T": float((last / found.s_star.norm(dim=1)).mean()),
@@ -112,6 +119,13 @@ def fixed_point(system: Satipatthana, test: Split) -> dict[str, float]:
                 guess = system.aux(found.s_star)
             facts[f"aux_{name}_{factor}T"] = float(jobs.right(job, guess, test.y, tolerance).double().mean())
     return facts
+
+
+def contraction(log: SantanaLog) -> float:
+    """The largest ratio of a step's length to that of the one before, over rows and steps that are not yet rounding."""
+    steps, sizes = log.energies().sqrt(), log.to_tensor()[1:].norm(dim=2)  # (T, B)
+    counts = steps[:-1] > ROUNDING * sizes[:-1]
+    return float((steps[1:][counts] / steps[:-1][counts]).max()) if bool(counts.any()) else math.nan
 
 
 def probes_used(system: Satipatthana, states: Tensor) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -61,10 +62,34 @@ class Rows:
         return ~torch.isin(self.path, torch.tensor(hidden, dtype=self.path.dtype))
 
 
+@dataclass(frozen=True)
+class Way:
+    """Settled states (B, d), the way to them, and the inputs (B, *shape) that were encoded."""
+
+    state: Tensor
+    log: SantanaLog
+    encoded: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, system: Satipatthana, x: Tensor) -> Way:
+        """What the frozen engine makes of clean inputs, which stays the same over the epochs (6.4b)."""
+        thought = system.samatha(x)
+        return cls(thought.state, thought.log, thought.encoded)
+
+    def at(self, places: Tensor) -> Way:
+        return Way(self.state[places], self.log.rows(places), self.encoded[places])
+
+    @classmethod
+    def joined(cls, parts: list[Way]) -> Way:
+        state, encoded = (torch.cat([getattr(one, name) for one in parts]) for name in ("state", "encoded"))
+        return cls(state, SantanaLog.joined([one.log for one in parts]), encoded)
+
+
 @torch.no_grad()
 def damaged(
     system: Satipatthana,
-    x: Tensor,
+    clean: Way,
     counts: dict[str, int],
     settings: Stage2Params,
     void: VoidSource | None,
@@ -73,46 +98,53 @@ def damaged(
 ) -> Rows:
     """Runs the frozen engine on a batch whose rows are assigned to paths at random (6.4b).
 
-    Clean, mismatched, augmented and void rows settle in one run, as no row looks at another; drunk ones in their own.
+    Clean and mismatched rows have settled already; augmented and void ones settle in one run, as no row looks at
+    another, drunk ones in their own.
 
     Args:
         system: in evaluation mode.
-        x: clean inputs; as many as all paths but void need are read.
+        clean: of clean inputs; as many as all paths but void need are read.
         counts: rows by path.
         settings: upper end of the severities, and what void rows deserve.
         void: source of inputs from outside.
         generator: of every draw.
         deserved: trust (B,) that clean rows deserve, and augmented ones before their noise; default 1.
     """
+    x = clean.encoded
     own = {path: count for path, count in counts.items() if path != "void"}
     drawn = torch.randperm(len(x), generator=generator).split([*own.values(), *_rest(x, own)])
-    parts = {path: x[places] for path, places in zip(own, drawn, strict=False)}
-    rights = {path: places.new_ones(len(places), dtype=x.dtype) for path, places in zip(own, drawn, strict=False)}
-    if deserved is not None:
-        rights = {path: deserved[places] for path, places in zip(own, drawn, strict=False)}
-    noisy, severity = system.augmenter(parts.get("augmented", x[:0]), settings.noise_level, generator)
-    inputs = {"clean": parts["clean"], "augmented": noisy, "mismatch": parts.get("mismatch", x[:0])}
+    places = dict(zip(own, drawn, strict=False))
+    noisy, severity = system.augmenter(x[places.get("augmented", drawn[0][:0])], settings.noise_level, generator)
+    kept = [path for path in ("clean", "mismatch") if counts.get(path)]
+    ways = {path: clean.at(places[path]) for path in kept}
+    targets = {path: x.new_zeros(counts[path]) for path in kept}
+    if "clean" in targets:
+        targets["clean"] = _deserved(deserved, places["clean"], x)
+    fresh = {"augmented": noisy} if len(noisy) else {}
     if counts.get("void"):
         if void is None:
             raise ValueError("paths.void is above 0 and there is no void source")
-        inputs["void"] = void.draw(counts["void"], generator)
-    thought = system.samatha(torch.cat(list(inputs.values())))
-    state, log, encoded = thought.state, thought.log, thought.encoded
-    wanted = {path: severity.new_full((len(rows),), 0.0) for path, rows in inputs.items()}
-    wanted["clean"] = rights["clean"]
-    wanted["augmented"] = (1 - severity).clamp(0, 1) * rights.get("augmented", severity)
-    if "void" in wanted:
-        wanted["void"] += settings.void_target
-    target = torch.cat(list(wanted.values()))
-    path = torch.cat([torch.full((len(rows),), PATHS.index(name)) for name, rows in inputs.items()])
-    if len(inputs["mismatch"]):
-        state = _mismatched(state, path, generator)
+        fresh["void"] = void.draw(counts["void"], generator)
+        targets["void"] = x.new_full((counts["void"],), settings.void_target)
+    if len(noisy):
+        targets["augmented"] = (1 - severity).clamp(0, 1) * _deserved(deserved, places["augmented"], x)
+    if fresh:
+        thought = Way.of(system, torch.cat(list(fresh.values())))
+        borders = torch.arange(len(thought.state)).split([len(rows) for rows in fresh.values()])
+        ways |= {path: thought.at(rows) for path, rows in zip(fresh, borders, strict=True)}
     if counts.get("drunk"):
-        drunk = system.samatha(parts["drunk"], drunk=True, generator=generator)
-        state, log = torch.cat([state, drunk.state]), SantanaLog.joined([log, drunk.log])
-        encoded, target = torch.cat([encoded, drunk.encoded]), torch.cat([target, x.new_zeros(counts["drunk"])])
-        path = torch.cat([path, torch.full((counts["drunk"],), PATHS.index("drunk"))])
-    return Rows(state, log, system.recon_error(state, encoded), encoded, target, path)
+        drunk = system.samatha(x[places["drunk"]], drunk=True, generator=generator)
+        ways["drunk"] = Way(drunk.state, drunk.log, drunk.encoded)
+        targets["drunk"] = x.new_zeros(counts["drunk"])
+    whole = Way.joined(list(ways.values()))
+    path = torch.cat([torch.full((len(way.state),), PATHS.index(name)) for name, way in ways.items()])
+    state = _mismatched(whole.state, path, generator) if counts.get("mismatch") else whole.state
+    target = torch.cat([targets[name] for name in ways])
+    return Rows(state, whole.log, system.recon_error(state, whole.encoded), whole.encoded, target, path)
+
+
+def _deserved(deserved: Tensor | None, places: Tensor, x: Tensor) -> Tensor:
+    return x.new_ones(len(places)) if deserved is None else deserved[places]
 
 
 def _rest(x: Tensor, own: dict[str, int]) -> list[int]:
@@ -152,3 +184,31 @@ def floor(target: Tensor, path: Tensor, pooled: tuple[str, ...]) -> tuple[float,
     constant = float(target[inside].mean()) if bool(inside.any()) else float("nan")
     best = torch.where(inside, target.new_full((), constant), target) if bool(inside.any()) else target
     return float(functional.binary_cross_entropy(best.clamp(1e-7, 1 - 1e-7), target)), constant
+
+
+def floors(rows: Rows, heads: Iterable[str], pooled: tuple[str, ...]) -> dict[str, float]:
+    """The floor of every head over the rows that it is trained on: `floor` of trust, `floor_<head>` of the others."""
+    found: dict[str, float] = {}
+    for head in heads:
+        seen = rows.seen_by(head)
+        lowest, constant = floor(rows.target[seen], rows.path[seen], pooled if head == "trust" else ())
+        found["floor" if head == "trust" else f"floor_{head}"] = lowest
+        if head == "trust" and pooled:
+            found["pooled_constant"] = constant
+    return found
+
+
+def by_path(rows: Rows, trust: Tensor) -> dict[str, float]:
+    """Mean trust (B,), mean target, lowest loss and number of rows of each path."""
+    found: dict[str, float] = {}
+    for number, path in enumerate(PATHS):
+        inside = rows.path == number
+        if bool(inside.any()):
+            target = rows.target[inside]
+            found |= {
+                f"trust_{path}": float(trust[inside].mean()),
+                f"target_{path}": float(target.mean()),
+                f"floor_{path}": floor(target, rows.path[inside], ())[0],
+                f"rows_{path}": float(inside.sum()),
+            }
+    return found

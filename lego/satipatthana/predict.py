@@ -23,7 +23,7 @@ from lego.progress import track
 from lego.satipatthana.jobs import probabilities
 from lego.satipatthana.store import Use, load, standardized
 from lego.satipatthana.system import Output, Satipatthana
-from lego.satipatthana.tasks import TaskError, features_of, read_table
+from lego.satipatthana.tables import TaskError, features_of, read_table
 
 AT_A_TIME = 1024  # rows, which changes no answer
 

@@ -33,6 +33,7 @@ VoidKind = Literal[
     "feature_shuffle",
     "time_warp",
     "anomalies",
+    "file",
 ]
 SAME = {  # kinds of void and of test that are one kind, however they are called (R-6.4)
     "gaussian": ("gaussian", "gauss_matched", "noisy_0.5"),
@@ -61,6 +62,7 @@ class TaskParams(Section):
     anomalies: list[str]
     known: list[str]
     unlabelled: bool
+    strangers: str | None
     file: str | None
     label: str | None
     test_share: Share
@@ -118,7 +120,8 @@ class VitakkaParams(Section):
     mix_alpha: Unit
     softmax_temp: Positive
     training_gate_threshold: Cosine
-    inference_gate_threshold: Cosine
+    inference_gate_threshold: Cosine | Literal["learned"]
+    known_share: Share
     closed_gate: Literal["zeroes", "is_told"]
     attention_training: Attention
     attention_inference: Attention
@@ -221,15 +224,13 @@ class PathsParams(Section):
     @model_validator(mode="after")
     def _sum_to_one(self) -> PathsParams:
         total = sum(getattr(self, path) for path in PATHS)
-        if abs(total - 1) > 1e-6 and (self.void or total > 1):
+        if abs(total - 1) > 1e-6:
             raise ValueError(f"the shares of {', '.join(PATHS)} must sum to 1, got {total:g}")
         return self
 
     def shares(self) -> dict[str, float]:
-        """Those above 0, in their order; what void leaves goes to clean and augmented rows where it is 0."""
-        found = {path: getattr(self, path) for path in PATHS if getattr(self, path)}
-        left, heirs = 1 - sum(found.values()), [path for path in ("clean", "augmented") if path in found]
-        return found | {path: found[path] + left / len(heirs) for path in heirs}
+        """Those above 0, in their order."""
+        return {path: getattr(self, path) for path in PATHS if getattr(self, path)}
 
 
 class VoidParams(Section):
@@ -355,6 +356,8 @@ class SatipatthanaParams(Section):
             raise ValueError("reject.rule must not be risk when task.job is anomaly: validation has no known mistakes")
         if ("anomalies" in self.void.kinds) > bool(self.task.known):
             raise ValueError("void.kinds must not have anomalies unless task.known names some")
+        if ("file" in self.void.kinds) != bool(self.task.strangers):
+            raise ValueError("task.strangers must name a CSV or Parquet file if void.kinds has file, and only then")
         if self.task.known and not self.system.guided and "anomalies" not in self.void.kinds:
             raise ValueError("task.known must be empty unless system.guided is true or void.kinds has anomalies")
         if self.ablations.seeds > self.seeds:

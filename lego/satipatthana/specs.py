@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lego.satipatthana import jobs
-from lego.satipatthana.paths import allocate, damaged, floor, losses
-from lego.satipatthana.sections import PATHS, SatipatthanaParams
+from lego.satipatthana.paths import Way, allocate, by_path, damaged, floors, losses
+from lego.satipatthana.sections import SatipatthanaParams
 from lego.satipatthana.stages import StageCheckError, StageSpec
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Split
@@ -30,6 +30,7 @@ def spec_of(
     params: SatipatthanaParams,
     seed: int,
     known: Tensor | None = None,
+    strangers: Tensor | None = None,
 ) -> StageSpec:
     """The specification of a stage of the curriculum, with what its frozen part makes cached where it stays the same.
 
@@ -40,6 +41,7 @@ def spec_of(
         params: all of them.
         seed: of prototypes.
         known: anomalies (k, *shape) of the job anomaly, which a guide is told of and void rows are drawn from.
+        strangers: rows (k, *shape) of another dataset, which void rows are drawn from.
 
     Raises:
         StageCheckError: what the parameters ask for is not there.
@@ -52,7 +54,8 @@ def spec_of(
             1, params.stage1, lambda places, generator: _stage1(system, rows, places, generator), len(rows)
         )
     if number == 2:
-        return _stage2(system, train, params, seed, known)
+        source = VoidSource.of_task(train, params, known, strangers) if params.paths.void else None
+        return _stage2(system, train, params, seed, source)
     decoder = system.decoder
     if decoder is None:
         raise StageCheckError("stage 3: there is nothing to train, as the job anomaly has no decoder")
@@ -132,10 +135,9 @@ def start_probes(system: Satipatthana, x: Tensor, seed: int) -> None:
 
 
 def _stage2(
-    system: Satipatthana, train: Split, params: SatipatthanaParams, seed: int, known: Tensor | None
+    system: Satipatthana, train: Split, params: SatipatthanaParams, seed: int, source: VoidSource | None
 ) -> StageSpec:
     settings, shares = params.stage2, params.paths.shares()
-    source = VoidSource.of_task(train, params, known) if "void" in shares else None
     if source is None:
         print("warning: paths.void is 0, so trust is never shown a row from outside of the data", flush=True)
     weights = {head: getattr(params.vipassana, f"weight_{head}") for head in ("trust", "conformity", "confidence")}
@@ -153,21 +155,14 @@ def _stage2(
         system.eval()
         thought = system.samatha(train.x)
         system.vipassana.learn_range(thought.state, lambda: system.look(thought)[0].features, seed)
-    right = deserved(train, params, seed)
+    right, clean = deserved(train, params, seed), Way(thought.state, thought.log, thought.encoded)
 
     def loss(places: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         counts = allocate(shares, len(places))
-        rows = damaged(system, train.x[places], counts, settings, source, generator, right[places])
+        rows = damaged(system, clean.at(places), counts, settings, source, generator, right[places])
         scores = system.view(rows.state, rows.log, rows.recon_error).scores()
-        terms = losses(scores, rows, weights)
-        lowest, constant = floor(rows.target, rows.path, pooled)
-        facts = {"floor": torch.tensor(lowest)}
-        if pooled:
-            facts["pooled_constant"] = torch.tensor(constant)
-        for number, path in enumerate(PATHS):
-            if bool((rows.path == number).any()):
-                facts[f"trust_{path}"] = torch.sigmoid(scores["trust"][rows.path == number]).mean().detach()
-        return terms | facts
+        facts = floors(rows, scores, pooled) | by_path(rows, torch.sigmoid(scores["trust"].detach()))
+        return losses(scores, rows, weights) | {name: torch.tensor(value) for name, value in facts.items()}
 
     return StageSpec(2, settings, loss, len(train), len(shares))
 

@@ -27,6 +27,7 @@ TRAINABLE = {
     3: ("decoder",),
 }
 LEAST_DISTINCT = 0.5  # share of train rows whose settled states differ, below which a stage is not begun
+LEAST_SPREAD = 1e-4  # deviation over rows of latents and of start states, below which they are alike
 PLATEAU = 0.01  # of what a loss has fallen by before: the least fall that counts as progress
 RESTED = 1e-3  # relative length of the last step below which states have settled
 
@@ -191,14 +192,30 @@ def check_states(system: Satipatthana, x: Tensor) -> dict[str, float]:
     """
     with torch.no_grad():
         thought = system.samatha(x)
-    rows = functional.normalize(thought.state, dim=1)
-    cosine = float((rows.sum(dim=0).square().sum() - len(rows)) / (len(rows) * (len(rows) - 1)))
-    distinct = distinct_share(thought.state)
-    facts = {"cosine": cosine, "distinct": distinct, "z_std": float(thought.latent.std())}
-    facts |= {"s0_std": float(thought.log.initial.std()), "gates_open": float(thought.meta.gate_open.double().mean())}
+    cosine, distinct = mean_cosine(thought.state), distinct_share(thought.state)
+    facts = {"cosine": cosine, "distinct": distinct}
+    facts |= {"z_std": _spread(thought.latent), "s0_std": _spread(thought.log.initial)}
+    facts["gates_open"] = float(thought.meta.gate_open.double().mean())
     if distinct < LEAST_DISTINCT:
         raise StageCheckError(
             f"settled states are alike: {100 * distinct:.0f} % of {len(x)} rows are distinct, mean cosine "
             f"{cosine:.3f}; lower the thresholds of the gate in vitakka"
         )
+    for name, what in (("z_std", "latents"), ("s0_std", "start states")):
+        if facts[name] < LEAST_SPREAD:
+            raise StageCheckError(
+                f"{what} of {len(x)} rows are alike: their deviation over rows is {facts[name]:.1e}; train stage 0 "
+                "longer, or look for features that never change"
+            )
     return facts
+
+
+def mean_cosine(states: Tensor) -> float:
+    """Mean cosine of states (B, d) with each other."""
+    rows = functional.normalize(states, dim=1)
+    return float((rows.sum(dim=0).square().sum() - len(rows)) / (len(rows) * (len(rows) - 1)))
+
+
+def _spread(rows: Tensor) -> float:
+    """Deviation over rows (B, d), the mean over dimensions."""
+    return float(rows.std(dim=0, correction=0).mean())

@@ -6,12 +6,14 @@ training, which are no metric, and "monotone, calibrated" trust, which has no nu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 FAR = ("gauss_matched", "uniform", "pixel_perm", "inverted")  # unseen kinds, far from the data
 SLACK = 0.05  # how far from a reference a number may lie that has no deviation, or a small one
 STEADY = 0.005  # accuracy of the guide at T and 20 T
+SAME_RECON = 0.02  # share by which the reconstruction error at 20 T may differ from that at T
 AHEAD = ("near", "noisy_0.5")  # where trust must be ahead of the reconstruction error alone
 BELOW = 0.002  # how far it may lie below it elsewhere
 
@@ -41,6 +43,8 @@ AT_LEAST = {
     "auroc_correct": 0.95,
 }
 AT_MOST = {"recon_mse": 0.05, "last_step": 0.01, "ece": 0.02, "aurc": 0.001}
+ABOVE_0 = math.nextafter(0.0, 1.0)
+BELOW_1 = math.nextafter(1.0, 0.0)  # the contraction ratio must be less than 1
 REFERENCE = {  # seed v4.0: mean of 3 seeds, and the deviation where it was reported
     "accuracy": (0.927, 0.066),
     "aux_accuracy_1T": (0.783, None),
@@ -66,10 +70,15 @@ def targets(means: Mapping[str, float]) -> list[Target]:
     if "aux_accuracy_1T" in means:
         apart = abs(means["aux_accuracy_1T"] - means["aux_accuracy_20T"])
         found.append(Target("guide at T less at 20 T", apart, STEADY, at_least=False))
+    if "recon_mse_20T" in means:
+        apart = abs(means["recon_mse_20T"] / means["recon_mse_1T"] - 1)
+        found.append(Target("recon MSE at 20 T, off that at T by", apart, SAME_RECON, at_least=False))
+    if "contraction" in means:
+        found.append(Target("contraction ratio, less than 1", means["contraction"], BELOW_1, at_least=False))
     for kind in (*AHEAD, *FAR):
         if f"auroc_{kind}" in means:
             above = means[f"auroc_{kind}"] - means[f"auroc_{kind}_recon"]
-            found.append(Target(f"{kind}: trust less -recon_error", above, 0.0 if kind in AHEAD else -BELOW))
+            found.append(Target(f"{kind}: trust less -recon_error", above, ABOVE_0 if kind in AHEAD else -BELOW))
     return found
 
 

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
 from lego.artifacts import read_json, read_tensors, write_json, write_tensors
-from lego.harness import StageError
 from lego.satipatthana.made import FAULTS, SYNTHETIC, WAYS, faults, outside_sets, windows
 from lego.satipatthana.sections import PARAMS, Job, TaskParams, TestParams
+from lego.satipatthana.tables import TaskError, features_of, labelled, read_table
 
 NEAR = (8, 9)  # digits that are held back as near-OOD (specification, section 11)
 UNSCALED = ("digits", "sensors")  # their features are of one unit
-
-
-class TaskError(StageError):
-    """Data that cannot be used; the message names file, column and row."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +46,7 @@ class Task:
         mean, std: by which its columns were standardized.
         known: anomalies (k, *shape) that training is shown, in the job anomaly.
         answer: mean and deviation by which the answers of a regression were standardized.
+        strangers: rows (k, *shape) of another dataset, which training is shown as void.
     """
 
     train: Split
@@ -62,6 +59,7 @@ class Task:
     std: Tensor | None = None
     known: Tensor | None = None
     answer: tuple[float, float] = (0.0, 1.0)
+    strangers: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -99,8 +97,8 @@ def load(settings: TaskParams, test: TestParams) -> Task:
         name: _split((rows - center) / scale, answers, settings.job, answer) for name, (rows, answers) in parts.items()
     }
     held_out = made["test"].x.numpy()
-    strangers = {kind: _float((rows - center) / scale) for kind, rows in outside.items()}
-    strangers |= (
+    away = {kind: _float((rows - center) / scale) for kind, rows in outside.items()}
+    away |= (
         faults(held_out, test) if settings.name == "sensors" else outside_sets(made["train"].x.numpy(), held_out, test)
     )
     scaled = settings.name not in UNSCALED
@@ -108,14 +106,26 @@ def load(settings: TaskParams, test: TestParams) -> Task:
         made["train"],
         made["validation"],
         made["test"],
-        strangers,
+        away,
         classes,
         columns,
         torch.from_numpy(center) if scaled else None,
         torch.from_numpy(scale) if scaled else None,
         None if shown is None or not len(shown) else _float((shown - center) / scale),
         answer,
+        None if settings.strangers is None else _float((_strangers(settings.strangers, columns) - center) / scale),
     )
+
+
+def _strangers(file: str, columns: list[str]) -> np.ndarray:
+    """Rows (k, features) of another dataset.
+
+    Raises:
+        TaskError: they cannot be read, lack a column, or the task is no table.
+    """
+    if not columns:
+        raise TaskError(f"{PARAMS}: task.strangers is a table, but the inputs of this task are none; leave it null")
+    return features_of(read_table(Path(file)), columns, file)
 
 
 def _rows(settings: TaskParams) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:
@@ -211,71 +221,6 @@ def _split(x: np.ndarray, y: np.ndarray, job: Job, answer: tuple[float, float]) 
     return Split(_float(x), _float((y - answer[0]) / answer[1]) if numbers else torch.from_numpy(y.astype(np.int64)))
 
 
-def read_table(file: Path) -> pd.DataFrame:
-    """A CSV or Parquet file.
-
-    Raises:
-        TaskError: it cannot be read.
-    """
-    try:
-        return pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
-    except (OSError, ValueError, pd.errors.ParserError) as error:
-        raise TaskError(f"{file}: cannot be read as {file.suffix or 'CSV'} ({' '.join(str(error).split())})") from None
-
-
-def features_of(frame: pd.DataFrame, columns: list[str], name: str) -> np.ndarray:
-    """The named columns (n, features).
-
-    Raises:
-        TaskError: a column is missing, not numeric, or has a missing or infinite value.
-    """
-    if missing := [column for column in columns if column not in frame]:
-        raise TaskError(f"{name}: has no column {', '.join(missing[:3])}; the model was trained with {len(columns)}")
-    chosen = frame[columns]
-    for column in columns:
-        if not pd.api.types.is_numeric_dtype(chosen[column]):
-            raise TaskError(f"{name}: column {column} is not numeric")
-    values = chosen.to_numpy(dtype=np.float64)
-    bad = ~np.isfinite(values)
-    if bad.any():
-        row, column = np.argwhere(bad)[0]
-        raise TaskError(
-            f"{name}: row {row}, column {columns[column]} is not a finite number; fill it or leave the row out"
-        )
-    return values
-
-
-def labelled(
-    frame: pd.DataFrame, label: str, name: str, numbers: bool = False
-) -> tuple[pd.DataFrame, np.ndarray, list[str]]:
-    """Features, answers (n,), and the names of the classes or of the number.
-
-    Args:
-        frame: a table.
-        label: its column of answers.
-        name: of the table, for messages.
-        numbers: whether answers are numbers.
-
-    Raises:
-        TaskError: there is no such column, numbers that are none, or a class has fewer than four rows.
-    """
-    if label not in frame:
-        raise TaskError(
-            f"{name}: has no column {label}; task.label must name one of {', '.join(map(str, frame.columns))}"
-        )
-    x = frame.drop(columns=label)
-    features_of(x, list(x.columns), name)
-    if numbers:
-        return x, features_of(frame, [label], name)[:, 0], [label]
-    codes, values = pd.factorize(frame[label], sort=True)
-    if (codes < 0).any():
-        raise TaskError(f"{name}: column {label} has a missing value in row {int(np.argmax(codes < 0))}")
-    counts = np.bincount(codes)
-    if len(counts) < 2 or counts.min() < 4:
-        raise TaskError(f"{name}: column {label} needs at least two classes of four rows each")
-    return x, codes, [str(value) for value in values]
-
-
 def write_task(task: Task, folder: Path) -> None:
     """Writes a task into an existing folder."""
     for name in ("train", "validation", "test"):
@@ -283,12 +228,15 @@ def write_task(task: Task, folder: Path) -> None:
         write_tensors(folder / f"{name}.safetensors", {"x": split.x.contiguous(), "y": split.y.contiguous()})
     if task.outside:
         write_tensors(folder / "outside.safetensors", {kind: rows.contiguous() for kind, rows in task.outside.items()})
-    if task.known is not None:
-        write_tensors(folder / "known.safetensors", {"x": task.known.contiguous()})
+    shown = {"known": task.known, "strangers": task.strangers}
+    for name, rows in shown.items():
+        if rows is not None:
+            write_tensors(folder / f"{name}.safetensors", {"x": rows.contiguous()})
     scale = {"mean": task.mean, "std": task.std}
-    facts = {name: [] if one is None else one.tolist() for name, one in scale.items()}
+    facts: dict[str, Any] = {name: [] if one is None else one.tolist() for name, one in scale.items()}
     facts |= {"classes": task.classes, "columns": task.columns, "outside": list(task.outside)}
-    write_json(folder / "task.json", facts | {"answer": list(task.answer), "known": task.known is not None})
+    facts |= {name: rows is not None for name, rows in shown.items()}
+    write_json(folder / "task.json", facts | {"answer": list(task.answer)})
 
 
 def read_task(folder: str | Path) -> Task:
@@ -298,7 +246,9 @@ def read_task(folder: str | Path) -> Task:
         ArtifactError: a file is missing or damaged.
     """
     folder = Path(folder)
-    facts = read_json(folder / "task.json", "classes", "columns", "mean", "std", "outside", "known", "answer")
+    facts = read_json(
+        folder / "task.json", "classes", "columns", "mean", "std", "outside", "known", "answer", "strangers"
+    )
     parts = []
     for name in ("train", "validation", "test"):
         tensors = read_tensors(folder / f"{name}.safetensors")
@@ -306,7 +256,11 @@ def read_task(folder: str | Path) -> Task:
     rows = read_tensors(folder / "outside.safetensors") if facts["outside"] else {}
     outside = {kind: rows[kind] for kind in facts["outside"]}
     mean, std = (torch.tensor(facts[name], dtype=torch.double) if facts[name] else None for name in ("mean", "std"))
-    known = read_tensors(folder / "known.safetensors")["x"] if facts["known"] else None
+    known, strangers = (
+        read_tensors(folder / f"{name}.safetensors")["x"] if facts[name] else None for name in ("known", "strangers")
+    )
     mid, spread = facts["answer"]
     train, validation, test = parts
-    return Task(train, validation, test, outside, facts["classes"], facts["columns"], mean, std, known, (mid, spread))
+    return Task(
+        train, validation, test, outside, facts["classes"], facts["columns"], mean, std, known, (mid, spread), strangers
+    )

@@ -25,17 +25,27 @@ class VoidSource:
         y: their classes (N,), so that a mixture is of two different ones; None = any two rows.
         settings: section `void`.
         known: anomalies (k, *shape), of the kind `anomalies`.
+        strangers: rows (k, *shape) of another dataset, of the kind `file`.
     """
 
-    def __init__(self, x: Tensor, y: Tensor | None, settings: VoidParams, known: Tensor | None = None) -> None:
-        self.x, self.y, self.settings, self.known = x, y, settings, known
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor | None,
+        settings: VoidParams,
+        known: Tensor | None = None,
+        strangers: Tensor | None = None,
+    ) -> None:
+        self.x, self.y, self.settings, self.shown = x, y, settings, {"anomalies": known, "file": strangers}
         self.low, self.high = x.amin(dim=0), x.amax(dim=0)
         self.mean, self.std = x.mean(dim=0), x.std(dim=0, correction=0)
 
     @classmethod
-    def of_task(cls, train: Split, params: SatipatthanaParams, known: Tensor | None = None) -> VoidSource:
+    def of_task(
+        cls, train: Split, params: SatipatthanaParams, known: Tensor | None = None, strangers: Tensor | None = None
+    ) -> VoidSource:
         """The source of a task, where rows have classes or not."""
-        return cls(train.x, train.y if params.task.job == "classification" else None, params.void, known)
+        return cls(train.x, train.y if params.task.job == "classification" else None, params.void, known, strangers)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Rows (count, *shape), of the kinds in turn."""
@@ -48,7 +58,7 @@ class VoidSource:
         """Rows (count, *shape) of one kind.
 
         Raises:
-            VoidError: filtered_uniform found no row far enough from the data, or there are no known anomalies.
+            VoidError: filtered_uniform found no row far enough from the data, or there are no rows to draw from.
         """
         shape = (count, *self.x.shape[1:])
         match kind:
@@ -68,10 +78,12 @@ class VoidSource:
                 return self._patches(count, generator)
             case "time_warp":
                 return self._warped(count, generator)
-            case "anomalies":
-                if self.known is None:
-                    raise VoidError("void.kinds has anomalies, but the task knows none; name some in task.known")
-                return self.known[torch.randint(len(self.known), (count,), generator=generator)]
+            case "anomalies" | "file":
+                rows = self.shown[kind]
+                if rows is None:
+                    key = "task.known" if kind == "anomalies" else "task.strangers"
+                    raise VoidError(f"void.kinds has {kind}, but the task has no such rows; name some in {key}")
+                return rows[torch.randint(len(rows), (count,), generator=generator)]
             case _:  # feature_shuffle: every feature of another row
                 rows = torch.randint(len(self.x), shape, generator=generator)
                 return self.x.gather(0, rows)
