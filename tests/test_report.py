@@ -11,6 +11,7 @@ from conftest import ROOT
 from lego.params import load_params
 from stages.evidence import graph, tables, wording
 from stages.evidence.pictures import hard_against_random, regime_map, routed_against_cost, training_curves
+from stages.evidence.run import searched_rates
 from stages.evidence.summary import DEEP, Suite, between_settings, compared_in, difference, rivals
 from stages.evidence.token_pictures import fullest
 
@@ -195,6 +196,18 @@ def test_options_are_compared_with_the_unchanged_setting_on_the_same_text(record
     assert [row[0] for row in rows] == ["depth_6", "**nothing**", "text"]
     assert rows[0][5] == "better"
     assert rows[1][3:6] == rows[2][3:6] == ["", "", ""]
+
+
+def test_rates_that_were_tried_are_shown_where_they_were_kept(records):
+    log = "epoch 1\nvalidation perplexity by learning rate: 0.003: 40.125, 0.006: inf; taken: 0.003, the end\nlast"
+    tried = searched_rates(log)
+    assert tried == {"0.003": 40.125, "0.006": None}
+    assert searched_rates("epoch 1\n") == {}
+    records["default"]["dense"]["0"]["tried"] = tried
+    records["default"]["random"]["0"]["tried"] = {}
+    header, rows, _ = tables.rates_table(Suite.of("core", records), "default")
+    assert rows == [["dense", "0.003: 40.12", "0.006: diverged"]]
+    assert len(header) == 3
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ from lego.scratch import ROOT, pipeline_entry
 from lego.sections import DataParams
 from lego.sources import documents
 
-FULL = ("core", "regime", "ratios", "selection", "options")  # suites of --full, in this order
+FULL = ("core", "regime", "ratios", "selection", "options", "total")  # suites of --full, in this order
 PIPELINE_MODELS = {"ashem": "evaluate_routing", "shallow_continued": "train_shallow_continued"}
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "tokenizers")
 

@@ -105,6 +105,12 @@ def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict
         page.table(*tables.criteria_table(regime))
     else:
         page.text(NOT_RUN)
+    page.heading("From scratch: the total budget after the most text")
+    if "shallow_longer" in suites["total"].models(MOST_TEXT):
+        page.table(*tables.main_table(suites["total"], MOST_TEXT, params, asked["total"]))
+        page.table(*tables.rates_table(suites["total"], MOST_TEXT))
+    else:
+        page.text(NOT_RUN)
     page.heading("Which tokens: selection at the same share")
     if "ashem" in suites["selection"].models(MOST_TEXT):
         page.table(*tables.difference_table(suites["selection"], MOST_TEXT, params, asked["selection"]))

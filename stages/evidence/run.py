@@ -10,6 +10,7 @@ setting searches the learning rate of each model, the others take what it found.
 
 import argparse
 import csv
+import math
 import os
 import shutil
 import signal
@@ -30,6 +31,7 @@ from stages.evidence.graph import FULL, Suite, Task, load_suites
 from stages.evidence.wanted import Wanted, adopt, drop_stale, missing, put, searched
 
 STORE, RUNS = SCRATCH / "evidence/store", SCRATCH / "evidence/runs"
+SEARCHED = "validation perplexity by learning rate:"  # what lego.search prints
 AGAIN = "run the same command again: what is finished is kept"
 CHILDREN: set[subprocess.Popen[bytes]] = set()  # stages that run now
 
@@ -93,7 +95,17 @@ def record(one: Wanted) -> dict[str, Any]:
         curve, extra = table(folder / f"curves/{one.model}.csv"), {}
         metrics = read_json(folder / f"baseline/{one.model}.json")
     documents = table(folder / f"documents/{one.model}.csv")
-    return {"metrics": metrics, "documents": documents, "curve": _drawn(curve), **extra}
+    trained = by_stage["train_phase2"] if one.model == "ashem" else by_stage[one.task.stage]
+    tried = searched_rates((trained / "log.txt").read_text(errors="replace"))
+    return {"metrics": metrics, "documents": documents, "curve": _drawn(curve), "tried": tried, **extra}
+
+
+def searched_rates(log: str) -> dict[str, float | None]:
+    """Validation perplexity by learning rate, as `lego.search` prints it, None where training diverged."""
+    lines = [line for line in log.splitlines() if line.startswith(SEARCHED)]
+    pairs = lines[-1].removeprefix(SEARCHED).partition(";")[0].split(", ") if lines else []
+    found = {rate.strip(): float(ppl) for rate, ppl in (pair.split(":") for pair in pairs)}
+    return {rate: ppl if math.isfinite(ppl) else None for rate, ppl in found.items()}
 
 
 def _drawn(curve: dict[str, list[float]]) -> dict[str, list[float]]:

@@ -84,6 +84,19 @@ def main_table(suite: Suite, setting: str, params: Params, asked: graph.Suite) -
     return header, rows, "Test perplexity; inference MACs as a share of the full model's; (end): of the rates tried."
 
 
+def rates_table(suite: Suite, setting: str) -> Table:
+    """The validation perplexity of every rate that the first seed tried, of the records that have it."""
+    rows = []
+    for model, seeds in suite.records[setting].items():
+        if DEEP not in model and (tried := seeds.get("0", {}).get("tried")):
+            rates = sorted(tried, key=float)
+            said = {rate: "diverged" if tried[rate] is None else f"{tried[rate]:.2f}" for rate in rates}
+            rows.append([model, *(f"{rate}: {one}" for rate, one in said.items())])
+    width = max((len(row) for row in rows), default=1)
+    header = ("model", *("rate: validation ppl" for _ in range(width - 1)))
+    return header, [row + [""] * (width - len(row)) for row in rows], "What the search of the learning rate found."
+
+
 def short_table(suite: Suite, setting: str) -> Table:
     """ASHEM beside every model that does not leak, the best first, as the README shows it."""
     header = ("model", "budget", "test perplexity", "ASHEM less it", "ASHEM is", "inference MACs")
