@@ -1,7 +1,7 @@
 """Speed of CVFP's phase 1: parallel against sequential_batch, and against plain batched PyTorch; memory at many tokens.
 
 python -m benchmarks.cvfp_speed                        N = 6,400, d = 768, 6 layers, both modes in one run
-python -m benchmarks.cvfp_speed --memory 100000        peak memory of a parallel step over so many tokens
+python -m benchmarks.cvfp_speed --memory 100000        peak memory of three parallel iterations over so many tokens
 """
 
 import argparse

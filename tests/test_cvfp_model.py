@@ -8,13 +8,14 @@ import math
 import pytest
 import torch
 from conftest import ROOT
-from cvfp_models import VOCAB, network, seed_params, text
+from cvfp_models import PARAMS, SMALL, VOCAB, network, seed_params, text
 from torch.nn import functional
 
 from lego.cvfp.model import LLM, CVFPBlock, CVFPLayer, NewLLMResidual
 from lego.cvfp.moments import RunningMoments
-from lego.cvfp.passes import parallel_pass, sequential_pass
+from lego.cvfp.passes import parallel_pass, sequential_pass, settle
 from lego.cvfp.phase1 import ContextTrainer
+from lego.cvfp.sections import changed
 
 
 def layer(**changes) -> CVFPLayer:
@@ -203,7 +204,23 @@ def test_b7_the_debiased_estimate_is_right_after_20_steps_where_the_plain_one_is
         RunningMoments(dim=2, momentum=0.9).debiased()
 
 
-@pytest.mark.parametrize("changes", [{}, {"model__update": "gated"}, {"model__layernorm_mix": 0.3}], ids=str)
+@pytest.mark.parametrize("params", [seed_params(), changed(PARAMS, SMALL, "test")], ids=["seed", "sound"])
+def test_frozen_steps_are_those_of_the_modules(params):
+    model, context = network(params), torch.zeros(1, 24)
+    embeddings, rows = model.embed(text(40)).detach(), []
+    with torch.no_grad():
+        for token in embeddings.split(1):
+            context, _ = model(context=context, token=token)
+            rows.append(context)
+    torch.testing.assert_close(sequential_pass(model, embeddings), torch.cat(rows))
+    torch.testing.assert_close(settle(model, embeddings, 4, 0.0).contexts, torch.cat(rows), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"model__update": "gated"}, {"model__layernorm_mix": 0.3}, {"model__token_structure": [1]}],
+    ids=str,
+)
 def test_the_next_context_alone_is_that_of_forward_with_equal_gradients(changes):
     model = network(seed_params(**changes))
     context, token = torch.randn(7, 24), torch.randn(7, 16)

@@ -21,7 +21,7 @@ from lego.params import ParamsError
 from stages.cvfp.baselines.contest import Run, chosen
 from stages.cvfp.compared import NGRAMS, Compared
 from stages.cvfp.figures import scaling
-from stages.cvfp.trials import shown
+from stages.cvfp.trials import shown, trial_digest
 
 OWN, NAMES = PARAMS.contest.own, list(PARAMS.contest.peers)
 SIZED = [name for name in NAMES if name != "end_to_end"]
@@ -276,6 +276,11 @@ def test_the_curve_over_train_text_ends_in_the_contest_and_leaves_outdated_rows_
         changed(PARAMS, {"contest.scaling.shares": [0.5, 0.5]}, "test")
 
 
+def test_every_trial_changes_what_there_is():
+    for name, changes in PARAMS.contest.trials.items():
+        assert changed(PARAMS, changes, name) != PARAMS or name == "unchanged"
+
+
 def test_trials_are_shown_with_what_they_change_seed_by_seed_and_outdated_ones_are_left_out(monkeypatch):
     monkeypatch.chdir(ROOT)
     text = toy_text().digests()
@@ -284,14 +289,20 @@ def test_trials_are_shown_with_what_they_change_seed_by_seed_and_outdated_ones_a
 
     def found(name: str, *losses: float) -> dict:
         values = {f"{key}_{seed}": 10 * one for key in ("val_loss", "ppl") for seed, one in enumerate(losses)}
-        mean = {key: 10 * sum(losses) / len(losses) for key in ("val_loss", "ppl")}
-        return values | mean | {"made_of": made_of("sound", changed(params, trials[name], "test"), text)}
+        mean = {key: 10 * sum(losses) / max(1, len(losses)) for key in ("val_loss", "ppl")}
+        made = {"made_of": trial_digest(changed(params, trials[name], "test"), text), "diverged": not losses}
+        return made | (values | mean if losses else {})
 
-    results = {"unchanged": found("unchanged", 0.4, 0.5), "wide": found("wide", 0.3, 0.45), "late": found("late", 1)}
+    results = {"unchanged": found("unchanged", 0.4, 0.5), "wide": found("wide", 0.3, 0.45), "late": found("late")}
     tokens = {f"{split}_sha256": one for split, one in text.items()}
     fits = shown.current(params, results, tokens)
     assert list(fits) == ["wide", "unchanged", "late"]
-    wide, base, _ = shown.rows(params, fits)
+    wide, base, late = shown.rows(params, fits)
+    assert late == ["late", "predict.lr: 0.5", "diverged", "", "", ""]
+    assert shown.current(changed(params, {"contest.trial_seeds": 3}, "test"), results, tokens) == {}
+    assert (
+        shown.current(changed(params, {"contest.seeds": 9, "contest.own.sound": 0.5}, "test"), results, tokens) == fits
+    )
     assert wide == ["wide", "predict.bptt_len: 64", "3.750", "-1.000, -0.500", "3.75", "-1.00, -0.50"]
     assert base == ["**unchanged**", "", "4.500", "", "4.50", ""]
     page = Page("p")

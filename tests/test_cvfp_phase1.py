@@ -378,7 +378,9 @@ def test_parallel_iterations_are_15_times_as_fast_as_sequential_ones_and_no_slow
     monkeypatch.chdir(ROOT)  # where the profiles lie
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
-    found = cvfp_speed.measure(cvfp_speed.profile(768, 6), tokens=6400, sequential_tokens=100, repeats=3)
-    torch.set_num_threads(threads)
+    try:
+        found = cvfp_speed.measure(cvfp_speed.profile(768, 6), tokens=6400, sequential_tokens=100, repeats=3)
+    finally:
+        torch.set_num_threads(threads)
     assert found["parallel"] > 15 * found["sequential_batch"]
     assert found["parallel"] > found["plain"]

@@ -102,6 +102,18 @@ def test_what_a_stage_reads_an_earlier_one_writes_and_timing_is_no_dependency():
         made |= {name for kind in ("outs", "metrics", "plots") for name in names(entry.get(kind, []))}
 
 
+def test_what_no_stage_makes_is_in_git():
+    tracked = set(subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split())
+    made = {
+        name
+        for entry in STAGES.values()
+        for kind in ("outs", "metrics", "plots")
+        for name in names(entry.get(kind, []))
+    }
+    read = {dep for entry in STAGES.values() for dep in entry["deps"]}
+    assert {dep for dep in read - made if not dep.startswith(("data/", "${"))} <= tracked
+
+
 def reruns(key: str) -> list[str]:
     """Stages of the default pipeline that name a key."""
     return [

@@ -153,9 +153,10 @@ def test_r8_7_clean_augmented_drunk_mismatched_and_void_rows_in_their_shares():
         small(paths__clean=0.0)
     with pytest.raises(ParamsError, match=r"must sum to 1, got 1\.1"):
         small(paths__clean=0.35)
-    with pytest.raises(ParamsError, match=r"must sum to 1, got 0\.7"):
-        small(paths__void=0.0)
-    assert "void" not in small(paths__void=0.0, paths__clean=0.55).paths.shares()
+    with pytest.raises(ParamsError, match=r"must sum to 1, got 0\.95"):
+        small(paths__clean=0.2)
+    assert small(paths__void=0.0).paths.shares()["clean"] == pytest.approx(0.4)  # it inherits with the augmented ones
+    assert sum(small(paths__void=0.0).paths.shares().values()) == pytest.approx(1)
 
 
 def test_r6_1_rows_go_to_paths_at_random_in_each_batch():
@@ -182,8 +183,14 @@ def test_stage_2_settles_clean_rows_once_and_others_anew(monkeypatch):
     counts = allocate(PARAMS.paths.shares(), 40)
     assert seen == [counts["augmented"] + counts["void"], counts["drunk"]]
     assert {name: int(terms[f"rows_{name}"]) for name in counts} == counts
-    direct = Way.of(made, train.x)
-    torch.testing.assert_close(direct.at(torch.tensor([3, 1])).state, direct.state[[3, 1]])
+    places = torch.tensor([3, 17, 1])
+    kept, anew = Way.of(made, train.x).at(places), Way.of(made, train.x[places])
+    for one, other in zip(
+        (kept.state, kept.encoded, kept.log.lengths, kept.log.initial),
+        (anew.state, anew.encoded, anew.log.lengths, anew.log.initial),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
 
 
 def test_r6_3b_every_head_has_its_floor_and_every_path_its_numbers():

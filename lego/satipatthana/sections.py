@@ -224,13 +224,15 @@ class PathsParams(Section):
     @model_validator(mode="after")
     def _sum_to_one(self) -> PathsParams:
         total = sum(getattr(self, path) for path in PATHS)
-        if abs(total - 1) > 1e-6:
+        if abs(total - 1) > 1e-6 and (self.void or total > 1):
             raise ValueError(f"the shares of {', '.join(PATHS)} must sum to 1, got {total:g}")
         return self
 
     def shares(self) -> dict[str, float]:
-        """Those above 0, in their order."""
-        return {path: getattr(self, path) for path in PATHS if getattr(self, path)}
+        """Those above 0, in their order; where void is 0, clean and augmented rows inherit its share (section 7)."""
+        found = {path: getattr(self, path) for path in PATHS if getattr(self, path)}
+        left, heirs = 1 - sum(found.values()), [path for path in ("clean", "augmented") if path in found]
+        return found | {path: found[path] + left / len(heirs) for path in heirs}
 
 
 class VoidParams(Section):

@@ -33,7 +33,7 @@ def features_of(frame: pd.DataFrame, columns: list[str], name: str) -> np.ndarra
         TaskError: a column is missing, not numeric, or has a missing or infinite value.
     """
     if missing := [column for column in columns if column not in frame]:
-        raise TaskError(f"{name}: has no column {', '.join(missing[:3])}; the model was trained with {len(columns)}")
+        raise TaskError(f"{name}: has no column {', '.join(missing[:3])}; {len(columns)} are needed")
     chosen = frame[columns]
     for column in columns:
         if not pd.api.types.is_numeric_dtype(chosen[column]):

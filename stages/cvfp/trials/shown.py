@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from lego.cvfp.contest import made_of
 from lego.cvfp.sections import PARAMS, CvfpParams, changed
 from lego.cvfp.text import SPLITS
 from lego.page import Page
+from stages.cvfp.trials import trial_digest
 
 BASE = "unchanged"
 NOT_RUN = "Not run yet: `dvc repro stages/cvfp/trials/dvc.yaml`."
@@ -20,9 +21,9 @@ def current(params: CvfpParams, found: dict[str, dict[str, Any]], tokens: dict[s
         name: found[name]
         for name, changes in params.contest.trials.items()
         if name in found
-        and found[name]["made_of"] == made_of("sound", changed(params, changes, f"{PARAMS}: contest.trials"), text)
+        and found[name]["made_of"] == trial_digest(changed(params, changes, f"{PARAMS}: contest.trials.{name}"), text)
     }
-    return dict(sorted(fits.items(), key=lambda one: float(one[1]["val_loss"])))
+    return dict(sorted(fits.items(), key=lambda one: float(one[1].get("val_loss", math.inf))))
 
 
 def by_seed(one: dict[str, Any], key: str) -> list[float]:
@@ -33,10 +34,11 @@ def rows(params: CvfpParams, trials: dict[str, dict[str, Any]]) -> list[list[str
     """One row a trial; differences from `unchanged` seed by seed, as two seeds give no interval worth its name."""
     shown = []
     for name, one in trials.items():
-        cells = [f"{one['val_loss']:.3f}", "", f"{one['ppl']:.2f}", ""]
-        if name != BASE and BASE in trials:
+        diverged = bool(one["diverged"])
+        cells = ["diverged", "", "", ""] if diverged else [f"{one['val_loss']:.3f}", "", f"{one['ppl']:.2f}", ""]
+        if name != BASE and BASE in trials and not diverged:
             for place, key, digits in ((1, "val_loss", 3), (3, "ppl", 2)):
-                pairs = zip(by_seed(one, key), by_seed(trials[BASE], key), strict=False)
+                pairs = zip(by_seed(one, key), by_seed(trials[BASE], key), strict=True)
                 cells[place] = ", ".join(f"{mine - base:+.{digits}f}" for mine, base in pairs)
         changes = ", ".join(f"{key}: {value}" for key, value in params.contest.trials[name].items())
         shown.append([f"**{name}**" if name == BASE else name, changes, *cells])
