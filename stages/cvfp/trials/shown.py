@@ -56,8 +56,9 @@ def write(page: Page, params: CvfpParams, found: dict[str, dict[str, Any]], toke
     page.table(
         [*header, "less unchanged, by seed"],
         rows(params, trials),
-        f"`sound` with one change each, {params.contest.trial_seeds} seeds at its default rate; defaults were "
-        "chosen by validation loss. Trials before these stand in docs/results.md.",
+        f"`sound` with one change each, {params.contest.trial_seeds} seeds at its default rate, by validation loss. "
+        "What is lower than unchanged on both seeds is a candidate for the default. Trials before these stand in "
+        "docs/results.md.",
     )
     if left_out := [name for name in params.contest.trials if name not in trials]:
         page.text(f"{NOT_RUN.partition(':')[0]}, or outdated: {', '.join(left_out)}.")
