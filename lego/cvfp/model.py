@@ -63,7 +63,9 @@ class LayerForm:
             proposal, gate = functional.linear(u, *weights.proposal), functional.linear(z, *weights.gate)
             new = torch.lerp(old, torch.tanh(proposal), torch.sigmoid(gate))
         elif self.writes == "both":
-            new = z + u
+            d = self.context_dim  # two sums, not z + u: LayerNorm would copy its halves, a fifth of the time
+            context, token = context + u[..., :d], token + u[..., d:]
+            return self.normalized(context, weights.context_norm), self.normalized(token, weights.token_norm)
         else:
             new = (
                 context + u[..., : self.context_dim] if self.writes == "context" else token + u[..., self.context_dim :]
