@@ -108,11 +108,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--memory", type=int, help="measure the peak memory of parallel iterations over so many tokens")
     parser.add_argument("--iterations", type=int, default=3, help="of --memory")
+    parser.add_argument("--chunk-tokens", type=int, help="of --memory; default: that of phase1.chunk_tokens")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     params = profile(asked.dim, asked.layers)
     if asked.memory:
-        peak, chunk = peak_gib(params, asked.memory, asked.iterations), params.phase1.chunk_tokens
+        chunk = asked.chunk_tokens or params.phase1.chunk_tokens
+        params = changed(params, {"phase1.chunk_tokens": chunk}, "benchmark")
+        peak = peak_gib(params, asked.memory, asked.iterations)
         print(
             f"{asked.iterations} parallel iterations over {asked.memory:,} tokens in chunks of {chunk:,}: peak "
             f"resident memory {peak:.2f} GiB"

@@ -185,6 +185,8 @@ def test_the_fingerprint_of_a_baseline_is_found_by_its_name(ran, monkeypatch):
 def test_a_record_holds_what_the_report_reads(ran, tmp_path, monkeypatch):
     monkeypatch.setattr(graph, "text_digest", lambda data: "text")
     monkeypatch.setattr(run, "STORE", tmp_path)
+    said = "validation perplexity by learning rate: 0.004: 40.500, 0.008: inf; taken: 0.004, the end of what was tried"
+    (ran / "log.txt").write_text(f"epoch 1/1\n{said}\n")
     records = {}
     for model, stage in graph.PIPELINE_MODELS.items():
         task = task_of(stage, VALUES, {})
@@ -197,3 +199,4 @@ def test_a_record_holds_what_the_report_reads(ran, tmp_path, monkeypatch):
         records[model] = {"0": {"fingerprint": task.fingerprint, "revision": "x"} | found}
     Records.model_validate({"tiny": records})
     assert {"phase1", "phase1_curve", "shallow_documents", "criteria", "sweep"} <= records["ashem"]["0"].keys()
+    assert records["ashem"]["0"]["tried"] == {"0.004": 40.5, "0.008": None}
