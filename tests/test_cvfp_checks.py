@@ -46,6 +46,9 @@ class Network:
     def __call__(self, *, context: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         return self.formula(context, token), token
 
+    def frozen_step(self):
+        return self.formula
+
 
 MIX = torch.linalg.qr(torch.randn(D, D, generator=torch.Generator().manual_seed(0)))[0]
 CONSTANT = torch.randn(D, generator=torch.Generator().manual_seed(2))
@@ -110,6 +113,9 @@ class Embedding:
 
     def __call__(self, *, context: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
         return self.network(context=context, token=token)
+
+    def frozen_step(self):
+        return self.network.frozen_step()
 
 
 def test_identity_on_data_needs_a_spread_and_another_direction_than_the_token():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -125,7 +126,8 @@ CONTEST = changed(
     "name", ["sound", "sound_reservoir", "untrained_longer", "end_to_end", "gru", "mlp_2", "transformer"]
 )
 def test_a_contestant_learns_from_equal_tokens(name):
-    text, compete = toy_text(), (forms if name in OWN else rivals).compete
+    text = toy_text()
+    compete = partial(forms.compete, blind_heads=True) if name in OWN else rivals.compete
     found = compete(name, CONTEST, text, seed=1, lr=0.01)
     assert found["tokens"] == epochs_of(CONTEST) * 1500
     assert found["ppl"] < 0.7 * VOCAB
@@ -135,6 +137,18 @@ def test_a_contestant_learns_from_equal_tokens(name):
     assert 0 < found["parameters_without_embeddings"] < found["parameters"]
     again = compete(name, CONTEST, text, seed=1, lr=0.01)
     assert {**again, "seconds_besides": 0} == {**found, "seconds_besides": 0}
+
+
+def test_end_to_end_has_a_layernorm_of_its_own():
+    found = [
+        rivals.compete(
+            "end_to_end", changed(CONTEST, {"peers.end_to_end_layernorm_mix": mix}, "test"), toy_text(), 1, 0.01
+        )
+        for mix in (0.0, 0.5, 1.0)
+    ]
+    assert len({one["ppl"] for one in found}) == 3
+    normed = 2 * (2 * CONTEST.model.context_dim + CONTEST.model.embed_dim)  # of two blocks and of one token block
+    assert [one["parameters"] - found[0]["parameters"] for one in found] == [0, normed, normed]
 
 
 def test_seed_has_as_many_parameters_and_reads_as_many_tokens_in_passes_over_less_text(monkeypatch):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -384,3 +386,11 @@ def test_parallel_iterations_are_15_times_as_fast_as_sequential_ones_and_no_slow
         torch.set_num_threads(threads)
     assert found["parallel"] > 15 * found["sequential_batch"]
     assert found["parallel"] > found["plain"]
+
+
+@pytest.mark.slow
+def test_an_iteration_over_100000_tokens_of_width_768_stays_below_4_gib():
+    command = [sys.executable, "-m", "benchmarks.cvfp_speed", "--memory", "100000", "--iterations", "1"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "100,000 tokens" in told
+    assert float(told.split()[-2]) < 4.0  # "... peak resident memory 3.30 GiB"

@@ -34,7 +34,9 @@ def seed_of_equal_size(params: CvfpParams, vocab_size: int) -> CvfpParams:
     return min((of(8 * one) for one in (low, high)), key=lambda one: abs(size_on_paper(one, vocab_size) - budget))
 
 
-def compete(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> dict[str, Any]:
+def compete(
+    name: str, params: CvfpParams, text: Text, seed: int, lr: float, blind_heads: bool = False
+) -> dict[str, Any]:
     """Trains one form with one rate and judges it.
 
     Args:
@@ -45,11 +47,11 @@ def compete(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> 
         text: ids by split.
         seed: of initial weights and training.
         lr: peak rate: of phase 1 for the first two, of phase 2 for the others.
+        blind_heads: whether `sound` trains heads without contexts too.
 
     Returns:
         val_loss, ppl, bits_per_byte, parameters, tokens (processed in training), perplexities of the finished head
-        without contexts and with those of other tokens; for `sound`, those of heads trained so as well, whose time is
-        `seconds_besides`.
+        without contexts and with those of other tokens; with blind heads, theirs, and their time `seconds_besides`.
 
     Raises:
         ValueError: there is no such form.
@@ -78,7 +80,7 @@ def compete(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> 
         "ppl_zero_contexts": score(after, zeroed(fixed["test"]), phase2.mode).ppl,
         "ppl_shuffled_contexts": score(after, shuffled(fixed["test"], seed), phase2.mode).ppl,
     }
-    if name == "sound":
+    if name == "sound" and blind_heads:
         begun = time.perf_counter()
         for key, change in (("zero", zeroed), ("shuffled", lambda one: shuffled(one, seed))):
             other = {split: change(one) for split, one in fixed.items()}

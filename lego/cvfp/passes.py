@@ -69,13 +69,6 @@ def require_finite(contexts: Tensor, what: str) -> None:
         )
 
 
-def frozen(model: NewLLMResidual) -> Callable[[Tensor, Tensor], Tensor]:
-    """What makes the next context under weights that stay as they are, of a network or of what is called like one."""
-    if isinstance(model, NewLLMResidual):
-        return model.frozen_step()
-    return lambda context, token: model(context=context, token=token)[0]
-
-
 @torch.no_grad()
 def sequential_pass(
     model: NewLLMResidual, embeddings: Tensor, start: Tensor | None = None, telling: Telling = QUIET, what: str = "pass"
@@ -95,7 +88,7 @@ def sequential_pass(
     n, d = len(embeddings), model.context_dim
     contexts = embeddings.new_empty(n, d)
     context = embeddings.new_zeros(1, d) if start is None else start.reshape(1, d).clone()
-    step = frozen(model)
+    step = model.frozen_step()
     for index in telling.tokens(n, what):
         context = step(context, embeddings[index : index + 1])
         contexts[index] = context[0]
@@ -103,9 +96,22 @@ def sequential_pass(
     return contexts
 
 
-def shifted(previous: Tensor, start: Tensor) -> Tensor:
-    """Contexts (N, d) before each token: `start` (d,), then those after the token before."""
-    return torch.cat([start.reshape(1, -1), previous[:-1]])
+def shifted(previous: Tensor, start: Tensor, part: slice | None = None) -> Tensor:
+    """Contexts before each token of a part i .. j - 1 (j - i, d): `start` (d,), then those after the token before.
+
+    Args:
+        previous: contexts after each token (N, d).
+        start: before the first.
+        part: None = all.
+    """
+    begin, end = (0, len(previous)) if part is None else (part.start, part.stop)
+    first = previous[begin - 1 : begin] if begin else start.reshape(1, -1)
+    return torch.cat([first, previous[begin : end - 1]])
+
+
+def chunks(total: int, size: int) -> list[slice]:
+    """0 .. total - 1 in parts of at most `size`."""
+    return [slice(begin, min(begin + size, total)) for begin in range(0, total, size)]
 
 
 @torch.no_grad()
@@ -119,9 +125,10 @@ def parallel_pass(model: NewLLMResidual, embeddings: Tensor, previous: Tensor, s
         start: context (d,) before the first token.
         chunk: tokens computed at a time, which bounds the memory.
     """
-    before = shifted(previous, start)
-    parts = zip(before.split(chunk), embeddings.split(chunk), strict=True)
-    return torch.cat([model.next_context(context=context, token=token) for context, token in parts])
+    contexts = torch.empty_like(previous)
+    for part in chunks(len(previous), chunk):
+        contexts[part] = model.next_context(context=shifted(previous, start, part), token=embeddings[part])
+    return contexts
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,7 @@ def settle(
     starts = embeddings.new_zeros(segments, d)
     contexts = embeddings.new_empty(length, segments, d)
     moving = torch.arange(segments)  # whose start changed since they were run
-    sweeps, residual, step, forgets = 0, 0.0, frozen(model), True
+    sweeps, residual, step, forgets = 0, 0.0, model.frozen_step(), True
     while len(moving) and sweeps < (max_sweeps or segments) and forgets:
         context = starts[moving]
         for index in track(range(length), length, f"contexts, sweep {sweeps + 1}", "step"):

@@ -18,7 +18,7 @@ from torch.optim import Adam
 
 from lego.cvfp.losses import BATCH, ZeroGradientError, cvfp_loss
 from lego.cvfp.model import NewLLMResidual
-from lego.cvfp.passes import QUIET, Telling, parallel_pass, require_finite, sequential_pass, shifted
+from lego.cvfp.passes import QUIET, Telling, chunks, parallel_pass, require_finite, sequential_pass, shifted
 from lego.cvfp.sections import Phase1Params
 from lego.params import ParamsError
 from lego.progress import track
@@ -111,7 +111,8 @@ class ContextTrainer:
         """
         settings, start = self.settings, time.monotonic()
         previous = sequential_pass(self.model, self.embeddings, None, self.telling, "iteration 1")
-        first, rates = previous, list[float]()
+        first = previous if settings.cvfp_target == "iteration0_fixed" else None
+        rates = list[float]()
         yield Iteration(0, Contexts(previous, 0), None, None, 0, 0, 0, time.monotonic() - start)
         for number in range(1, settings.max_iterations):
             latest = self.iterate(number, previous, first)
@@ -122,13 +123,13 @@ class ContextTrainer:
                 break
         self._require_all_trained()
 
-    def iterate(self, number: int, previous: Tensor, first: Tensor) -> Iteration:
+    def iterate(self, number: int, previous: Tensor, first: Tensor | None = None) -> Iteration:
         """One pass and its optimizer steps.
 
         Args:
             number: of the pass, from 1, for the schedule of the rate.
             previous: contexts (N, d) of the pass before.
-            first: of iteration 0, the target of `iteration0_fixed`.
+            first: of iteration 0, which is the target then (`iteration0_fixed`); None = the pass before is.
 
         Raises:
             NonFiniteContextError: a context is not finite.
@@ -138,8 +139,7 @@ class ContextTrainer:
         self.telling.begins(f"iteration {number + 1}/{self.settings.max_iterations}", len(self.embeddings))
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * self._factor(number)
-        target = first if self.settings.cvfp_target == "iteration0_fixed" else previous
-        contexts, cvfp, diversity = self._pass(number, previous, target)
+        contexts, cvfp, diversity = self._pass(number, previous, previous if first is None else first)
         require_finite(contexts, f"iteration {number + 1}")
         distance = (contexts - previous).square().mean(dim=1)  # (N,)
         converged = int((distance < self.settings.convergence_threshold).sum())
@@ -181,25 +181,34 @@ class ContextTrainer:
             case _:
                 return self._online(number, previous, target)
 
-    def _views(self, start: Tensor) -> list[Tensor]:
-        """Start contexts, and for the target two_view a little apart others before them."""
-        if self.settings.cvfp_target != "two_view":
-            return [start]
-        return [start + self.settings.two_view_noise * torch.randn_like(start), start]
+    def _noise(self, starts: Tensor) -> Tensor | None:
+        """How far the other starts of the target two_view are from these (n, d); None for the other targets."""
+        two = self.settings.cvfp_target == "two_view"
+        return self.settings.two_view_noise * torch.randn_like(starts) if two else None
+
+    @staticmethod
+    def _views(starts: Tensor, noise: Tensor | None, part: slice = slice(None)) -> list[Tensor]:
+        """Start contexts (n, d) of a part of the text, and before them those with noise, if there is any."""
+        return [starts] if noise is None else [starts + noise[part], starts]
+
+    def _first_views(self, previous: Tensor) -> list[Tensor]:
+        """Those of the first token (1, d)."""
+        start = self._start(previous)[None]
+        return self._views(start, self._noise(start))
 
     def _step(self, views: list[Tensor], token: Tensor) -> list[Tensor]:
         """The next context of each view; the last call is that of the starts themselves, of which statistics are."""
         return [self.model.next_context(context=view, token=token) for view in views]
 
     def _parallel(self, previous: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
-        starts = self._views(shifted(previous, self._start(previous)))
+        start, noise = self._start(previous), self._noise(previous)
 
         def forward(part: slice) -> Tensor:
-            views = self._step([start[part] for start in starts], self.embeddings[part])
-            return torch.stack(views) if len(views) > 1 else views[0][None]
+            views = self._step(self._views(shifted(previous, start, part), noise, part), self.embeddings[part])
+            return torch.stack(views) if len(views) > 1 else views[0][None]  # (views, n, d)
 
-        def losses(views: Tensor) -> tuple[Tensor, Tensor]:  # (views, N, d); the last one is from the starts themselves
-            return self._losses(views[-1], views[0] if len(starts) > 1 else target)
+        def losses(views: Tensor) -> tuple[Tensor, Tensor]:  # the last view is from the starts themselves
+            return self._losses(views[-1], views[0] if len(views) > 1 else target)
 
         n, chunk = len(self.embeddings), self.settings.chunk_tokens
         if n <= chunk:
@@ -207,9 +216,11 @@ class ContextTrainer:
             cvfp, diversity = losses(views)
             self._update(cvfp, diversity, views)
         else:  # first all contexts, then the loss and its gradient in them, then chunk by chunk that of the weights
-            parts = [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
+            parts = chunks(n, chunk)
+            views = previous.new_empty(1 if noise is None else 2, n, previous.shape[1])
             with torch.no_grad():
-                views = torch.cat([forward(part) for part in track(parts, len(parts), "contexts", "chunk")], dim=1)
+                for part in track(parts, len(parts), "contexts", "chunk"):
+                    views[:, part] = forward(part)
             views.requires_grad_()
             cvfp, diversity = losses(views)
             self._update(cvfp, diversity, views, lambda gradient: self._backward(forward, parts, gradient))
@@ -221,7 +232,7 @@ class ContextTrainer:
             forward(part).backward(gradient[:, part])
 
     def _sequential_batch(self, number: int, previous: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
-        views, rows, others, terms = self._views(self._start(previous)[None]), list[Tensor](), list[Tensor](), []
+        views, rows, others, terms = self._first_views(previous), list[Tensor](), list[Tensor](), []
         for index in self.telling.tokens(len(self.embeddings), f"iteration {number + 1}"):
             if index % self.settings.bptt_len == 0:
                 views = [view.detach() for view in views]
@@ -236,7 +247,7 @@ class ContextTrainer:
         return contexts.detach(), cvfp.item(), diversity.item()
 
     def _online(self, number: int, previous: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
-        views = self._views(self._start(previous)[None])
+        views = self._first_views(previous)
         rows, waiting, totals = list[Tensor](), list[tuple[Tensor, Tensor]](), [0.0, 0.0]
         n = len(self.embeddings)
         for index in self.telling.tokens(n, f"iteration {number + 1}"):

@@ -18,8 +18,6 @@ from lego.cvfp.text import Text
 from lego.progress import track
 from lego.steps import build_scheduler
 
-NORMED = 1.0  # layernorm_mix of end_to_end, which learns next to nothing without (docs/results.md)
-
 
 def compete(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> dict[str, Any]:
     """Trains one model with one rate and judges it.
@@ -37,7 +35,7 @@ def compete(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> 
     torch.manual_seed(seed)
     settings, epochs = params.peers, epochs_of(params)
     if name == "end_to_end":
-        normed = params.model.model_copy(update={"layernorm_mix": NORMED})
+        normed = params.model.model_copy(update={"layernorm_mix": settings.end_to_end_layernorm_mix})
         network = build(normed, params.phase1, text.vocab_size, seed)
         model: nn.Module = EndToEnd(network)
         facts = parameter_facts(network)

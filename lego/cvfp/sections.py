@@ -209,6 +209,7 @@ class PeersParams(Section):
     warmup_steps: CountOrZero
     weight_decay: NonNegative
     grad_clip: Positive
+    end_to_end_layernorm_mix: Unit
 
 
 class ChecksParams(Section):

@@ -147,7 +147,12 @@ def load_reader(folder: str | Path) -> Reader | None:
         ArtifactError: the file is damaged.
     """
     file = Path(folder) / READER
-    return Reader(**read_tensors(file)) if file.exists() else None
+    if not file.exists():
+        return None
+    tensors = read_tensors(file)
+    if set(tensors) != {"weight", "bias"}:
+        raise ArtifactError(f"{file}: is not as it was written; run dvc checkout or dvc repro")
+    return Reader(**tensors)
 
 
 def load_network(folder: str | Path) -> tuple[NewLLMResidual, CvfpParams, dict[str, Any]]:

@@ -3,10 +3,12 @@
 dvc repro stages/cvfp/baselines/dvc.yaml          (python -m stages.cvfp.baselines.own sound)
 """
 
+from functools import partial
+
 from lego.cvfp.forms import compete
 from lego.cvfp.sections import WRITTEN
 from lego.harness import exit_cleanly
 from stages.cvfp.baselines.contest import run
 
 if __name__ == "__main__":
-    exit_cleanly(lambda: run("own", compete), WRITTEN)
+    exit_cleanly(lambda: run("own", partial(compete, blind_heads=True)), WRITTEN)
