@@ -139,14 +139,20 @@ def test_a_contestant_learns_from_equal_tokens(name):
     assert {**again, "seconds_besides": 0} == {**found, "seconds_besides": 0}
 
 
-def test_end_to_end_has_a_layernorm_of_its_own():
+def test_end_to_end_has_a_layernorm_and_windows_of_its_own():
     found = [
         rivals.compete(
-            "end_to_end", changed(CONTEST, {"peers.end_to_end_layernorm_mix": mix}, "test"), toy_text(), 1, 0.01
+            "end_to_end",
+            changed(CONTEST, {"peers.end_to_end.layernorm_mix": mix, "peers.end_to_end.window": 16}, "test"),
+            toy_text(),
+            1,
+            0.01,
         )
         for mix in (0.0, 0.5, 1.0)
     ]
     assert len({one["ppl"] for one in found}) == 3
+    short = changed(CONTEST, {"peers.end_to_end.window": 8}, "test")
+    assert rivals.compete("end_to_end", short, toy_text(), 1, 0.01)["updates"] > 1.8 * found[0]["updates"]
     normed = 2 * (2 * CONTEST.model.context_dim + CONTEST.model.embed_dim)  # of two blocks and of one token block
     assert [one["parameters"] - found[0]["parameters"] for one in found] == [0, normed, normed]
 

@@ -375,6 +375,71 @@ def test_a5_two_runs_are_equal_and_progress_changes_nothing(capsys):
     assert VOCAB == 50
 
 
+def test_one_iteration_takes_the_target_that_the_parameters_name():
+    """A1: an iteration is callable on its own; which target it takes is no matter of which contexts are given."""
+
+    def after(target: str, *given: int) -> torch.Tensor:
+        params = seed_params(phase1__cvfp_target=target, phase1__min_updates=9, phase1__max_iterations=4)
+        model = network(params)
+        trainer = ContextTrainer(model, model.embed(text(60)).detach(), params.phase1)
+        made = [sequential_pass(model, trainer.embeddings)]
+        for number in range(1, 4):
+            made.append(trainer.iterate(number, made[-1], *(made[one] for one in given)).contexts.values)
+        return made[-1]
+
+    moving, fixed = after("previous_iteration"), after("iteration0_fixed", 0)
+    assert torch.equal(moving, after("previous_iteration", 0))
+    assert not torch.allclose(moving, fixed, atol=1e-3)
+    for target, wanted in (("previous_iteration", moving), ("iteration0_fixed", fixed)):
+        params = seed_params(phase1__cvfp_target=target, phase1__min_updates=9, phase1__max_iterations=4)
+        assert torch.equal(trained(params)[1][-1].contexts.values, wanted)
+    with pytest.raises(ValueError, match="iteration0_fixed is the contexts of iteration 0"):
+        after("iteration0_fixed")
+
+
+@pytest.mark.parametrize("diversity", ["centroid_batch", "ema_live"])
+@pytest.mark.parametrize("target", ["previous_iteration", "two_view"])
+def test_gradients_window_by_window_are_those_of_all_at_once(diversity, target, monkeypatch):
+    params = seed_params(
+        phase1__mode="sequential_batch", phase1__diversity=diversity, phase1__cvfp_target=target, phase1__bptt_len=4
+    )
+
+    def gradients() -> list[torch.Tensor]:
+        model = network(params)
+        trainer = ContextTrainer(model, model.embed(text(30)).detach(), params.phase1)
+        previous = sequential_pass(model, trainer.embeddings) + 0.1
+        torch.manual_seed(3)
+        trainer.iterate(1, previous)
+        return [one.grad for one in trainer.parameters if one.grad is not None]
+
+    windows = gradients()
+    monkeypatch.setattr(phase1, "chunks", lambda total, size: [slice(0, total)])
+    assert any(bool(one.any()) for one in windows)
+    for one, other in zip(windows, gradients(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-4)
+
+
+def test_9_4_contexts_that_carry_their_start_over_are_of_one_more_pass():
+    params = seed_params(phase1__min_updates=2, phase1__max_iterations=4)
+    of_text = Text({"train": text(100)}, VOCAB, torch.ones(VOCAB), "heldout_in_vocab")
+    done = first_phase(params, of_text, 0)
+    last = done.last.contexts.values
+    wanted = passes.parallel_pass(done.model, done.model.embed(text(100)).detach(), last, last[-1], 100)
+    torch.testing.assert_close(done.carried, wanted)
+
+
+def test_a_skipped_step_leaves_no_older_weights_to_go_back_to(monkeypatch):
+    params = seed_params(phase1__recompute_contexts=False, phase1__min_updates=9)
+    model = network(params)
+    trainer = ContextTrainer(model, model.embed(text(60)).detach(), params.phase1)
+    previous = sequential_pass(model, trainer.embeddings)
+    previous = trainer.iterate(1, previous).contexts.values
+    assert trainer.weights_before
+    monkeypatch.setattr("lego.cvfp.phase1.nn.utils.clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    trainer.iterate(2, previous)
+    assert (trainer.skipped, trainer.weights_before) == (1, {})  # the contexts are of the weights as they are
+
+
 @pytest.mark.slow
 def test_parallel_iterations_are_15_times_as_fast_as_sequential_ones_and_no_slower_than_plain_pytorch(monkeypatch):
     monkeypatch.chdir(ROOT)  # where the profiles lie

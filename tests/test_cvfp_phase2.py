@@ -287,6 +287,19 @@ def test_b27_a_token_is_named_by_its_place_in_the_text():
         _refuse(contexts, torch.zeros(3, 2), length=100, begin=16, what="phase 1")
 
 
+@pytest.mark.parametrize("mode", ["v1_mse", "propagate"])
+def test_b27_phase_2_names_the_token_whose_context_it_cannot_hand_on(mode):
+    params = seed_params(model__layernorm_mix=0.0, phase2__mode=mode, phase2__chunk_tokens=40)
+    model = network(params)
+    with torch.no_grad():
+        model.token_embedding.weight[VOCAB - 1] = torch.inf
+    ids = text(80, VOCAB - 1)
+    ids[57] = VOCAB - 1
+    fixed = FixedText(ids, torch.zeros(80, 24))
+    with pytest.raises(NonFiniteContextError, match="phase 2: the context of token 57 is not finite"):
+        train_head(model, fixed, fixed, params.phase2, 0)
+
+
 def test_b20_phase_1_leaves_the_head_and_phase_2_may_start_it_from_the_reader(tmp_path):
     model = network(SOUND)
     result = train_contexts(model, learnable(300), SOUND.predict, SOUND.phase1, True, 0)
@@ -299,6 +312,9 @@ def test_b20_phase_1_leaves_the_head_and_phase_2_may_start_it_from_the_reader(tm
     torch.testing.assert_close(after.token_output.weight[:, :24], result.reader.weight)
     torch.testing.assert_close(after.token_output.bias, result.reader.bias)
     assert after.token_output.weight[:, 24:].abs().max() < 1e-8
+    write_tensors(tmp_path / "reader.safetensors", {"weights": torch.zeros(2)})
+    with pytest.raises(ArtifactError, match=r"reader\.safetensors: is not as it was written; run dvc checkout"):
+        load_reader(tmp_path)
     (tmp_path / "reader.safetensors").unlink()
     assert load_reader(tmp_path) is None
 

@@ -453,6 +453,15 @@ def test_the_command_line_answers_a_table(tmp_path, monkeypatch, capsys):
     code, said = run("--label", "c0")
     assert code == 1
     assert "which is no class of the system" in said
+    frame["c3"] = frame["c3"].astype(float)
+    frame.loc[7, "c3"] = 1e39
+    frame.to_parquet(tmp_path / "rows.parquet")
+    assert run() == (
+        1,
+        f"error: {tmp_path}/rows.parquet: row 7 is too large for single precision; correct it or leave it out\n",
+    )
+    frame[:0].to_parquet(tmp_path / "rows.parquet")
+    assert run() == (1, f"error: {tmp_path}/rows.parquet: has no rows\n")
 
 
 def test_the_decoder_brings_contexts_into_the_range_it_learned_from():

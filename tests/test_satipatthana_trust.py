@@ -126,8 +126,10 @@ def test_r6_1_rows_follow_the_shares_and_every_path_has_one(weights, rows):
     counts = allocate(shares, rows)
     assert sum(counts.values()) == rows
     assert min(counts.values()) >= 1
+    assert all(counts[path] == 1 for path, share in shares.items() if share * rows < 1 - 1e-9)
+    assert all(counts[path] < share * rows + 1 + 1e-9 for path, share in shares.items() if share * rows >= 1)
     if all(share * rows >= 1 for share in shares.values()):
-        assert all(abs(counts[path] - share * rows) < 1 + 1e-9 for path, share in shares.items())
+        assert all(counts[path] > share * rows - 1 - 1e-9 for path, share in shares.items())
     with pytest.raises(ValueError, match="is too small for"):
         allocate(shares, len(shares) - 1)
 
@@ -330,6 +332,10 @@ def test_thresholds_give_what_was_wanted():
     cut = threshold(trust, right, "risk", 0.2)
     assert 0.15 < (~right[trust >= cut]).mean() <= 0.2
     assert threshold(trust, np.zeros(2000, bool), "risk", 0.2) > 1
+    tied = np.repeat([0.9, 0.5, 0.1], 20)  # rows of equal trust are accepted together
+    half = np.concatenate([np.ones(20, bool), np.arange(20) < 10, np.zeros(20, bool)])
+    assert threshold(tied, half, "risk", 0.2) == 0.9
+    assert threshold(tied[20:40], half[20:40], "risk", 0.2) > 1
     for n in (10, 19, 20, 152):  # at least 90 % of new rows, whatever the number of validation rows
         cuts = [threshold(random.uniform(size=n), np.ones(n, bool), "conformal", 0.9) for _ in range(4000)]
         kept = 1 - np.mean(cuts)  # of uniform rows

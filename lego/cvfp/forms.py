@@ -50,8 +50,9 @@ def compete(
         blind_heads: whether `sound` trains heads without contexts too.
 
     Returns:
-        val_loss, ppl, bits_per_byte, parameters, tokens (processed in training), perplexities of the finished head
-        without contexts and with those of other tokens; with blind heads, theirs, and their time `seconds_besides`.
+        val_loss, ppl, bits_per_byte, parameters, tokens (processed in training), updates (of weights), perplexities
+        of the finished head without contexts and with those of other tokens; with blind heads, theirs, and their time
+        `seconds_besides`.
 
     Raises:
         ValueError: there is no such form.
@@ -67,7 +68,7 @@ def compete(
         contexts = contexts.model_copy(update={"max_train_sweeps": params.contest.seed_sweeps})
     if name == "untrained_longer":
         phase2 = phase2.model_copy(update={"epochs": epochs_of(params), "patience": epochs_of(params)})
-    model, reader, spent = _contexts(name, params, text, seed)
+    model, reader, spent, updates = _contexts(name, params, text, seed)
     found = settled(model, text, contexts, params.progress)
     fixed = {split: FixedText(text.ids[split], found[split].contexts) for split in SPLITS}
     after, result = train_head(model, fixed["train"], fixed["validation"], phase2, seed, reader)
@@ -77,6 +78,7 @@ def compete(
         "ppl": test.ppl,
         "bits_per_byte": text.bits_per_byte(test.loss, "test"),
         "tokens": spent + len(result.train) * whole,
+        "updates": updates + result.updates,
         "ppl_zero_contexts": score(after, zeroed(fixed["test"]), phase2.mode).ppl,
         "ppl_shuffled_contexts": score(after, shuffled(fixed["test"], seed), phase2.mode).ppl,
     }
@@ -92,23 +94,23 @@ def compete(
     return outcome | parameter_facts(after)
 
 
-def _contexts(name: str, params: CvfpParams, text: Text, seed: int) -> tuple[NewLLMResidual, Reader | None, int]:
-    """The network after phase 1, the reader to start from, and the tokens that phase 1 processed."""
+def _contexts(name: str, params: CvfpParams, text: Text, seed: int) -> tuple[NewLLMResidual, Reader | None, int, int]:
+    """The network after phase 1, the reader to start from, and the tokens and weight updates of phase 1."""
     train = text.ids["train"]
     if name.startswith("seed"):
         scaled = seed_of_equal_size(params, text.vocab_size)
         if name == "seed_untrained":
-            return build(scaled.model, scaled.phase1, text.vocab_size, seed).eval(), None, 0
+            return build(scaled.model, scaled.phase1, text.vocab_size, seed).eval(), None, 0, 0
         # as many tokens as `sound` reads in phase 1, unless its stop rule ends it, in passes over less text
         part = train[: params.predict.epochs * len(train) // scaled.phase1.max_iterations]
         done = first_phase(scaled, Text(text.ids | {"train": part}, text.vocab_size, text.token_bytes, ""), seed)
-        return done.model, None, done.passes * len(part)
+        return done.model, None, done.passes * len(part), done.updates
     if name == "sound":
         done = first_phase(params, text, seed)
-        return done.model, done.reader, done.passes * len(train)
+        return done.model, done.reader, done.passes * len(train), done.updates
     model = build(params.model, params.phase1, text.vocab_size, seed)
     if name.startswith("untrained"):
-        return model.eval(), None, 0
+        return model.eval(), None, 0, 0
     torch.nn.ModuleList(model.blocks).requires_grad_(False)
     result = train_contexts(model, train, params.predict, params.phase1, params.model.train_embedding, seed)
-    return model.eval(), result.reader, params.predict.epochs * len(train)
+    return model.eval(), result.reader, params.predict.epochs * len(train), result.updates

@@ -55,15 +55,15 @@ class Telling:
 QUIET = Telling()
 
 
-def require_finite(contexts: Tensor, what: str) -> None:
-    """Checks contexts (n, d).
+def require_finite(contexts: Tensor, what: str, first: int = 0) -> None:
+    """Checks contexts (n, d) of the tokens from `first` on.
 
     Raises:
         NonFiniteContextError: one is not finite.
     """
     bad = ~torch.isfinite(contexts).all(dim=-1)
     if bad.any():
-        index = int(bad.nonzero()[0])
+        index = first + int(bad.nonzero()[0])
         raise NonFiniteContextError(
             f"{what}: the context of token {index} is not finite; set model.layernorm_mix above 0, or lower the rate"
         )
@@ -142,7 +142,12 @@ class Settled:
 
 @torch.no_grad()
 def settle(
-    model: NewLLMResidual, embeddings: Tensor, segments: int, tolerance: float, max_sweeps: int | None = None
+    model: NewLLMResidual,
+    embeddings: Tensor,
+    segments: int,
+    tolerance: float,
+    max_sweeps: int | None = None,
+    what: str = "contexts",
 ) -> Settled:
     """Contexts from start 0, with segments of the text run side by side until each starts where the last one ends.
 
@@ -156,6 +161,7 @@ def settle(
         segments: computed side by side.
         tolerance: largest change of a start, in any dimension, that counts as settled.
         max_sweeps: ends sooner, with starts that still move; None = settled.
+        what: name of the text in errors.
 
     Raises:
         NonFiniteContextError: a context is not finite.
@@ -186,7 +192,7 @@ def settle(
         _one_by_one(step, steps, contexts, int(moving[0]), starts[moving[:1]])
         sweeps, residual = sweeps + 1, 0.0
     contexts = contexts.transpose(0, 1).reshape(segments * length, d)[:n]
-    require_finite(contexts, "contexts")
+    require_finite(contexts, what)
     return Settled(contexts, sweeps, residual)
 
 

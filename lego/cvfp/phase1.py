@@ -129,9 +129,10 @@ class ContextTrainer:
         Args:
             number: of the pass, from 1, for the schedule of the rate.
             previous: contexts (N, d) of the pass before.
-            first: of iteration 0, which is the target then (`iteration0_fixed`); None = the pass before is.
+            first: of iteration 0, the target of `iteration0_fixed`; the others do not read it.
 
         Raises:
+            ValueError: that target, and no `first`.
             NonFiniteContextError: a context is not finite.
             ZeroGradientError: a loss that counts has no gradient.
         """
@@ -139,7 +140,10 @@ class ContextTrainer:
         self.telling.begins(f"iteration {number + 1}/{self.settings.max_iterations}", len(self.embeddings))
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.lr * self._factor(number)
-        contexts, cvfp, diversity = self._pass(number, previous, previous if first is None else first)
+        target = first if self.settings.cvfp_target == "iteration0_fixed" else previous
+        if target is None:
+            raise ValueError("the target iteration0_fixed is the contexts of iteration 0; give them as `first`")
+        contexts, cvfp, diversity = self._pass(number, previous, target)
         require_finite(contexts, f"iteration {number + 1}")
         distance = (contexts - previous).square().mean(dim=1)  # (N,)
         converged = int((distance < self.settings.convergence_threshold).sum())
@@ -232,19 +236,27 @@ class ContextTrainer:
             forward(part).backward(gradient[:, part])
 
     def _sequential_batch(self, number: int, previous: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
-        views, rows, others, terms = self._first_views(previous), list[Tensor](), list[Tensor](), []
-        for index in self.telling.tokens(len(self.embeddings), f"iteration {number + 1}"):
-            if index % self.settings.bptt_len == 0:
+        views, made, terms = self._first_views(previous), list[Tensor](), list[Tensor]()
+        n, length = len(self.embeddings), self.settings.bptt_len
+        for index in self.telling.tokens(n, f"iteration {number + 1}"):
+            if index % length == 0:
                 views = [view.detach() for view in views]
             views = self._step(views, self.embeddings[index : index + 1])
-            rows.append(views[-1])
-            others.append(views[0])
+            made.append(torch.stack(views))  # (views, 1, d)
             if self._from_statistics:
                 terms.append(self.model.get_distribution_loss(views[-1]))
-        contexts = torch.cat(rows)  # (N, d)
-        cvfp, diversity = self._losses(contexts, torch.cat(others) if len(views) > 1 else target, terms)
-        self._update(cvfp, diversity, contexts)
-        return contexts.detach(), cvfp.item(), diversity.item()
+        contexts = torch.cat(made, dim=1).detach().requires_grad_()  # (views, N, d)
+        cvfp, diversity = self._losses(contexts[-1], contexts[0] if len(views) > 1 else target, terms)
+
+        def backward(gradient: Tensor) -> None:  # window by window, as one call for all tokens is long and silent
+            each = gradient.new_tensor(self.settings.dist_reg_weight / n)  # of the loss in a token's own term
+            windows = chunks(n, length)
+            for part in track(windows, len(windows), "gradient", "window"):
+                own = terms[part]
+                torch.autograd.backward([*made[part], *own], [*gradient[:, part].split(1, 1), *[each] * len(own)])
+
+        self._update(cvfp, diversity, contexts, backward)
+        return contexts[-1].detach(), cvfp.item(), diversity.item()
 
     def _online(self, number: int, previous: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
         views = self._first_views(previous)
@@ -287,7 +299,7 @@ class ContextTrainer:
             backward: takes the loss's gradient in the contexts on to the weights, if they have no graph themselves.
         """
         w = self.settings.dist_reg_weight
-        loss, self.made_with = (1 - w) * cvfp + w * diversity, self.updates
+        loss, self.made_with, self.weights_before = (1 - w) * cvfp + w * diversity, self.updates, {}
         self.optimizer.zero_grad(set_to_none=True)
         if torch.isfinite(loss):
             self._require_gradients({"cvfp_target": cvfp, "diversity": diversity}, contexts)
@@ -316,9 +328,9 @@ class ContextTrainer:
         """
         if self.updates > LATEST:
             return
-        wanted = self.parameters if self._from_statistics else [contexts]
         for name in self._waiting():
             term = terms[name]
+            wanted = self.parameters if name == "diversity" and self._from_statistics else [contexts]
             found = (
                 torch.autograd.grad(term, wanted, retain_graph=True, allow_unused=True) if term.requires_grad else ()
             )

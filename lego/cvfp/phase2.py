@@ -19,7 +19,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lego.cvfp.model import NewLLMResidual, Reader
-from lego.cvfp.passes import shifted
+from lego.cvfp.passes import require_finite, shifted
 from lego.cvfp.sections import Phase2Params
 from lego.progress import track
 from lego.steps import build_scheduler
@@ -125,6 +125,7 @@ def propagated(
             made.append(context)
             written.append(after)
         contexts = torch.cat(made)
+        require_finite(contexts, what, int(places[0]))
         seen = torch.zeros_like(contexts) if mode == "propagate" else contexts
         yield places, model.logits(context=seen, token=torch.cat(written)), contexts
 

@@ -30,14 +30,15 @@ def compete(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> 
         lr: peak rate.
 
     Returns:
-        val_loss, ppl, bits_per_byte, parameters, tokens (processed in training).
+        val_loss, ppl, bits_per_byte, parameters, tokens (processed in training), updates (of weights).
     """
     torch.manual_seed(seed)
     settings, epochs = params.peers, epochs_of(params)
     if name == "end_to_end":
-        normed = params.model.model_copy(update={"layernorm_mix": settings.end_to_end_layernorm_mix})
+        normed = params.model.model_copy(update={"layernorm_mix": settings.end_to_end.layernorm_mix})
         network = build(normed, params.phase1, text.vocab_size, seed)
         model: nn.Module = EndToEnd(network)
+        settings = settings.model_copy(update={"window": settings.end_to_end.window})
         facts = parameter_facts(network)
     else:
         sizes = text.vocab_size, params.model.embed_dim
@@ -45,13 +46,14 @@ def compete(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> 
         model = make(name, *sizes, width, settings.window)
         embeddings = sum(count(one) for one in model.modules() if isinstance(one, nn.Embedding))
         facts = {"parameters": count(model), "parameters_without_embeddings": count(model) - embeddings}
-    train_peer(model, text.ids["train"], settings, epochs, lr, seed)
+    updates = train_peer(model, text.ids["train"], settings, epochs, lr, seed)
     losses = {split: peer_loss(model, text.ids[split], settings.window) for split in ("validation", "test")}
     return facts | {
         "val_loss": losses["validation"],
         "ppl": ppl(losses["test"]),
         "bits_per_byte": text.bits_per_byte(losses["test"], "test"),
         "tokens": epochs * len(text.ids["train"]),
+        "updates": updates,
     }
 
 
@@ -80,8 +82,8 @@ def train_peer(
     epochs: int,
     lr: float,
     seed: int,
-) -> None:
-    """Trains a peer on a text, in place, with a cosine schedule.
+) -> int:
+    """Trains a peer on a text, in place, with a cosine schedule; returns its weight updates.
 
     Args:
         model: reads windows.
@@ -96,6 +98,7 @@ def train_peer(
     total = len(text) - 1
     steps = epochs * (-(-total // settings.window) + 1)
     scheduler = build_scheduler(optimizer, "cosine", settings.warmup_steps, steps, 0.0)
+    updates = 0
     for epoch in range(epochs):
         first = int(torch.randint(1, settings.window + 1, (1,), generator=generator))
         state: State = None
@@ -111,6 +114,8 @@ def train_peer(
             nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
             optimizer.step()
             scheduler.step()
+            updates += 1
+    return updates
 
 
 @torch.no_grad()

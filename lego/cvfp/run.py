@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lego.artifacts import ArtifactError, read_json, read_tensors
 from lego.cvfp.model import NewLLMResidual, Reader
@@ -31,7 +32,8 @@ class FirstPhase:
     """What phase 1 leaves: the network, as it is and as it was, weight updates, and one row a pass or epoch.
 
     weights_version counts the updates behind the network: without recompute_contexts it is that of before the last one.
-    The head is as it was made (B20); reader is where phase 2's may start, if predict.keep_reader says so.
+    The head is as it was made (B20); reader is where phase 2's may start, if predict.keep_reader says so. carried are
+    the contexts (N, d) of a last parallel pass, which starts where the one before it ended (ruling 9.4).
     """
 
     model: NewLLMResidual
@@ -41,6 +43,7 @@ class FirstPhase:
     rows: list[dict[str, Any]]
     last: Iteration | None
     reader: Reader | None = None
+    carried: Tensor | None = None
 
     def facts(self) -> dict[str, Any]:
         """For metrics: the last row, and what the mandatory report needs."""
@@ -108,10 +111,11 @@ def first_phase(params: CvfpParams, text: Text, seed: int) -> FirstPhase:
                 {"pass": last.number, "cvfp_mse": last.cvfp, "diversity": last.diversity, "converged": last.converged}
             )
     version = trainer.updates
+    carried = None if last is None else trainer.final(last).values
     if trainer.weights_before:  # the returned contexts are of before the last step, and so is the network
         model.load_state_dict(trainer.weights_before)
         version = trainer.made_with
-    return FirstPhase(model.eval(), untrained, trainer.updates, version, rows, last)
+    return FirstPhase(model.eval(), untrained, trainer.updates, version, rows, last, None, carried)
 
 
 def _require_finite_loss(trainer: ContextTrainer, last: Iteration) -> None:
@@ -149,7 +153,7 @@ def settled(
         embeddings = model.embed(text.ids[split]).detach()
         announce(f"{split}: contexts", len(embeddings), progress)
         most = settings.max_train_sweeps if split == "train" else 0  # what is judged is always settled
-        found[split] = settle(model, embeddings, settings.segments, settings.tolerance, most or None)
+        found[split] = settle(model, embeddings, settings.segments, settings.tolerance, most or None, split)
         one = found[split]
         print(f"{split}: {len(embeddings):,} tokens, {one.sweeps} sweeps, residual {one.residual:.2e}", flush=True)
     return found

@@ -201,6 +201,13 @@ class ContestParams(Section):
         return dict(self.own.items()) | dict(self.peers.items())
 
 
+class EndToEndParams(Section):
+    """What the peer that is the network of `sound` in one phase has of its own."""
+
+    window: Annotated[int, at_least(8, 4096)]
+    layernorm_mix: Unit
+
+
 class PeersParams(Section):
     """How the other models train."""
 
@@ -209,7 +216,7 @@ class PeersParams(Section):
     warmup_steps: CountOrZero
     weight_decay: NonNegative
     grad_clip: Positive
-    end_to_end_layernorm_mix: Unit
+    end_to_end: EndToEndParams
 
 
 class ChecksParams(Section):

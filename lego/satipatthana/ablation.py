@@ -61,7 +61,7 @@ def _read_by(head: nn.Module, read: Callable[[Output, Tensor], Tensor], out: Out
 def _rows(system: Satipatthana, task: Task, params: SatipatthanaParams, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Standardized features (N, F), latents (N, d) and targets (N,) of batches of stage 2."""
     generator, train = torch.Generator().manual_seed(seed), task.train
-    source = VoidSource.of_task(train, params)
+    source = VoidSource.of_task(train, params, task.known, task.strangers)
     features, latents, targets = list[Tensor](), list[Tensor](), list[Tensor]()
     size = min(params.stage2.batch_size, len(train))
     right, clean = deserved(train, params, seed), Way.of(system, train.x)

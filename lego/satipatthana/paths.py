@@ -27,7 +27,7 @@ def allocate(shares: dict[str, float], rows: int) -> dict[str, int]:
         raise ValueError(f"a batch of {rows} rows is too small for {len(shares)} paths; raise stage2.batch_size")
     exact = {path: share * rows for path, share in shares.items()}
     counts = {path: max(1, int(one)) for path, one in exact.items()}
-    order = sorted(exact, key=lambda path: exact[path] - int(exact[path]), reverse=True)
+    order = sorted(exact, key=lambda path: exact[path] - counts[path], reverse=True)
     while sum(counts.values()) < rows:
         for path in order[: rows - sum(counts.values())]:
             counts[path] += 1

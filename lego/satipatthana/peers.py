@@ -94,7 +94,8 @@ def networks(name: str, task: Task, settings: PeersParams, seed: int, void: Void
     """
     if name == "ensemble":
         return [train_plain(task, settings, seed * 1000 + number) for number in range(settings.members)]
-    outliers = VoidSource(task.train.x, task.train.y, void) if name == "outlier_exposure" else None
+    exposed = name == "outlier_exposure"
+    outliers = VoidSource(task.train.x, task.train.y, void, task.known, task.strangers) if exposed else None
     return [train_plain(task, settings, seed, outliers)]
 
 

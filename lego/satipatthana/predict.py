@@ -109,7 +109,11 @@ def main() -> int:
         x = torch.tensor(features_of(frame, columns, str(asked.table)))
         if asked.label and asked.label not in frame:
             raise TaskError(f"{asked.table}: has no column {asked.label}, which --label names")
-        found = answers(system, use, standardized(x, use).view(len(x), *system.shape))
+        x = standardized(x, use)
+        if bool((odd := ~torch.isfinite(x).all(dim=1)).any()):
+            row = int(odd.nonzero()[0])
+            raise TaskError(f"{asked.table}: row {row} is too large for single precision; correct it or leave it out")
+        found = answers(system, use, x.view(len(x), *system.shape))
         right = rights(system, use, found, frame[asked.label], str(asked.table)) if asked.label else None
         text = found.to_csv(index=False)
         if asked.out:

@@ -99,5 +99,6 @@ def threshold(trust: np.ndarray, right: np.ndarray, rule: str, wanted: float) ->
         return float(ordered[k - 1]) if k else EVERYTHING
     order = np.argsort(-trust, kind="stable")
     errors = np.cumsum(~np.asarray(right, dtype=bool)[order])
-    good = np.flatnonzero((errors + 1) / (np.arange(n) + 2) <= wanted)
+    last = np.append(np.diff(trust[order]) != 0, True)  # of rows with equal trust, which are accepted together
+    good = np.flatnonzero(last & ((errors + 1) / (np.arange(n) + 2) <= wanted))
     return float(trust[order[good[-1]]]) if len(good) else NOTHING

@@ -103,6 +103,14 @@ class AdapterParams(Section):
     heads: Count
     dropout: Annotated[Number, within("[0, 1)")]
 
+    @model_validator(mode="after")
+    def _heads_fit(self) -> AdapterParams:
+        if self.kind == "transformer" and self.hidden % self.heads:
+            raise ValueError(
+                f"hidden must be a multiple of heads for the kind transformer, got {self.hidden} and {self.heads}"
+            )
+        return self
+
 
 class AugmenterParams(Section):
     """Noise of a known severity (3.2)."""

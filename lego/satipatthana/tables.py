@@ -34,6 +34,8 @@ def features_of(frame: pd.DataFrame, columns: list[str], name: str) -> np.ndarra
     """
     if missing := [column for column in columns if column not in frame]:
         raise TaskError(f"{name}: has no column {', '.join(missing[:3])}; {len(columns)} are needed")
+    if not len(frame):
+        raise TaskError(f"{name}: has no rows")
     chosen = frame[columns]
     for column in columns:
         if not pd.api.types.is_numeric_dtype(chosen[column]):

@@ -30,11 +30,18 @@ def main() -> None:
         settings = params.checks.model_copy(update={"num_trials": trials})
         threshold = params.phase1.convergence_threshold
         found = validation_trend(model, model.embed(ids).detach(), threshold, settings, telling(params.progress))
+        print(f"{len(ids):,} tokens", flush=True)
         for trial, loss in enumerate([None, *found.losses], 1):
             print(f"trial {trial}/{trials}: {'N/A' if loss is None else f'MSE {loss:.6g}'}", flush=True)
         print("\n".join(found.lines()), flush=True)
         if not by_hand:
-            facts = {"slope": found.slope, "std": found.std, "legacy": found.legacy, "verdict": found.verdict}
+            facts = {
+                "tokens": len(ids),
+                "slope": found.slope,
+                "std": found.std,
+                "legacy": found.legacy,
+                "verdict": found.verdict,
+            }
             write_json("metrics/cvfp/check_val_convergence.json", facts | {"final_mse": found.losses[-1]})
             rows = [{"trial": trial, "mse": loss} for trial, loss in enumerate(found.losses, 2)]
             write_csv("metrics/cvfp/curves/check_val_convergence.csv", rows)

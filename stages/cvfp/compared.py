@@ -29,7 +29,7 @@ FORMS = {
     "untrained_longer": "the same with what the others spend on phase 1 in phase 2: as many tokens",
     "seed": "contexts trained by the rulings of the founding notes, on a part of the text in several passes",
     "seed_untrained": "the network of `seed` with the weights it began with; as many steps of phase 2",
-    "end_to_end": "the network of `sound` in one phase, by cross-entropy alone, with LayerNorm, which it needs",
+    "end_to_end": "the network of `sound` in one phase, by cross-entropy alone, with the LayerNorm and windows of peers.end_to_end",
 }
 CLAIMS = {  # what training contexts changes: with it and without, on the same network and first weights
     "training blocks by prediction": (
@@ -172,9 +172,9 @@ class Compared:
         rows = [self._row(name) for name in sorted(self.found, key=lambda name: self.found[name]["ppl"])]
         rows += self._blind_rows()
         for name, ppl in self.ngrams().items():
-            rows.append([name, f"{ppl:.2f}", f"{self.tokens[f'test_{name}_bits_per_byte']:.3f}", *[""] * 8])
+            rows.append([name, f"{ppl:.2f}", f"{self.tokens[f'test_{name}_bits_per_byte']:.3f}", *[""] * 9])
         header = ["model", "held-out perplexity", "bits per byte", "parameters", "without embeddings"]
-        header += ["tokens in training", "a run took", "tokens/s", "peak memory", "rate", ""]
+        header += ["tokens in training", "weight updates", "a run took", "tokens/s", "peak memory", "rate", ""]
         page.table(header, rows, "Held-out text, mean and 95 % interval over seeds.")
         page.points([f"`{name}`: {said}" for name, said in FORMS.items() if name in self.found])
         if said := self.claims():
@@ -207,7 +207,7 @@ class Compared:
                 said,
                 f"{mean_interval(self.over_seeds('sound', f'ppl_trained_{kind}_contexts')):.2f}",
                 f"{mean_interval(self.over_seeds('sound', f'bits_per_byte_trained_{kind}_contexts')):.3f}",
-                *[""] * 8,
+                *[""] * 9,
             ]
             for kind, said in BLIND.items()
         ]
@@ -223,6 +223,7 @@ class Compared:
             f"{one['parameters'] / 1e3:,.0f} k",
             f"{one['parameters_without_embeddings'] / 1e3:,.0f} k",
             f"{one['tokens'] / 1e6:.2f} M",
+            f"{one['updates']:,.0f}" if "updates" in one else "",
             f"{one['seconds']:.0f} s",
             f"{one['tokens'] / one['seconds']:,.0f}" if one["seconds"] else "",
             f"{one['peak_mib']:,.0f} MiB",

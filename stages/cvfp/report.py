@@ -68,11 +68,16 @@ def under_line(facts: dict[str, Any], params: CvfpParams) -> str:
 
 
 def checks(page: Page, params: CvfpParams, facts: dict[str, Any], figures: dict[str, Figure]) -> None:
-    trend = read_json(FOLDER / "check_val_convergence.json")
+    trend, phase1 = (read_json(FOLDER / f"{name}.json") for name in ("check_val_convergence", "train_phase1"))
     page.heading("Critical checks")
     lines = (FOLDER / "report.txt").read_text().strip()
     validate(lines)
     page.code(lines)
+    if params.phase1.objective == "predict":
+        page.text(
+            "Convergence and CVFP loss of the train line are those of frozen passes over its first tokens, as no such "
+            "loss is trained here."
+        )
     kinds = {"rank": "effective rank", "centred_rank": "of centred rows", "participation": "participation ratio"}
     splits, d = (("train", "train"), ("val", "validation")), facts["train_dims"]
     rows = [
@@ -95,6 +100,11 @@ def checks(page: Page, params: CvfpParams, facts: dict[str, Any], figures: dict[
         f"The notes drew lines at {lines_drawn} of the width and took less than the first as failure; here "
         f"{' and '.join(shares)}, of the untrained network {100 * facts['train_rank_untrained'] / d:.1f} %."
     )
+    if "carried_rank" in phase1:
+        page.text(
+            "These contexts start from 0. Of a last pass that starts where the one before it ended the effective rank "
+            f"is {phase1['carried_rank']:.1f}."
+        )
     page.figure(figures["settling"], FOLDER)
     page.points(
         [
@@ -109,7 +119,8 @@ def checks(page: Page, params: CvfpParams, facts: dict[str, Any], figures: dict[
             f"{share(facts['converged_when_frozen'], facts['frozen_tokens'])}, of the untrained network "
             f"{share(facts['untrained_converged_when_frozen'], facts['frozen_tokens'])} with final_diff "
             f"{facts['untrained_final_diff_l2']:.2e}",
-            f"validation trend: legacy verdict {trend['legacy']}, with level test {trend['verdict']}",
+            f"validation trend over {trend['tokens']:,} tokens: legacy verdict {trend['legacy']}, with level test "
+            f"{trend['verdict']}",
             f"weight updates of phase 1: {facts['updates']:,}; validation text: {facts['validation_is']}",
         ]
     )
@@ -132,6 +143,8 @@ def build(params: CvfpParams, figures: dict[str, Figure], compared: Compared) ->
             "at an end. Of `sound` and `sound_reservoir` it is the rate of phase 1, of other forms that of phase 2.",
             f"Train contexts of `seed` and `seed_untrained` are settled in {params.contest.seed_sweeps} sweeps (0 = "
             "until they rest), as their networks do not forget; test contexts are exact.",
+            f"Equal tokens are not equal steps: contexts of `sound` learn in windows of {params.predict.bptt_len} "
+            f"tokens, peers in windows of {params.peers.window}; docs/results.md has what shorter ones do to peers.",
             "Equal tokens are not equal time: what a run took is in the table (one thread, others beside it), and "
             "recurrent networks of our own step in Python. Peak memory is of the whole process, PyTorch "
             "and, of `sound`, its two heads without contexts included.",

@@ -4,6 +4,7 @@ dvc repro stages/cvfp/dvc.yaml:train_phase1          (python -m stages.cvfp.trai
 """
 
 from lego.artifacts import atomic_folder, write_csv, write_json
+from lego.cvfp.ranks import effective_rank
 from lego.cvfp.run import first_phase
 from lego.cvfp.sections import WRITTEN, load
 from lego.cvfp.store import save, save_reader
@@ -21,7 +22,10 @@ def main() -> None:
             save_reader(done.reader, folder)
         with atomic_folder("data/cvfp/untrained") as folder:
             save(done.untrained, params, folder, weights_version=0)
-        write_json("metrics/cvfp/train_phase1.json", done.facts())
+        facts = done.facts()
+        if done.carried is not None:
+            facts["carried_rank"] = effective_rank(done.carried[: params.checks.rank_tokens])
+        write_json("metrics/cvfp/train_phase1.json", facts)
         write_csv("metrics/cvfp/curves/train_phase1.csv", done.rows)
         stage.record |= {"counts": {"tokens": len(text.ids["train"]) * len(done.rows)}}
 

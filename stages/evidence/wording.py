@@ -45,8 +45,7 @@ THREATS = (
     "The text is the standard library of Python: code, with much repetition.",
     "Train is divided between the phases by blocks, so phase 2 mines blocks of documents that phase 1 saw other "
     "blocks of.",
-    "Nowhere on the regime map has block 1 stopped learning, so what holds beyond is not known; its right end has "
-    "another width.",
+    "What holds beyond the last point of the regime map is not known; that point has another width than the others.",
     "Models of equal inference cost cost only nearly so: their shares of the full model's MACs stand in the table.",
     "dense takes the highest rate that is searched at the last two points of the map; at 32.6 it diverges on some "
     "seeds above it, and its seeds spread.",
