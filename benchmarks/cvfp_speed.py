@@ -6,8 +6,6 @@ python -m benchmarks.cvfp_speed --memory 100000        peak memory of three para
 
 import argparse
 import resource
-import time
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,17 +16,7 @@ from lego.cvfp.passes import sequential_pass, shifted
 from lego.cvfp.phase1 import ContextTrainer
 from lego.cvfp.sections import CvfpParams, changed, load, with_profile
 from lego.cvfp.store import build
-
-
-def fastest(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Seconds of the fastest of so many runs of each, in turns, so that a slow stretch of the machine slows all."""
-    times: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            start = time.perf_counter()
-            work()
-            times[name].append(time.perf_counter() - start)
-    return {name: min(found) for name, found in times.items()}
+from lego.timing import fastest
 
 
 def trainer_of(params: CvfpParams, tokens: int) -> ContextTrainer:

@@ -255,7 +255,7 @@ def test_stage_scripts_are_short():
 
 FLOORS = [
     {"sections", "params", "profiles", "artifacts", "progress", "stats", "page", "pictures", "scratch", "harness"}
-    | {"workers"},
+    | {"workers", "timing"},
     {"blocks", "corpus", "readers", "sources", "tokenizer", "tokens", "ngram", "batches"}
     | {"layers", "losses", "transformer", "criteria", "naming", "checkpoint", "llama", "cost"},
     {"steps", "epochs", "trainer", "exits", "risk", "hidden_states", "hard_batches"}
@@ -279,7 +279,7 @@ SIBLINGS = {  # rooms of lego that a sibling system may import: the ground floor
     "cvfp": {"params", "profiles", "sections", "artifacts", "progress", "stats", "page", "pictures", "scratch"}
     | {"harness", "workers", "blocks", "corpus", "sources", "tokenizer", "tokens", "ngram", "steps"},
     "satipatthana": {"params", "profiles", "sections", "artifacts", "progress", "stats", "page", "pictures", "harness"}
-    | {"workers"},
+    | {"workers", "timing"},
 }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import gc
+import inspect
 import math
 import weakref
 
@@ -277,12 +279,14 @@ def test_r8_10_squared_cosines_see_a_collapse_that_their_mean_does_not():
     assert float(usage(one)) == pytest.approx(0, abs=1e-6)
 
 
+SOBER = {"samatha__drunk_skip_prob": 0.0, "samatha__drunk_perturbation_std": 0.0, "samatha__drunk_s0_std": 0.0}
+
+
 def test_r8_11_every_number_of_the_damage_counts_and_none_of_it_stays():
     x = torch.randn(40, 12)
-    sober = {"samatha__drunk_skip_prob": 0.0, "samatha__drunk_perturbation_std": 0.0, "samatha__drunk_s0_std": 0.0}
 
     def states(**changes):
-        made = system(small(sati__kind="fixed", **(sober | changes))).requires_grad_(False)
+        made = system(small(sati__kind="fixed", **(SOBER | changes))).requires_grad_(False)
         return made, made.samatha(x, drunk=True, generator=torch.Generator().manual_seed(0)).state
 
     made, none = states()
@@ -300,12 +304,32 @@ def test_r8_11_every_number_of_the_damage_counts_and_none_of_it_stays():
     assert (start[0.1] - start[0.0]).norm() < (start[0.5] - start[0.0]).norm()
     with pytest.raises(ValueError, match="a drunk run needs a generator"):
         made.samatha(x, drunk=True)
-    with_dropout = system(small(adapter__dropout=0.1, **sober))
+    with_dropout = system(small(adapter__dropout=0.1, **SOBER))
     rates = [one.p for one in with_dropout.modules() if isinstance(one, torch.nn.Dropout)]
     damaged = with_dropout.samatha(x, drunk=True, generator=torch.Generator().manual_seed(0)).state
     assert not torch.equal(damaged, with_dropout.samatha(x).state)
     assert [one.p for one in with_dropout.modules() if isinstance(one, torch.nn.Dropout)] == rates == [0.1, 0.1]
     assert not any(one.training for one in with_dropout.modules())
+
+
+def test_r8_11_no_number_of_the_damage_is_in_the_code():
+    tree = ast.parse(inspect.getsource(Drunk))
+    numbers = [one.value for one in ast.walk(tree) if isinstance(one, ast.Constant) and type(one.value) in (int, float)]
+    assert set(numbers) <= {1}
+    few, many = (
+        system(small(adapter__dropout=0.1, samatha__drunk_dropout_min=rate, **SOBER)).requires_grad_(False)
+        for rate in (0.1, 0.9)
+    )
+    x = torch.randn(400, 12, generator=torch.Generator().manual_seed(4))
+    moved = [
+        float(
+            (
+                one.samatha(x, drunk=True, generator=torch.Generator().manual_seed(0)).latent - one.samatha(x).latent
+            ).norm()
+        )
+        for one in (few, many)
+    ]
+    assert 0 < moved[0] < moved[1]
 
 
 def test_r6_2_draws_are_per_sample_and_a_skipped_step_is_no_rest():

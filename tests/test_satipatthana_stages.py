@@ -39,6 +39,7 @@ from lego.satipatthana.void import VoidError, VoidSource
 
 VOID = PARAMS.void.model_copy(update={"kinds": ["gaussian"]})
 ONCE = {f"stage{number}__epochs": 1 for number in range(4)}
+LEARNING = {"lr": 0.1, "batch_size": 8, "grad_clip": 1e-4}
 
 
 def state(made) -> dict[str, torch.Tensor]:
@@ -114,6 +115,10 @@ def test_r5_5_unknown_and_missing_keys_are_refused():
         ("stage2__lr", 0.1),
         ("stage2__noise_level", 0.2),
         ("stage2__void_target", 0.5),
+        ("stage2__batch_size", 8),
+        ("stage2__grad_clip", 1e-4),
+        *((f"stage{number}__epochs", 2) for number in range(4)),
+        *((f"stage{number}__{key}", value) for number in (0, 3) for key, value in LEARNING.items()),
         ("vipassana__weight_trust", 0.1),
         ("vipassana__weight_conformity", 0.0),
         ("vipassana__weight_confidence", 0.0),
@@ -128,7 +133,7 @@ def test_r5_5_and_r5_6_every_field_of_a_stage_counts(key, value):
         params = small(**(ONCE | wanted))
         task = a_task()
         made = begin(task, params, 0)
-        for number in range(3):
+        for number in range(4):
             advance(made, number, task, params, 0)
         found.append(torch.cat([one.flatten() for one in made.state_dict().values()]))
     assert not torch.equal(*found)
@@ -158,7 +163,7 @@ def test_r8_2_every_stage_has_an_optimizer_of_its_own(monkeypatch):
     made, seen = system(params), []
     real = stages.AdamW
     monkeypatch.setattr(stages, "AdamW", lambda parameters, **k: seen.append(parameters) or real(parameters, **k))
-    for number in (0, 1, 1, 3):
+    for number in (0, 1, 1, 2, 3):
         before = state(made)
         run_stage(made, spec_of(number, made, train, params, 0), number)
         wanted = {id(one) for name in TRAINABLE[number] for one in getattr(made, name).parameters()}
@@ -266,6 +271,7 @@ def test_r8_12_what_has_no_gradient_and_states_that_are_alike_are_found():
     with pytest.raises(StageCheckError, match="alike"):
         check_states(made, train.x)
     gated = system(small(COMPAT, vitakka__inference_gate_threshold=1.0))
+    assert check_states(gated, train.x, settles=False)["distinct"] < 0.1  # it may learn to
     with pytest.raises(StageCheckError, match="settled states are alike: 2 % of 60 rows are distinct"):
         check_states(gated, train.x)
 

@@ -91,8 +91,10 @@ def advance(
     own = derived_seed(params.seed, f"satipatthana/{seed}/stage{number}")
     if number == 1:
         start_probes(system, task.train.x, own)
-    if number > 1:
-        check_states(system, task.train.x)
+    if number:
+        facts = check_states(system, task.train.x, settles=number > 1)
+        said = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
+        print(f"stage {number}, before it begins, {len(task.train)} rows: {said}", flush=True)
     history = run_stage(system, spec_of(number, system, task.train, params, own, task.known, task.strangers), own)
     if number == 1:
         with torch.no_grad():
@@ -123,12 +125,13 @@ def how_to_use(system: Satipatthana, task: Task, settings: RejectParams) -> Use:
 
 def judge(system: Satipatthana, task: Task, use: Use, params: SatipatthanaParams, seed: int) -> dict[str, float]:
     """All numbers of the test rows, with what abstaining by the threshold comes to."""
-    protocol = Protocol(task.test, task.outside, params.stage2, derived_seed(params.seed, f"satipatthana/{seed}/test"))
+    own, job = derived_seed(params.seed, f"satipatthana/{seed}/test"), params.task.job
+    protocol = Protocol(task.test, task.outside, params.stage2, own, job, params.reject.tolerance)
     facts = evaluate(system, protocol, use.temperature)
     output, accepted, trust = system.predict(task.test.x, use.threshold)
     facts["coverage"] = float(accepted.double().mean())
-    if params.task.job != "anomaly":
-        right = jobs.right(params.task.job, output, task.test.y, params.reject.tolerance)
+    if job != "anomaly":
+        right = jobs.right(job, output, task.test.y, params.reject.tolerance)
         facts |= {
             "risk_of_accepted": float((~right[accepted]).double().mean()) if bool(accepted.any()) else math.nan,
             "trust_ece_calibrated": ece(use.trust(trust[:, 0].double().numpy()), right.numpy()),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +15,10 @@ from lego.satipatthana import jobs, metrics
 from lego.satipatthana.introspect import velocity
 from lego.satipatthana.log import SantanaLog
 from lego.satipatthana.paths import Way, damaged
-from lego.satipatthana.sections import Stage2Params
+from lego.satipatthana.sections import Job, Stage2Params
 from lego.satipatthana.specs import diversity
 from lego.satipatthana.stages import distinct_share, mean_cosine
-from lego.satipatthana.system import Satipatthana
+from lego.satipatthana.system import Output, Satipatthana
 from lego.satipatthana.tasks import Split
 
 SWEEP = (1, 2, 5, 20)  # multiples of max_steps of the T-sweep
@@ -32,52 +34,83 @@ class Protocol:
         outside: inputs from outside by kind.
         settings: section `stage2`, of which the damage of rows by path is taken.
         seed: of noise and damage.
+        job: what an answer is; see `lego.satipatthana.jobs`.
+        tolerance: within which a number is right, in the job regression.
     """
 
     test: Split
     outside: dict[str, Tensor]
     settings: Stage2Params
     seed: int
+    job: Job = "classification"
+    tolerance: float = 0.0
 
 
-def evaluate(system: Satipatthana, protocol: Protocol, temperature: float = 1.0) -> dict[str, float]:
-    """How good the answers are, trust on every kind of fault, selective risk, and what the fixed point is.
+class Answered(typing.Protocol):
+    """What any system must say of inputs: answers (n, C), logits in classification, and trust (n, 1)."""
+
+    @property
+    def output(self) -> Tensor: ...
+
+    @property
+    def trust(self) -> Tensor: ...
+
+
+def evaluate(system: Callable[[Tensor], Answered], protocol: Protocol, temperature: float = 1.0) -> dict[str, float]:
+    """How good the answers are, trust on every kind of fault, selective risk, and what the fixed point is (R-11.1).
 
     Args:
-        system: trained; any module with the same interface.
+        system: trained. Of a Satipatthana all numbers are taken; of anything else, those of its answers and trust.
         protocol: data and seed.
         temperature: of the decoder, fitted on validation rows.
     """
-    test, params = protocol.test, system.params
-    found = system(test.x)
-    trust, error = found.trust[:, 0].double().numpy(), -found.recon_error[:, 0].double().numpy()
-    facts = jobs.answered(params, found.output, trust, test.y, temperature) | {
-        "known_share": float(found.known.double().mean()),
-        "cosine": mean_cosine(found.s_star),
-        "mean_steps": float(found.steps.double().mean()),
-        "last_step": float((velocity(found.s_star, found.log) / found.s_star.norm(dim=1)).mean()),
-        "recon_mse": float(found.recon_error.mean()),
-    }
-    away_from, errors = list[np.ndarray](), list[np.ndarray]()
-    for kind, rows in protocol.outside.items():
-        away = system(rows)
-        strange = away.trust[:, 0].double().numpy()
-        away_from.append(strange)
-        errors.append(-away.recon_error[:, 0].double().numpy())
-        inward, outward = metrics.aupr(trust, strange)
+    test, found = protocol.test, system(protocol.test.x)
+    trust = _scores(found.trust)
+    facts = jobs.answered(protocol.job, found.output, trust, test.y, protocol.tolerance, temperature)
+    away = {kind: system(rows) for kind, rows in protocol.outside.items()}
+    facts |= _strangers(trust, {kind: _scores(one.trust) for kind, one in away.items()}, protocol.job)
+    if not isinstance(system, Satipatthana):
+        return facts
+    inside, outside = typing.cast(Output, found), typing.cast(dict[str, Output], away)
+    errors = {kind: -_scores(one.recon_error) for kind, one in outside.items()}
+    of_error = _strangers(-_scores(inside.recon_error), errors, protocol.job)
+    kept = ("auroc_", "auprc_anomaly", "recall_at_1", "precision_at_100")
+    facts |= {f"{key}_recon": value for key, value in of_error.items() if key.startswith(kept)}
+    facts |= {f"known_share_{kind}": float(one.known.double().mean()) for kind, one in outside.items()}
+    return facts | engine(system, inside) | paths(system, protocol) | fixed_point(system, protocol)
+
+
+def _scores(column: Tensor) -> np.ndarray:
+    return column[:, 0].double().numpy()
+
+
+def _strangers(inside: np.ndarray, outside: dict[str, np.ndarray], job: Job) -> dict[str, float]:
+    """How well a score tells rows of each kind (m,) from test rows (n,)."""
+    facts: dict[str, float] = {}
+    for kind, scores in outside.items():
+        inward, outward = metrics.aupr(inside, scores)
         facts |= {
-            f"auroc_{kind}": metrics.auroc(trust, strange),
-            f"fpr95_{kind}": metrics.fpr95(trust, strange),
+            f"auroc_{kind}": metrics.auroc(inside, scores),
+            f"fpr95_{kind}": metrics.fpr95(inside, scores),
             f"aupr_{kind}": inward,
             f"aupr_out_{kind}": outward,
-            f"auroc_{kind}_recon": metrics.auroc(error, errors[-1]),
-            f"known_share_{kind}": float(away.known.double().mean()),
         }
-    if params.task.job == "anomaly":
-        facts |= jobs.flagged(trust, np.concatenate(away_from))
-        by_error = jobs.flagged(error, np.concatenate(errors))
-        facts |= {f"{key}_recon": value for key, value in by_error.items()}
-    return facts | paths(system, protocol) | fixed_point(system, test) | probes_used(system, found.s_star)
+    return facts | (jobs.flagged(inside, np.concatenate(list(outside.values()))) if job == "anomaly" else {})
+
+
+def engine(system: Satipatthana, found: Output) -> dict[str, float]:
+    """What the states of test rows are like, and how large the system is."""
+    states = found.s_star
+    last = velocity(states, found.log)
+    return {
+        "known_share": float(found.known.double().mean()),
+        "cosine": mean_cosine(states),
+        "mean_steps": float(found.steps.double().mean()),
+        "last_step": float((last / states.norm(dim=1)).mean()),
+        "last_step_squared": float(last.square().mean()),
+        "recon_mse": float(found.recon_error.mean()),
+        "parameters": float(sum(one.numel() for one in system.parameters())),
+    } | probes_used(system, states)
 
 
 def paths(system: Satipatthana, protocol: Protocol) -> dict[str, float]:
@@ -93,13 +126,14 @@ def paths(system: Satipatthana, protocol: Protocol) -> dict[str, float]:
     return facts | {f"auroc_{path}": metrics.auroc(trusted["clean"], trusted[path]) for path in ("drunk", "mismatch")}
 
 
-def fixed_point(system: Satipatthana, test: Split) -> dict[str, float]:
+def fixed_point(system: Satipatthana, protocol: Protocol) -> dict[str, float]:
     """What more steps change, with the stop rule off: right answers, reconstruction, last step, distinct states (9.1).
 
     The decoder reads the way as well, which is longer than any that it was trained with.
     """
     facts: dict[str, float] = {}
-    horizon, job, tolerance = system.params.samatha.max_steps, system.params.task.job, system.params.reject.tolerance
+    test, job, tolerance = protocol.test, protocol.job, protocol.tolerance
+    horizon = system.params.samatha.max_steps
     for factor in SWEEP:
         found = system(test.x, max_steps=factor * horizon, rests=False)
         last = velocity(found.s_star, found.log)
@@ -134,6 +168,7 @@ def probes_used(system: Satipatthana, states: Tensor) -> dict[str, float]:
     share = torch.bincount(nearest, minlength=len(system.vitakka.probes)).double() / len(states)
     entropy = -(share * share.clamp_min(1e-12).log()).sum()
     return {
+        "probes_used": float((share > 0).sum()),
         "probe_perplexity": float(entropy.exp()),
         "probe_cosine": float(diversity(system.vitakka.probes, False).detach()),
     }

@@ -51,14 +51,14 @@ def believed(trust: np.ndarray, right: np.ndarray) -> dict[str, float]:
 
 
 def answered(
-    params: SatipatthanaParams, output: Tensor, trust: np.ndarray, y: Tensor, temperature: float
+    job: Job, output: Tensor, trust: np.ndarray, y: Tensor, tolerance: float, temperature: float
 ) -> dict[str, float]:
     """How good answers (n, C) to y (n,) are, and what their trust (n,) says of it; nothing in the job anomaly."""
-    if params.task.job == "anomaly":
+    if job == "anomaly":
         return {}
-    good = right(params.task.job, output, y, params.reject.tolerance).numpy()
+    good = right(job, output, y, tolerance).numpy()
     facts = believed(trust, good) | {"trust_ece": metrics.ece(trust, good)}
-    if params.task.job == "regression":
+    if job == "regression":
         error = (output[:, 0] - y).double()
         spread = (y.double() - y.double().mean()).square().mean()
         return facts | {
@@ -67,13 +67,15 @@ def answered(
             "mae": float(error.abs().mean()),
             "r2": float(1 - error.square().mean() / spread),
         }
-    p, labels = probabilities(output, temperature), y.numpy()
+    p, raw, labels = probabilities(output, temperature), probabilities(output), y.numpy()
     return facts | {
         "accuracy": float(good.mean()),
         "nll": metrics.nll(p, labels),
         "ece": metrics.ece(p.max(axis=1), good),
         "brier": metrics.brier(p, labels),
-        "ece_before_temperature": metrics.ece(probabilities(output).max(axis=1), good),
+        "ece_before_temperature": metrics.ece(raw.max(axis=1), good),
+        "nll_before_temperature": metrics.nll(raw, labels),
+        "brier_before_temperature": metrics.brier(raw, labels),
         "auroc_correct_msp": metrics.correct_above_wrong(p.max(axis=1), good),
         "aurc_msp": metrics.aurc(p.max(axis=1), ~good),
     }

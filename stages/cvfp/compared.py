@@ -29,7 +29,7 @@ FORMS = {
     "untrained_longer": "the same with what the others spend on phase 1 in phase 2: as many tokens",
     "seed": "contexts trained by the rulings of the founding notes, on a part of the text in several passes",
     "seed_untrained": "the network of `seed` with the weights it began with; as many steps of phase 2",
-    "end_to_end": "the network of `sound` in one phase, by cross-entropy alone, with the LayerNorm and windows of peers.end_to_end",
+    "end_to_end": "the network of `sound` in one phase, by cross-entropy alone, with what peers.end_to_end says",
 }
 CLAIMS = {  # what training contexts changes: with it and without, on the same network and first weights
     "training blocks by prediction": (

@@ -48,7 +48,7 @@ THREATS = (
     "What holds beyond the last point of the regime map is not known; that point has another width than the others.",
     "Models of equal inference cost cost only nearly so: their shares of the full model's MACs stand in the table.",
     "dense takes the highest rate that is searched at the last two points of the map; at 32.6 it diverges on some "
-    "seeds above it, and its seeds spread.",
+    "seeds above it, and its seeds spread. So do those of static_mid there, whose rate is at an end as well.",
     "WikiText-2 is two files here, so phase 1 reads its text several times, as the default text of the regime map "
     "never is.",
     "The search of the learning rate is over three values on one seed; where the best lies at an end, which the tables "

@@ -4,6 +4,7 @@ dvc repro stages/satipatthana/dvc.yaml:train_stage2          (python -m stages.s
 """
 
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -18,17 +19,19 @@ from stages.satipatthana.seeds import for_each_seed
 LIGHT = (0, 3)  # stages of a second or less a seed
 
 
-def one_seed(number: int, params: SatipatthanaParams, folder: Path, seed: int) -> list[dict[str, float]]:
-    """Trains a seed's system, saves it in the folder, and returns its terms by epoch."""
+def one_seed(number: int, params: SatipatthanaParams, folder: Path, seed: int) -> tuple[list[dict[str, float]], float]:
+    """Trains a seed's system, saves it in the folder, and returns its terms by epoch and the seconds of training."""
     task, before = read_task("data/satipatthana/task"), f"data/satipatthana/stage{number - 1}/seed_{seed}"
     system = resume(task, params, seed, number - 1, before) if number else begin(task, params, seed)
+    begun = time.perf_counter()
     history = advance(system, number, task, params, seed)
+    seconds = time.perf_counter() - begun
     (folder / f"seed_{seed}").mkdir()
     save(system, folder / f"seed_{seed}", Use(task.classes))
     if history:
         said = ", ".join(f"{name} {value:.4f}" for name, value in history[-1].items())
         print(f"stage {number}, seed {seed}: {said}", flush=True)
-    return history
+    return history, seconds
 
 
 def main() -> None:
@@ -37,7 +40,8 @@ def main() -> None:
     number, params = int(sys.argv[1]), load()
     with Stage(f"satipatthana/train_stage{number}", params.seed, params.threads) as stage:
         with atomic_folder(f"data/satipatthana/stage{number}") as folder:
-            histories = for_each_seed(partial(one_seed, number, params, folder), params, light=number in LIGHT)
+            done = for_each_seed(partial(one_seed, number, params, folder), params, light=number in LIGHT)
+        histories = [history for history, _ in done]
         rows = [
             {"seed": seed, "epoch": epoch} | terms
             for seed, history in enumerate(histories)
@@ -51,6 +55,7 @@ def main() -> None:
             write_csv(curve, rows)
         else:
             write_text(curve, "seed,epoch,loss\n")
+        stage.record |= {"seconds_a_seed": sum(seconds for _, seconds in done) / len(done)}
         stage.record |= {"counts": {"rows": len(read_task("data/satipatthana/task").train) * len(rows)}}
 
 
