@@ -10,12 +10,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from satipatthana_systems import COMPAT, PARAMS, clusters, small, system
+from satipatthana_systems import COMPAT, PARAMS, SMALL, clusters, small, system
 
 from lego.artifacts import ArtifactError
 from lego.harness import StageError, exit_cleanly
 from lego.params import ParamsError
 from lego.satipatthana import predict, stages, tasks
+from lego.satipatthana.ablation import heads
 from lego.satipatthana.curriculum import advance, begin, how_to_use, judge, resume
 from lego.satipatthana.made import outside_sets
 from lego.satipatthana.peers import OWN, networks, peer
@@ -93,6 +94,10 @@ def test_r5_4_guidance_is_one_switch():
 
 
 def test_r5_5_unknown_and_missing_keys_are_refused():
+    with pytest.raises(
+        ParamsError, match="test: adapter hidden must be a multiple of heads for the kind transformer, got 130 and 4"
+    ):
+        small(adapter__kind="transformer", adapter__hidden=130, adapter__heads=4)
     with pytest.raises(ParamsError, match=r"test: stage1\.speed is no key"):
         small(stage1__speed=1)
     with pytest.raises(ParamsError, match=r"stage2\.batch_size must be at least the number of paths, 5, got 4"):
@@ -276,6 +281,20 @@ def test_r8_12_what_has_no_gradient_and_states_that_are_alike_are_found():
         check_states(gated, train.x)
 
 
+def test_r8_12_latents_that_are_alike_are_found_before_stage_1(capsys):
+    params, task = small(**ONCE), a_task()
+    made = begin(task, params, 0)
+    advance(made, 0, task, params, 0)
+    advance(made, 1, task, params, 0)
+    said = capsys.readouterr().out
+    assert "stage 0: 20 tensors learn: adapter.body." in said
+    assert "stage 1, before it begins, 60 rows: cosine " in said
+    with torch.no_grad():
+        [one for one in made.adapter.modules() if isinstance(one, torch.nn.Linear)][-1].weight.mul_(1e-6)
+    with pytest.raises(StageCheckError, match="latents of 60 rows are alike"):
+        advance(made, 1, task, params, 0)
+
+
 def test_r4_3_and_r4_4_a_saved_system_is_the_same_and_errors_are_of_what_was_encoded(tmp_path):
     params, task = small(**ONCE), a_task()
     made = begin(task, params, 0)
@@ -416,6 +435,13 @@ def test_r6_4_void_rows_may_come_from_a_table(tmp_path):
     assert torch.equal(again.strangers, task.strangers)
     drawn = VoidSource.of_task(task.train, params, None, task.strangers).draw(20, torch.Generator().manual_seed(0))
     assert (drawn[:, None] == task.strangers).all(dim=2).any(dim=1).all()
+    short = {f"stage{number}.epochs": 1 for number in range(4)} | {"peers.epochs": 1, "ablations.epochs": 1}
+    few = changed(params, SMALL | short | {"ablations.batches": 2}, "test")
+    assert networks("outlier_exposure", task, few.peers, 0, few.void)  # peers and ablations are shown them too
+    made = begin(task, few, 0)
+    for number in range(4):
+        advance(made, number, task, few, 0)
+    assert {"all_features", "without_log"} < heads(made, task, few, 0).keys()
     with pytest.raises(VoidError, match=r"the task has no such rows; name some in task\.strangers"):
         VoidSource.of_task(task.train, params).draw(3, torch.Generator())
     with pytest.raises(ParamsError, match=r"task\.strangers must name a CSV or Parquet file if void\.kinds has file"):

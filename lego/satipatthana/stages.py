@@ -108,7 +108,7 @@ def run_stage(system: Satipatthana, spec: StageSpec, seed: int) -> list[dict[str
     generator, settings = torch.Generator().manual_seed(seed), spec.settings
     parameters = trainable(system, spec.number)
     names = check_gradients(system, spec, torch.Generator().manual_seed(seed))
-    print(f"stage {spec.number}: {len(names)} parameters learn: {', '.join(names)}", flush=True)
+    print(f"stage {spec.number}: {len(names)} tensors learn: {', '.join(names)}", flush=True)
     torch.manual_seed(seed)  # of dropout: else it would follow from what was initialized before
     optimizer = AdamW(parameters, lr=settings.lr, weight_decay=0.0, fused=True)
     per_epoch = sum(1 for _ in batches(spec, torch.Generator().manual_seed(seed)))

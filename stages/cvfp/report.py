@@ -144,7 +144,8 @@ def build(params: CvfpParams, figures: dict[str, Figure], compared: Compared) ->
             f"Train contexts of `seed` and `seed_untrained` are settled in {params.contest.seed_sweeps} sweeps (0 = "
             "until they rest), as their networks do not forget; test contexts are exact.",
             f"Equal tokens are not equal steps: contexts of `sound` learn in windows of {params.predict.bptt_len} "
-            f"tokens, peers in windows of {params.peers.window}; docs/results.md has what shorter ones do to peers.",
+            f"tokens, peers in windows of {params.peers.window} and end_to_end of {params.peers.end_to_end.window}; "
+            "docs/results.md has what shorter ones do to the others.",
             "Equal tokens are not equal time: what a run took is in the table (one thread, others beside it), and "
             "recurrent networks of our own step in Python. Peak memory is of the whole process, PyTorch "
             "and, of `sound`, its two heads without contexts included.",
