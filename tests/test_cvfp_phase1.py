@@ -397,11 +397,16 @@ def test_one_iteration_takes_the_target_that_the_parameters_name():
         after("iteration0_fixed")
 
 
-@pytest.mark.parametrize("diversity", ["centroid_batch", "ema_live"])
+@pytest.mark.filterwarnings("ignore:phase1.diversity. ema_buffer")
+@pytest.mark.parametrize("diversity", ["centroid_batch", "ema_live", "ema_buffer"])
 @pytest.mark.parametrize("target", ["previous_iteration", "two_view"])
 def test_gradients_window_by_window_are_those_of_all_at_once(diversity, target, monkeypatch):
     params = seed_params(
-        phase1__mode="sequential_batch", phase1__diversity=diversity, phase1__cvfp_target=target, phase1__bptt_len=4
+        phase1__mode="sequential_batch",
+        phase1__diversity=diversity,
+        phase1__cvfp_target=target,
+        phase1__bptt_len=4,
+        phase1__allow_zero_gradient_loss=True,
     )
 
     def gradients() -> list[torch.Tensor]:
@@ -426,6 +431,8 @@ def test_9_4_contexts_that_carry_their_start_over_are_of_one_more_pass():
     last = done.last.contexts.values
     wanted = passes.parallel_pass(done.model, done.model.embed(text(100)).detach(), last, last[-1], 100)
     torch.testing.assert_close(done.carried, wanted)
+    params = seed_params(phase1__min_updates=2, phase1__max_iterations=4, phase1__start_context="zero")
+    assert first_phase(params, of_text, 0).carried is None
 
 
 def test_a_skipped_step_leaves_no_older_weights_to_go_back_to(monkeypatch):

@@ -252,7 +252,7 @@ class ContextTrainer:
             each = gradient.new_tensor(self.settings.dist_reg_weight / n)  # of the loss in a token's own term
             windows = chunks(n, length)
             for part in track(windows, len(windows), "gradient", "window"):
-                own = terms[part]
+                own = [term for term in terms[part] if term.requires_grad]  # that of ema_buffer has no gradient
                 torch.autograd.backward([*made[part], *own], [*gradient[:, part].split(1, 1), *[each] * len(own)])
 
         self._update(cvfp, diversity, contexts, backward)

@@ -33,7 +33,7 @@ class FirstPhase:
 
     weights_version counts the updates behind the network: without recompute_contexts it is that of before the last one.
     The head is as it was made (B20); reader is where phase 2's may start, if predict.keep_reader says so. carried are
-    the contexts (N, d) of a last parallel pass, which starts where the one before it ended (ruling 9.4).
+    the contexts (N, d) of the last pass, which starts where the one before it ended (ruling 9.4), if passes do.
     """
 
     model: NewLLMResidual
@@ -111,7 +111,8 @@ def first_phase(params: CvfpParams, text: Text, seed: int) -> FirstPhase:
                 {"pass": last.number, "cvfp_mse": last.cvfp, "diversity": last.diversity, "converged": last.converged}
             )
     version = trainer.updates
-    carried = None if last is None else trainer.final(last).values
+    carries = last is not None and params.phase1.start_context == "carry"
+    carried = trainer.final(last).values if last is not None and carries else None
     if trainer.weights_before:  # the returned contexts are of before the last step, and so is the network
         model.load_state_dict(trainer.weights_before)
         version = trainer.made_with

@@ -31,7 +31,7 @@ FORMS = {
     "seed_untrained": "the network of `seed` with the weights it began with; as many steps of phase 2",
     "end_to_end": "the network of `sound` in one phase, by cross-entropy alone, with what peers.end_to_end says",
 }
-CLAIMS = {  # what training contexts changes: with it and without, on the same network and first weights
+CLAIMS = {  # what training contexts apart changes: with it and without, on the same layers
     "training blocks by prediction": (
         "sound",
         "sound_reservoir",
@@ -39,6 +39,7 @@ CLAIMS = {  # what training contexts changes: with it and without, on the same n
     ),
     "phase 1 by prediction as a whole": ("sound", "untrained", "its embedding is not trained, its head begins at 0"),
     "training contexts by the notes' rulings": ("seed", "seed_untrained", "its phase 2 is trained alike"),
+    "two phases instead of one": ("sound", "end_to_end", "of the same layers, its rate, windows and LayerNorm its own"),
 }
 
 
