@@ -206,7 +206,7 @@ def latency(rows: str, took: dict[str, float]) -> str:
     """What answers to so many rows take in seconds, by model, in words."""
     mine = took["satipatthana"]
     return (
-        f"{int(rows):,} {'row' if rows == '1' else 'rows'} take {1000 * mine:.1f} ms, {mine / took['plain']:.1f} times "
+        f"{'1 row takes' if rows == '1' else f'{int(rows):,} rows take'} {1000 * mine:.1f} ms, {mine / took['plain']:.1f} times "
         f"the plain network and {mine / took['ensemble']:.1f} times the ensemble"
     )
 
