@@ -205,9 +205,10 @@ def ablations(page: Page, kinds: list[str]) -> None:
 def latency(rows: str, took: dict[str, float]) -> str:
     """What answers to so many rows take in seconds, by model, in words."""
     mine = took["satipatthana"]
+    what = "1 row takes" if rows == "1" else f"{int(rows):,} rows take"
     return (
-        f"{'1 row takes' if rows == '1' else f'{int(rows):,} rows take'} {1000 * mine:.1f} ms, {mine / took['plain']:.1f} times "
-        f"the plain network and {mine / took['ensemble']:.1f} times the ensemble"
+        f"{what} {1000 * mine:.1f} ms, {mine / took['plain']:.1f} times the plain network and "
+        f"{mine / took['ensemble']:.1f} times the ensemble"
     )
 
 
