@@ -396,6 +396,7 @@ def test_a_python_without_the_packages_says_which_command_is_missing(tmp_path):
     assert re.fullmatch(r"error: \S+ lacks torch, .*: run \. \.venv/bin/activate first, then pip .*\n", done.stderr)
 
 
+@pytest.mark.slow
 def test_through_dvc_a_fault_in_the_text_leaves_the_way_back(tmp_path):
     """Damaged text, then a missing folder: dvc names what it misses, the stage what it cannot read."""
     clone = Clone.of_this_tree(tmp_path)

@@ -177,7 +177,7 @@ def test_seed_has_as_many_parameters_and_reads_as_many_tokens_in_passes_over_les
 
 def test_a_reservoir_trains_its_embedding_and_no_block():
     text, before = toy_text(), build(CONTEST.model, CONTEST.phase1, VOCAB, 1).state_dict()
-    model, reader, spent = forms._contexts("sound_reservoir", CONTEST, text, 1)
+    model, reader, spent, _ = forms._contexts("sound_reservoir", CONTEST, text, 1)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {name.split(".")[0] for name in moved} == {"token_embedding", "embed_norm"}
     assert reader is not None

@@ -208,6 +208,7 @@ def test_an_experiment_reruns_what_it_affects_and_dvc_shows_the_difference(clone
     assert ran(clone.run("dvc", "repro")) == []
 
 
+@pytest.mark.slow
 def test_a_baseline_runs_alone_and_again_only_for_its_own_keys(clone):
     target = "stages/evidence/dvc.yaml:joint@grow_copy"
     assert f"Running stage '{target}'" in clone.run("dvc", "repro", "-s", target)

@@ -226,6 +226,7 @@ def lock_is_free(clone: Clone) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_dvc_and_its_stage_killed_with_9(clone):
     """dvc dies, the stage lives on and is named; then both are dead, and the next run continues."""
     expected = sha256(clone.folder / "data/phase1")

@@ -24,7 +24,6 @@ from stages.satipatthana.figures import abstaining, settling, strangers, trust_b
 
 FOLDER = Path("metrics/satipatthana")
 Found = dict[str, dict[str, list[Any]]]
-SECONDS = 20  # of training a seed, section 11
 PARTS = {
     "all_features": "a head as the one in use",
     "without_log": "the three features that need no way: entropy, nearest prototype and reconstruction error",
@@ -148,16 +147,6 @@ def over_recon(found: Found, kind: str) -> str:
     return f"{difference:+.4f} ({word})"
 
 
-def training_time(params: SatipatthanaParams) -> str:
-    """What the stages took for one seed, against what was asked."""
-    stages = [read_json(f"metrics/timing/satipatthana/train_stage{n}.json", "seconds_a_seed") for n in range(4)]
-    total = sum(one["seconds_a_seed"] for one in stages)
-    return (
-        f"Training takes {total:.1f} s a seed (threads: {params.threads}; up to {params.workers} seeds side by side); "
-        f"{SECONDS} s were asked for."
-    )
-
-
 def more(found: Found, kinds: list[str]) -> tuple[list[str], list[list[str]], str]:
     """Numbers that the tables above leave out, on the hardest strangers."""
     mine = found["satipatthana"]
@@ -180,7 +169,7 @@ def deviation_of(found: Found, key: str) -> float:
 
 def ablations(page: Page, kinds: list[str]) -> None:
     """What the parts of the trust are worth, and what an answer costs."""
-    said = read_json(FOLDER / "ablations.json", "means", "macs", "seeds")
+    said = read_json(FOLDER / "ablations.json", "means", "macs", "seeds", "latency")
     page.heading("What the parts are worth")
     keys = ("aurc", "auroc_correct", *(f"auroc_{kind}" for kind in kinds))
     rows = [
@@ -193,12 +182,11 @@ def ablations(page: Page, kinds: list[str]) -> None:
     page.points([f"`{name}`: {what}" for name, what in PARTS.items() if name in said["means"]])
     page.text(worth(said["seeds"], kinds))
     costs = said["macs"]
-    took = read_json("metrics/timing/satipatthana/ablations.json", "latency")["latency"]
     page.text(
         f"An answer with its trust takes {costs['satipatthana'] / 1e3:,.0f} thousand multiply-accumulates, "
         f"{costs['satipatthana'] / costs['plain']:.1f} times those of the plain network; an ensemble "
         f"{costs['ensemble'] / costs['plain']:.0f} times. Time does not follow these counts, as the system steps and "
-        f"each step is small: {'; '.join(latency(rows, one) for rows, one in took.items())}."
+        f"each step is small: {'; '.join(latency(rows, one) for rows, one in said['latency'].items())}."
     )
 
 
@@ -240,7 +228,6 @@ def build(params: SatipatthanaParams, found: Found, figures: dict[str, Figure]) 
     )
     if params.task.name == "digits":
         asked(page, found)
-        page.text(training_time(params))
     page.table(*more(found, kinds))
     page.heading("Abstaining")
     keys = ("coverage", "risk_of_accepted", "risk_at_80", "risk_at_90", "risk_at_95", "trust_ece_calibrated")
