@@ -20,6 +20,11 @@ VOCAB = 97
 SOURCE = inspect.getsource(argparse)  # real text
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: workers take whole files (`--dist loadfile`), and one would wait for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_dvc.py")
+
+
 def random_batches(count: int, batch: int = 4, length: int = 12, vocab: int = VOCAB, seed: int = 0) -> list:
     """(x, y) batches of a noisy cyclic language: y = x + 1 most of the time, so that there is something to learn."""
     generator = torch.Generator().manual_seed(seed)
