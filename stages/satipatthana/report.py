@@ -77,11 +77,21 @@ def ahead(found: Found, key: str, higher_is_better: bool) -> list[str]:
     return names
 
 
+def hardest_of(found: Found, kinds: list[str]) -> str:
+    """The kind of strangers that trust tells worst."""
+    return min(kinds, key=lambda kind: sum(found["satipatthana"][f"auroc_{kind}"]))
+
+
+def apart(difference: Interval) -> str:
+    """A difference in a number that should be high, with its interval and whether that excludes 0."""
+    word = {"better": "lower", "worse": "higher"}.get(verdict(difference), verdict(difference))
+    return f"{difference:+.4f} ({word})"
+
+
 def answer(found: Found, kinds: list[str]) -> str:
     """The hardest strangers with the best of the compared scores, and every number in which a peer is ahead."""
-    mine = found["satipatthana"]
+    mine, hardest = found["satipatthana"], hardest_of(found, kinds)
     peers = [name for name in found if name not in ("satipatthana", "compat")]
-    hardest = min(kinds, key=lambda kind: sum(mine[f"auroc_{kind}"]))
     best = max(peers, key=lambda name: sum(found[name][f"auroc_{hardest}"]))
     pairs = zip(mine[f"auroc_{hardest}"], found[best][f"auroc_{hardest}"], strict=True)
     difference = mean_interval([a - b for a, b in pairs])
@@ -106,8 +116,7 @@ def worth(seeds: dict[str, list[dict[str, float]]], kinds: list[str]) -> str:
     for name in PARTS:
         if name in mean and name != "all_features" and "all_features" in mean:
             difference = mean_interval([a - b for a, b in zip(mean[name], mean["all_features"], strict=True)])
-            word = {"better": "lower", "worse": "higher"}.get(verdict(difference), verdict(difference))
-            said.append(f"{name} {difference:+.4f} ({word})")
+            said.append(f"{name} {apart(difference)}")
     return f"Mean AUROC over the kinds, less that of all features: {'; '.join(said)}." if said else ""
 
 
@@ -115,11 +124,11 @@ def asked(page: Page, found: Found) -> None:
     """What the specification asks of digits, line by line, and what the original measured (section 11)."""
     mine, old = (means_of(found, name) for name in ("satipatthana", "compat"))
     page.heading("What was asked")
-    apart = {
+    with_intervals = {
         less_recon(kind): over_recon(found, kind) for kind in (*AHEAD, *FAR) if f"auroc_{kind}" in found["satipatthana"]
     }
     rows = [
-        [one.name, apart.get(one.name, f"{one.value:.4f}"), one.asked(), "yes" if one.met else "**no**"]
+        [one.name, with_intervals.get(one.name, f"{one.value:.4f}"), one.asked(), "yes" if one.met else "**no**"]
         for one in targets(mine)
     ]
     page.table(
@@ -143,14 +152,12 @@ def over_recon(found: Found, kind: str) -> str:
     """Trust's AUROC less that of the reconstruction error, with its interval over seeds and what that says."""
     mine = found["satipatthana"]
     difference = mean_interval([a - b for a, b in zip(mine[f"auroc_{kind}"], mine[f"auroc_{kind}_recon"], strict=True)])
-    word = {"better": "lower", "worse": "higher"}.get(verdict(difference), verdict(difference))
-    return f"{difference:+.4f} ({word})"
+    return apart(difference)
 
 
 def more(found: Found, kinds: list[str]) -> tuple[list[str], list[list[str]], str]:
     """Numbers that the tables above leave out, on the hardest strangers."""
-    mine = found["satipatthana"]
-    hardest = min(kinds, key=lambda kind: sum(mine[f"auroc_{kind}"]))
+    hardest = hardest_of(found, kinds)
     keys = {"eaurc": "E-AURC", "augrc": "AUGRC", "nll": "NLL", "brier": "Brier"}
     keys |= {"nll_before_temperature": "NLL, temperature 1", "brier_before_temperature": "Brier, temperature 1"}
     keys |= {f"fpr95_{hardest}": "FPR95", f"aupr_{hardest}": "AUPR, known", f"aupr_out_{hardest}": "AUPR, strangers"}
