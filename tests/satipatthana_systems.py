@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from conftest import ROOT
 
@@ -44,3 +45,12 @@ def clusters(rows: int = 60, features: int = 12, classes: int = 3, seed: int = 0
 def system(params: SatipatthanaParams, shape: tuple[int, ...] = (12,), seed: int = 0) -> Satipatthana:
     made = build(shape, 3, params, torch.randn(50, *shape, generator=torch.Generator().manual_seed(1)), seed)
     return made.eval()
+
+
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each run of the engine is asked for."""
+    seen, real = [], Satipatthana.samatha
+    monkeypatch.setattr(
+        Satipatthana, "samatha", lambda self, x, *rest, **more: seen.append(len(x)) or real(self, x, *rest, **more)
+    )
+    return seen

@@ -240,24 +240,6 @@ def test_large_columns_are_standardized_alike_in_training_and_use(tmp_path):
     assert apart.max() < 1e-5
 
 
-@pytest.mark.slow
-def test_r8_6_the_loss_of_stage_2_falls_by_80_percent_of_its_way_to_the_floor():
-    """Of the note's two features, on digits, at the note's rate; at the rate of its successor it does not."""
-    task, falls = tasks.load(PARAMS.task, PARAMS.test), []
-    made = begin(task, COMPAT, 0)
-    for number in range(2):
-        advance(made, number, task, COMPAT, 0)
-    for lr in (1e-2, 1e-4):
-        params, one = changed(COMPAT, {"stage2.lr": lr}, "test"), copy.deepcopy(made)
-        spec = spec_of(2, one, task.train, params, 0)
-        start = spec.loss(torch.arange(858), torch.Generator().manual_seed(0))
-        last = run_stage(one, spec, 0)[-1]
-        begun = float(start["trust"].detach()) - float(start["floor"])
-        falls.append(1 - (last["trust"] - last["floor"]) / begun)
-    assert falls[0] >= 0.8
-    assert falls[1] < 0.8
-
-
 def test_r8_12_what_has_no_gradient_and_states_that_are_alike_are_found():
     params, train = small(**ONCE), clusters()
     made = system(params)

@@ -95,7 +95,8 @@ def advance(
         facts = check_states(system, task.train.x, settles=number > 1)
         said = ", ".join(f"{name} {value:.4g}" for name, value in facts.items())
         print(f"stage {number}, before it begins, {len(task.train)} rows: {said}", flush=True)
-    history = run_stage(system, spec_of(number, system, task.train, params, own, task.known, task.strangers), own)
+    spec = spec_of(number, system, task.train, params, own, task.known, task.strangers, task.validation)
+    history = run_stage(system, spec, own)
     if number == 1:
         with torch.no_grad():
             system.vitakka.learn_gate(system.adapter(task.train.x))

@@ -235,17 +235,24 @@ def settle(
     """
     prepared, log = vicara.prepare(z, meta), SantanaLog()
     state = start if drunk is None else drunk.start(start)
-    previous, active = state, torch.ones(len(state), dtype=torch.bool, device=state.device)
+    previous, active, all_active = state, torch.ones(len(state), dtype=torch.bool, device=state.device), True
     log.add(state)
     for step in range(1, max_steps + 1):
-        new, skipped = vicara(state, prepared), torch.zeros_like(active)
+        new, skipped = vicara(state, prepared), None
         if drunk is not None:
             new, skipped = drunk.step(state, new)
-        new = torch.where(active[:, None], new, state)
-        log.add(new, (new - state).square().sum(dim=1), active=active)
-        rests = sati(state, new, step) & ~skipped
-        previous = torch.where(active[:, None], state, previous)
-        state, active = new, active & ~rests
-        if not bool(active.any()):
+        if all_active:
+            previous = state
+        else:  # a row that rests is frozen
+            new = torch.where(active[:, None], new, state)
+            previous = torch.where(active[:, None], state, previous)
+        with torch.no_grad():  # energies and the rule look on; the loss takes the pair
+            log.add(new, (new - state).square().sum(dim=1), active=active)
+            rests = sati(state, new, step)
+            active = active & ~(rests if skipped is None else rests & ~skipped)
+        state = new
+        left = int(active.sum())
+        if not left:
             break
+        all_active = left == len(active)
     return Settled(state, log, (state, previous))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,17 @@ class Rows:
     target: Tensor
     path: Tensor
 
+    def at(self, places: Tensor) -> Rows:
+        parts = (one[places] for one in (self.recon_error, self.encoded, self.target, self.path))
+        return Rows(self.state[places], self.log.rows(places), *parts)
+
+    def dealt(self, counts: list[dict[str, int]]) -> Iterator[Rows]:
+        """Batches of so many rows by path, which are all rows that there are."""
+        of = {path: (self.path == PATHS.index(path)).nonzero()[:, 0] for path in counts[0]}
+        parts = [of[path].split([one[path] for one in counts]) for path in of]
+        for places in zip(*parts, strict=True):
+            yield self.at(torch.cat(places))
+
     def seen_by(self, head: str) -> Tensor:
         """Rows (B,) whose fault a head can see."""
         hidden = [PATHS.index(path) for path in BLIND.get(head, ())]
@@ -96,7 +107,7 @@ def damaged(
     generator: torch.Generator,
     deserved: Tensor | None = None,
 ) -> Rows:
-    """Runs the frozen engine on a batch whose rows are assigned to paths at random (6.4b).
+    """Runs the frozen engine on rows that are assigned to paths at random (6.4b).
 
     Clean and mismatched rows have settled already; augmented and void ones settle in one run, as no row looks at
     another, drunk ones in their own.
@@ -138,7 +149,7 @@ def damaged(
         targets["drunk"] = x.new_zeros(counts["drunk"])
     whole = Way.joined(list(ways.values()))
     path = torch.cat([torch.full((len(way.state),), PATHS.index(name)) for name, way in ways.items()])
-    state = _mismatched(whole.state, path, generator) if counts.get("mismatch") else whole.state
+    state = _mismatched(whole.state, path, settings, generator) if counts.get("mismatch") else whole.state
     target = torch.cat([targets[name] for name in ways])
     return Rows(state, whole.log, system.recon_error(state, whole.encoded), whole.encoded, target, path)
 
@@ -154,9 +165,13 @@ def _rest(x: Tensor, own: dict[str, int]) -> list[int]:
     return [left] if left else []
 
 
-def _mismatched(state: Tensor, path: Tensor, generator: torch.Generator) -> Tensor:
-    """Every mismatch row gets the state of another row that is not its own."""
+def _mismatched(state: Tensor, path: Tensor, settings: Stage2Params, generator: torch.Generator) -> Tensor:
+    """Every mismatch row gets the state of another row; where settings say so, one of any, its own not excluded."""
     rows = (path == PATHS.index("mismatch")).nonzero()[:, 0]
+    if settings.mismatch == "permutation":
+        changed = state.clone()
+        changed[rows] = state[rows[torch.randperm(len(rows), generator=generator)]]
+        return changed
     pool = torch.cat([rows, (path == PATHS.index("clean")).nonzero()[:, 0]])
     order = derangement(len(pool), generator)
     changed = state.clone()

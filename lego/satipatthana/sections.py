@@ -133,6 +133,7 @@ class VitakkaParams(Section):
     closed_gate: Literal["zeroes", "is_told"]
     attention_training: Attention
     attention_inference: Attention
+    frozen_as: Literal["inference", "training"]
     init: Literal["random", "k_means"]
     normalize_on_read: bool
 
@@ -217,6 +218,7 @@ class Stage1Params(StageParams):
 class Stage2Params(StageParams):
     noise_level: Unit
     void_target: Annotated[Number, within("[0, 1)")]
+    mismatch: Literal["derangement", "permutation"]
     correctness: bool
 
 
@@ -334,6 +336,11 @@ class SatipatthanaParams(Section):
     ablations: AblationsParams
     tasks: TasksParams
     bridge: BridgeParams
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether nothing that happens to a row depends on the rows beside it."""
+        return self.sati.per_sample and self.samatha.drunk_per_sample and self.augmenter.per_sample
 
     @model_validator(mode="after")
     def _fits_together(self) -> SatipatthanaParams:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
+
 import torch
 from sklearn.cluster import KMeans
 from sklearn.linear_model import LogisticRegression, RidgeCV
@@ -10,14 +13,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from lego.satipatthana import jobs
-from lego.satipatthana.paths import Way, allocate, by_path, damaged, floors, losses
+from lego.satipatthana.paths import Rows, Way, allocate, by_path, damaged, floors, losses
 from lego.satipatthana.sections import SatipatthanaParams
-from lego.satipatthana.stages import StageCheckError, StageSpec
+from lego.satipatthana.stages import StageCheckError, StageSpec, freeze
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Split
 from lego.satipatthana.void import VoidSource, acceptance
 
 VACUOUS = 0.99  # share of uniform rows that a filter keeps, above which it is none
+TOGETHER = 4096  # rows of stage 2 that settle in one run, where none looks at another
 FOLDS = 5
 ALPHAS = (0.1, 1.0, 10.0, 100.0)  # of the ridge regression
 POOLED = {"dynamics2": ("clean", "augmented", "mismatch"), "grounded8": ()}  # what a trust head cannot tell apart
@@ -31,6 +35,7 @@ def spec_of(
     seed: int,
     known: Tensor | None = None,
     strangers: Tensor | None = None,
+    validation: Split | None = None,
 ) -> StageSpec:
     """The specification of a stage of the curriculum, with what its frozen part makes cached where it stays the same.
 
@@ -42,6 +47,7 @@ def spec_of(
         seed: of prototypes.
         known: anomalies (k, *shape) of the job anomaly, which a guide is told of and void rows are drawn from.
         strangers: rows (k, *shape) of another dataset, which void rows are drawn from.
+        validation: rows that stage 2 is looked at with after each epoch, as stage2.patience needs.
 
     Raises:
         StageCheckError: what the parameters ask for is not there.
@@ -54,18 +60,22 @@ def spec_of(
             1, params.stage1, lambda places, generator: _stage1(system, rows, places, generator), len(rows)
         )
     if number == 2:
-        source = VoidSource.of_task(train, params, known, strangers) if params.paths.void else None
-        return _stage2(system, train, params, seed, source)
+        void = (
+            partial(VoidSource.of_task, params=params, known=known, strangers=strangers) if params.paths.void else None
+        )
+        return _stage2(system, train, params, seed, void, validation)
     decoder = system.decoder
     if decoder is None:
         raise StageCheckError("stage 3: there is nothing to train, as the job anomaly has no decoder")
+    freeze(system)
     with torch.no_grad():  # frozen thinking is a pure function (R-5.3)
-        found = system(train.x)
+        thought = system.samatha(train.x)
+        context = system.look(thought)[0].context
     if params.heads.bounded_context:
-        decoder.learn_range(found.v_ctx)
+        decoder.learn_range(context)
 
     def loss(places: Tensor, _: torch.Generator) -> dict[str, Tensor]:
-        answered = decoder(found.s_star[places], found.v_ctx[places])
+        answered = decoder(thought.state[places], context[places])
         return {"loss": jobs.loss(params.task.job, answered, train.y[places])}
 
     return StageSpec(3, params.stage3, loss, len(train))
@@ -135,9 +145,14 @@ def start_probes(system: Satipatthana, x: Tensor, seed: int) -> None:
 
 
 def _stage2(
-    system: Satipatthana, train: Split, params: SatipatthanaParams, seed: int, source: VoidSource | None
+    system: Satipatthana,
+    train: Split,
+    params: SatipatthanaParams,
+    seed: int,
+    void: Callable[[Split], VoidSource] | None,
+    validation: Split | None,
 ) -> StageSpec:
-    settings, shares = params.stage2, params.paths.shares()
+    settings, shares, source = params.stage2, params.paths.shares(), void and void(train)
     if source is None:
         print("warning: paths.void is 0, so trust is never shown a row from outside of the data", flush=True)
     weights = {head: getattr(params.vipassana, f"weight_{head}") for head in ("trust", "conformity", "confidence")}
@@ -151,20 +166,71 @@ def _stage2(
                 f"warning: void.min_distance keeps {100 * kept:.1f} % of uniform rows, so it filters nothing",
                 flush=True,
             )
+    freeze(system)
     with torch.no_grad():
-        system.eval()
         thought = system.samatha(train.x)
         system.vipassana.learn_range(thought.state, lambda: system.look(thought)[0].features, seed)
     right, clean = deserved(train, params, seed), Way(thought.state, thought.log, thought.encoded)
 
-    def loss(places: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        counts = allocate(shares, len(places))
-        rows = damaged(system, clean.at(places), counts, settings, source, generator, right[places])
+    held_out = None
+    if validation is not None and len(validation) >= len(shares):
+        known = guided(validation, train, params)
+        held_out = _held_out(system, validation, params, seed, void and void(validation), known)
+    elif settings.patience:
+        raise StageCheckError(f"stage2.patience needs at least {len(shares)} validation rows, one a path; set it to 0")
+    together = TOGETHER if params.rows_apart else settings.batch_size
+
+    def draw(epoch: list[Tensor], generator: torch.Generator) -> Iterator[Rows]:
+        """Batches whose rows settle in a few long runs: a run of a batch costs as much as one of thousands of rows."""
+        for places in torch.cat(epoch).split(max(together // settings.batch_size, 1) * settings.batch_size):
+            counts = [allocate(shares, len(part)) for part in places.split(settings.batch_size)]
+            whole = {path: sum(one[path] for one in counts) for path in shares}
+            rows = damaged(system, clean.at(places), whole, settings, source, generator, right[places])
+            yield from rows.dealt(counts)
+
+    def loss(rows: Rows, _: torch.Generator) -> dict[str, Tensor]:
         scores = system.view(rows.state, rows.log, rows.recon_error).scores()
         facts = floors(rows, scores, pooled) | by_path(rows, torch.sigmoid(scores["trust"].detach()))
         return losses(scores, rows, weights) | {name: torch.tensor(value) for name, value in facts.items()}
 
-    return StageSpec(2, settings, loss, len(train), len(shares))
+    return StageSpec(2, settings, loss, len(train), len(shares), draw, held_out or dict)
+
+
+def _held_out(
+    system: Satipatthana,
+    validation: Split,
+    params: SatipatthanaParams,
+    seed: int,
+    source: VoidSource | None,
+    right: Tensor,
+) -> Callable[[], dict[str, float]]:
+    """The loss of trust on validation rows that were damaged once, and its floor; not a row of them is learned from."""
+    generator, counts = torch.Generator().manual_seed(seed), allocate(params.paths.shares(), len(validation))
+    rows = damaged(system, Way.of(system, validation.x), counts, params.stage2, source, generator, right)
+    lowest = floors(rows, ("trust",), POOLED[params.vipassana.trust_features])["floor"]
+
+    @torch.no_grad()
+    def judged() -> dict[str, float]:
+        logit = system.view(rows.state, rows.log, rows.recon_error).trust_logit
+        found = functional.binary_cross_entropy_with_logits(logit, rows.target)
+        return {"validation": float(found), "validation_floor": lowest}
+
+    return judged
+
+
+def guided(rows: Split, train: Split, params: SatipatthanaParams) -> Tensor:
+    """Trust (n,) that rows deserve which no guide has seen: where one that was fitted on train answers rightly."""
+    if rows.deserved is not None:
+        return rows.deserved
+    if not params.stage2.correctness or len(torch.unique(train.y)) < 2:
+        return torch.ones(len(rows))
+    regression = params.task.job == "regression"
+    guide = RidgeCV(ALPHAS) if regression else LogisticRegression(max_iter=500)
+    guide.fit(train.x.flatten(1).double().numpy(), train.y.double().numpy() if regression else train.y.numpy())
+    guess = torch.from_numpy(guide.predict(rows.x.flatten(1).double().numpy()))
+    if regression:
+        return jobs.right("regression", guess[:, None], rows.y, params.reject.tolerance).float()
+    return (guess == rows.y).float()
 
 
 def cross_fitted(train: Split, params: SatipatthanaParams, seed: int) -> Tensor:

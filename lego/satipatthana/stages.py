@@ -6,8 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,11 @@ class StageCheckError(StageError):
     """A stage that would train nothing, or on states that are all alike; the message says which."""
 
 
+def the_places(epoch: list[Tensor], _: torch.Generator) -> Iterable[Tensor]:
+    """The places (B,) of each batch as they are."""
+    return epoch
+
+
 @dataclass(frozen=True)
 class StageSpec:
     """What a stage trains, and how.
@@ -43,16 +49,26 @@ class StageSpec:
     Args:
         number: 0 to 3.
         settings: epochs, rate, batch size, clipping.
-        loss: of the rows at some places (B,), with draws of a generator: terms by name, `loss` among them.
+        loss: of a batch, with draws of a generator: terms by name, `loss` among them.
         rows: to learn from.
         least: rows of a batch that its loss can be taken of.
+        draw: batches of an epoch, of the places (B,) of the rows of each, with draws of the generator.
+        held_out: terms of rows that are not learned from, after each epoch.
     """
 
     number: int
     settings: StageParams
-    loss: Callable[[Tensor, torch.Generator], dict[str, Tensor]]
+    loss: Callable[[Any, torch.Generator], dict[str, Tensor]]
     rows: int
     least: int = 2
+    draw: Callable[[list[Tensor], torch.Generator], Iterable[Any]] = the_places
+    held_out: Callable[[], dict[str, float]] = dict
+
+
+def freeze(system: Satipatthana) -> None:
+    """Evaluation mode for all parts, but for the probes where `vitakka.frozen_as` says so, as the original had it."""
+    system.eval()
+    system.vitakka.train(system.params.vitakka.frozen_as == "training")
 
 
 def trainable(system: Satipatthana, number: int) -> list[nn.Parameter]:
@@ -62,7 +78,7 @@ def trainable(system: Satipatthana, number: int) -> list[nn.Parameter]:
         StageCheckError: the set is empty.
     """
     system.requires_grad_(False)
-    system.eval()
+    freeze(system)
     found = []
     for name in TRAINABLE[number]:
         module = getattr(system, name)
@@ -117,9 +133,9 @@ def run_stage(system: Satipatthana, spec: StageSpec, seed: int) -> list[dict[str
     history = []
     for epoch in range(settings.epochs):
         sums: dict[str, float] = {}
-        work = batches(spec, generator)
-        for places in track(work, per_epoch, f"stage {spec.number}, epoch {epoch + 1}/{settings.epochs}", "batch"):
-            terms = spec.loss(places, generator)
+        work = spec.draw(list(batches(spec, generator)), generator)
+        for batch in track(work, per_epoch, f"stage {spec.number}, epoch {epoch + 1}/{settings.epochs}", "batch"):
+            terms = spec.loss(batch, generator)
             if not torch.isfinite(terms["loss"]):
                 raise FloatingPointError(f"stage {spec.number}: the loss is not finite; lower stage{spec.number}.lr")
             optimizer.zero_grad(set_to_none=True)
@@ -129,7 +145,7 @@ def run_stage(system: Satipatthana, spec: StageSpec, seed: int) -> list[dict[str
             schedule.step()
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0.0) + float(term.detach()) / per_epoch
-        history.append(sums)
+        history.append(sums | spec.held_out())
         if settings.patience and finished(spec.number, history, settings.patience):
             print(f"stage {spec.number}: nothing changes any more; it ends after epoch {epoch + 1}", flush=True)
             break
@@ -142,8 +158,8 @@ def finished(number: int, history: list[dict[str, float]], patience: int) -> boo
     """Whether a stage may end before its epochs are over (R-5.7).
 
     All once the last epochs have added less than a hundredth to what the loss has fallen by before, in stage 2 the
-    distance of trust's loss from its floor; stage 1 only if states have settled as well, measured by their last step.
-    These are losses on train rows, of which stage 2 draws damage and strangers anew in every epoch.
+    distance of trust's loss on validation rows from its floor; stage 1 only if states have settled as well, measured by
+    their last step.
 
     Args:
         number: of the stage.
@@ -152,7 +168,7 @@ def finished(number: int, history: list[dict[str, float]], patience: int) -> boo
     """
     if len(history) <= patience:
         return False
-    values = [one["trust"] - one["floor"] if number == 2 else one["loss"] for one in history]
+    values = [one["validation"] - one["validation_floor"] if number == 2 else one["loss"] for one in history]
     before, last = min(values[:-patience]), min(values[-patience:])
     stands = before - last <= PLATEAU * (values[0] - before)
     return stands and (number != 1 or all(one["residual"] < RESTED for one in history[-patience:]))
@@ -169,8 +185,8 @@ def check_gradients(system: Satipatthana, spec: StageSpec, generator: torch.Gene
     """
     named = {name: one for name, one in system.named_parameters() if one.requires_grad}
     before = {name: buffer.clone() for name, buffer in system.named_buffers()}  # BatchNorm counts what it sees
-    places = next(batches(spec, generator))
-    spec.loss(places, generator)["loss"].backward()
+    (batch,) = spec.draw([next(batches(spec, generator))], generator)
+    spec.loss(batch, generator)["loss"].backward()
     without = [name for name, one in named.items() if one.grad is None]
     system.zero_grad(set_to_none=True)
     for name, buffer in system.named_buffers():

@@ -103,7 +103,7 @@ class VoidSource:
         """Quarters of an image, or of a row, in another order."""
         rows = self.x[torch.randint(len(self.x), (count,), generator=generator)].flatten(1)
         parts = rows.tensor_split(4, dim=1)
-        order = torch.stack([_derangement(4, generator) for _ in range(count)])  # (count, 4)
+        order = derangements(count, 4, generator)  # (count, 4)
         width = min(part.shape[1] for part in parts)
         stacked = torch.stack([part[:, :width] for part in parts], dim=1)  # (count, 4, w)
         moved = stacked.gather(1, order[:, :, None].expand_as(stacked)).flatten(1)
@@ -169,13 +169,10 @@ def _windows(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return block.flatten(1) if len(rest) == 1 else block[:, None].expand(shape)
 
 
-def _derangement(n: int, generator: torch.Generator) -> Tensor:
-    """An order in which nothing keeps its place (Sattolo's cycle)."""
-    order = torch.arange(n)
-    for i in range(n - 1, 0, -1):
-        j = int(torch.randint(i, (1,), generator=generator))
-        order[[i, j]] = order[[j, i]]
-    return order
+def derangements(count: int, n: int, generator: torch.Generator) -> Tensor:
+    """Random orders (count, n) in which nothing keeps its place: each is one cycle through all of them."""
+    cycle = torch.rand(count, n, generator=generator).argsort(dim=1)  # (count, n)
+    return torch.empty_like(cycle).scatter_(1, cycle, cycle.roll(1, dims=1))
 
 
 def derangement(n: int, generator: torch.Generator) -> Tensor:
@@ -186,4 +183,4 @@ def derangement(n: int, generator: torch.Generator) -> Tensor:
     """
     if n < 2:
         raise ValueError(f"a mismatch needs at least 2 rows, got {n}")
-    return _derangement(n, generator)
+    return derangements(1, n, generator)[0]
