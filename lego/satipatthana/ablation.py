@@ -62,17 +62,18 @@ def _rows(system: Satipatthana, task: Task, params: SatipatthanaParams, seed: in
     """Standardized features (N, F), latents (N, d) and targets (N,) of batches of stage 2."""
     generator, train = torch.Generator().manual_seed(seed), task.train
     source = VoidSource.of_task(train, params, task.known, task.strangers)
-    features, latents, targets = list[Tensor](), list[Tensor](), list[Tensor]()
-    size = min(params.stage2.batch_size, len(train))
     right, clean = deserved(train, params, seed), Way.of(system, train.x)
-    for _ in range(params.ablations.batches):
-        places = torch.randperm(len(train), generator=generator)[:size]
-        counts = allocate(params.paths.shares(), size)
+    features, latents, targets = list[Tensor](), list[Tensor](), list[Tensor]()
+    shares, left = params.paths.shares(), params.ablations.batches * params.stage2.batch_size
+    while left >= len(shares):
+        places = torch.randperm(len(train), generator=generator)[:left]
+        counts = allocate(shares, len(places))
         rows = damaged(system, clean.at(places), counts, params.stage2, source, generator, right[places])
         view = system.view(rows.state, rows.log, rows.recon_error)
         features.append(system.vipassana.standardized(view.features))
         latents.append(system.adapter(rows.encoded))
         targets.append(rows.target)
+        left -= len(places)
     return torch.cat(features), torch.cat(latents), torch.cat(targets)
 
 

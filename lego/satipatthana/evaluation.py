@@ -86,15 +86,7 @@ def _scores(column: Tensor) -> np.ndarray:
 
 def _strangers(inside: np.ndarray, outside: dict[str, np.ndarray], job: Job) -> dict[str, float]:
     """How well a score tells rows of each kind (m,) from test rows (n,)."""
-    facts: dict[str, float] = {}
-    for kind, scores in outside.items():
-        inward, outward = metrics.aupr(inside, scores)
-        facts |= {
-            f"auroc_{kind}": metrics.auroc(inside, scores),
-            f"fpr95_{kind}": metrics.fpr95(inside, scores),
-            f"aupr_{kind}": inward,
-            f"aupr_out_{kind}": outward,
-        }
+    facts = metrics.strangers(inside, outside)
     return facts | (jobs.flagged(inside, np.concatenate(list(outside.values()))) if job == "anomaly" else {})
 
 

@@ -6,6 +6,7 @@ Scores are high where a row is trusted. Every function gives nan, not one half, 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from sklearn.metrics import average_precision_score, roc_auc_score
@@ -39,6 +40,16 @@ def fpr95(inside: np.ndarray, outside: np.ndarray) -> float:
     if not len(inside) or not len(outside):
         return math.nan
     return float((outside >= np.quantile(inside, 1 - OPERATING)).mean())
+
+
+def strangers(inside: np.ndarray, outside: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """How well a score tells rows of each kind from outside (m,) from those of the inside (n,)."""
+    facts: dict[str, float] = {}
+    for kind, scores in outside.items():
+        inward, outward = aupr(inside, scores)
+        facts |= {f"auroc_{kind}": auroc(inside, scores), f"fpr95_{kind}": fpr95(inside, scores)}
+        facts |= {f"aupr_{kind}": inward, f"aupr_out_{kind}": outward}
+    return facts
 
 
 def risk_coverage(confidence: np.ndarray, wrong: np.ndarray) -> np.ndarray:

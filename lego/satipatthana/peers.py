@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from lego.satipatthana import metrics
+from lego.satipatthana import jobs, metrics
 from lego.satipatthana.nets import perceptron
 from lego.satipatthana.reject import fit_temperature
 from lego.satipatthana.sections import PeersParams, VoidParams
@@ -83,7 +83,9 @@ def plain_network(task: Task, settings: PeersParams) -> Plain:
 
 
 def networks(name: str, task: Task, settings: PeersParams, seed: int, void: VoidParams) -> list[Plain]:
-    """Networks of a peer that trains its own, or the plain one that all others read.
+    """Networks that a peer trains of its own, or the plain one that all others read.
+
+    An ensemble trains those that it has besides the plain one.
 
     Args:
         name: a peer of `OWN`, or `plain`.
@@ -93,7 +95,7 @@ def networks(name: str, task: Task, settings: PeersParams, seed: int, void: Void
         void: outliers of the one peer that is trained with them, the same kinds as stage 2 has.
     """
     if name == "ensemble":
-        return [train_plain(task, settings, seed * 1000 + number) for number in range(settings.members)]
+        return [train_plain(task, settings, seed * 1000 + number) for number in range(1, settings.members)]
     exposed = name == "outlier_exposure"
     outliers = VoidSource(task.train.x, task.train.y, void, task.known, task.strangers) if exposed else None
     return [train_plain(task, settings, seed, outliers)]
@@ -188,16 +190,11 @@ def judge(scored: Scored, test: Split, outside: dict[str, Tensor]) -> dict[str, 
     """The same numbers as of the system, as far as a peer has them."""
     p, trust, labels = scored.probabilities(test.x), scored.trust(test.x), test.y.numpy()
     right = p.argmax(axis=1) == labels
-    facts = {
+    return {
         "accuracy": float(right.mean()),
         "nll": metrics.nll(p, labels),
         "ece": metrics.ece(p.max(axis=1), right),
-        "auroc_correct": metrics.correct_above_wrong(trust, right),
-        "aurc": metrics.aurc(trust, ~right),
-        "augrc": metrics.augrc(trust, ~right),
-        **metrics.risks(trust, ~right),
+        "brier": metrics.brier(p, labels),
+        **jobs.believed(trust, right),
+        **metrics.strangers(trust, {kind: scored.trust(rows) for kind, rows in outside.items()}),
     }
-    for kind, rows in outside.items():
-        strange = scored.trust(rows)
-        facts |= {f"auroc_{kind}": metrics.auroc(trust, strange), f"fpr95_{kind}": metrics.fpr95(trust, strange)}
-    return facts

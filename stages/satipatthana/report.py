@@ -34,8 +34,8 @@ PARTS = {
 THREATS = [
     "One small task; intervals are over seeds, with the rows as they are.",
     "Few test rows are answered wrongly: AUROC of right above wrong and AURC rest on a handful of them.",
-    "void_target and trust_limit were chosen on validation rows with noise of 0.3, which is the kind of `noisy_0.5`; near "
-    "strangers informed the choice of prototypes.",
+    "void_target and trust_limit were chosen on validation rows with noise of 0.3, which is the kind of `noisy_0.5`; "
+    "near strangers informed the choice of prototypes.",
     "A mismatch of state and way cannot occur in use; it is a training signal.",
 ]
 
@@ -152,9 +152,9 @@ def asked(page: Page, found: Found) -> None:
     page.table(
         ["of compat", "mean over seeds", "by seed", "the original", "reproduced", "its successor"],
         rows,
-        "The original (v4.0): means of 3 seeds, of aux_accuracy one seed; reproduced: within two of its deviations where "
-        "it has one, or within 0.05. Stages 0 and 1 of its successor (v4.1) are the same, so that where the two differ in "
-        "what comes of them, seeds do.",
+        "The original (v4.0): means of 3 seeds, of aux_accuracy one seed; reproduced: within two of its deviations "
+        "where it has one, or within 0.05. Stages 0 and 1 of its successor (v4.1) are the same, so that where the two "
+        "differ in what comes of them, seeds do.",
     )
 
 
@@ -172,7 +172,7 @@ def more(found: Found, kinds: list[str]) -> tuple[list[str], list[list[str]], st
     keys |= {"nll_before_temperature": "NLL, temperature 1", "brier_before_temperature": "Brier, temperature 1"}
     keys |= {f"fpr95_{hardest}": "FPR95", f"aupr_{hardest}": "AUPR, known", f"aupr_out_{hardest}": "AUPR, strangers"}
     rows = [[name, *(shown(interval(found, name, key)) for key in keys)] for name in found]
-    return ["model", *keys.values()], rows, f"The last three of {hardest}; empty where a peer has no such number."
+    return ["model", *keys.values()], rows, f"The last three of {hardest}; peers have no temperature but their own."
 
 
 def means_of(found: Found, model: str) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """Work for every seed, some side by side in processes of their own."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from lego.satipatthana.sections import PARAMS, SatipatthanaParams
@@ -18,12 +19,18 @@ def for_each_seed(
         work: of a seed's number; a function that can be pickled.
         params: `seeds`, `threads` and `workers` are read.
         seeds: instead of params.seeds.
-        light: whether the work is done here, one seed after the other, as a process costs three seconds to start.
+        light: whether the work is done here, one seed after the other, as a process takes seconds to start.
 
     Raises:
         StageError: a worker was killed.
     """
     numbers = range(params.seeds if seeds is None else seeds)
-    if light or min(params.workers, len(numbers)) == 1:
+    others = 0 if light else min(params.workers, len(numbers)) - 1
+    if not others:
         return [work(number) for number in numbers]
-    return list(side_by_side(work, numbers, params.workers, params.threads, f"workers in {PARAMS}"))
+    # this process is one of the workers: it has begun while the others still start, so it takes the larger share
+    elsewhere = numbers[: len(numbers) * others // (others + 1)]
+    with ThreadPoolExecutor(1) as watch:
+        found = watch.submit(list, side_by_side(work, elsewhere, others, params.threads, f"workers in {PARAMS}"))
+        here = [work(number) for number in numbers[len(elsewhere) :]]
+        return [*found.result(), *here]
