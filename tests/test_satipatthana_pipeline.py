@@ -18,6 +18,7 @@ from lego.artifacts import read_json
 from lego.satipatthana import EXPOSED
 from lego.satipatthana.sections import PARAMS, SatipatthanaParams, changed, load
 from lego.satipatthana.store import load as load_system
+from stages.satipatthana.prepare import TABLES, unwatched
 
 STAGES = yaml.safe_load((ROOT / "stages/satipatthana/dvc.yaml").read_text())["stages"]
 BRIDGE = yaml.safe_load((ROOT / "stages/satipatthana/ashem/dvc.yaml").read_text())["stages"]
@@ -46,6 +47,23 @@ TINY = {
 
 def declared(entry: dict, file: str = PARAMS.as_posix()) -> list[str]:
     return [key for one in entry["params"] for key in one.get(file, [])]
+
+
+@pytest.mark.parametrize(
+    ("file", "watched"),
+    [
+        (None, True),
+        ("tables/a.csv", True),
+        ("./tables/b/a.parquet", True),
+        ("tables/../a.csv", False),
+        ("a.csv", False),
+    ],
+)
+def test_a_table_outside_of_the_folder_that_dvc_watches_is_told_of(file, watched):
+    assert str(TABLES) in STAGES["prepare"]["deps"]
+    for key in ("file", "strangers"):
+        told = unwatched(load(ROOT / PARAMS).task.model_copy(update={key: file}))
+        assert told == ([] if watched else [f"task.{key}"])
 
 
 @pytest.mark.parametrize("stage", SCRIPTS)

@@ -3,15 +3,28 @@
 dvc repro stages/satipatthana/dvc.yaml:prepare          (python -m stages.satipatthana.prepare)
 """
 
+from os.path import abspath
+from pathlib import Path
+
 from lego.artifacts import atomic_folder, write_json
 from lego.harness import Stage, exit_cleanly
-from lego.satipatthana.sections import WRITTEN, load
+from lego.satipatthana.sections import WRITTEN, TaskParams, load
 from lego.satipatthana.tasks import load as load_task
 from lego.satipatthana.tasks import write_task
+
+TABLES = Path("tables")  # what DVC watches: a dependency of this stage
+
+
+def unwatched(settings: TaskParams) -> list[str]:
+    """Keys of tables that lie where DVC does not notice a change."""
+    named = {"task.file": settings.file, "task.strangers": settings.strangers}
+    return [key for key, file in named.items() if file and TABLES.absolute() not in Path(abspath(file)).parents]
 
 
 def main() -> None:
     params = load()
+    for key in unwatched(params.task):
+        print(f"warning: {key} lies outside of {TABLES}/, so DVC does not notice when it changes; move it there")
     with Stage("satipatthana/prepare", params.seed):
         task = load_task(params.task, params.test)
         with atomic_folder("data/satipatthana/task") as folder:
