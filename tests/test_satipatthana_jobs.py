@@ -21,6 +21,7 @@ from lego.satipatthana.sections import changed, with_profile
 from lego.satipatthana.specs import cross_fitted, spec_of
 from lego.satipatthana.stages import StageCheckError
 from lego.satipatthana.store import load, save
+from lego.satipatthana.tables import TaskError
 from lego.satipatthana.void import VoidError, VoidSource
 from stages.satipatthana.tasks import page, train
 
@@ -90,10 +91,14 @@ def test_an_anomaly_system_has_no_decoder_and_answers_by_trust(trained):
         assert ((told["answer"] == "normal") == told["accepted"]).all()
         assert not {"aurc", "risk_at_90", "risk_of_accepted"} & set(facts)  # of mistakes, which no row can show
         assert "trust_calibrated" not in told
-        words = pd.Series(["normal", "anomaly", "8", "malignant", "0"], name="y")
+        words = pd.Series(["normal", "anomaly", *task.names[-2:], task.names[0]], name="y")
         some = told.head(5).assign(answer=["normal"] * 5)
         strange = ["anomaly", *params.task.anomalies]
         assert predict.rights(system, use, some, words, "t").tolist() == [word not in strange for word in words]
+        with pytest.raises(TaskError, match="t: column y has Normal, which is none of the classes normal, anomaly, "):
+            predict.rights(system, use, some, words.replace("normal", "Normal"), "t")
+        with pytest.raises(TaskError, match="t: column y has no value in row 3; fill it"):
+            predict.rights(system, use, some, words.where(words.index != 3), "t")
         with pytest.raises(StageCheckError, match="job anomaly has no decoder"):
             spec_of(3, system, task.train, params, 0)
 

@@ -51,6 +51,19 @@ def test_stage_2_settles_clean_rows_once_and_others_anew(monkeypatch):
         torch.testing.assert_close(one, other)
 
 
+def test_r6_1_every_batch_of_an_epoch_has_void_rows_of_every_kind():
+    made, train = system(small()), clusters(400)
+    kinds = {"void.kinds": ["uniform", "file"], "task.strangers": "x.csv", "test.kinds": ["inverted"]}
+    params = changed(small(stage2__correctness=False, stage2__batch_size=100), kinds, "test")
+    generator = torch.Generator().manual_seed(0)
+    spec = spec_of(2, made, train, params, 0, strangers=torch.full((5, 12), 9.0))
+    drawn = list(spec.draw(list(torch.randperm(400, generator=generator).split(100)), generator))
+    strange = [int((rows.encoded == 9).all(dim=1).sum()) for rows in drawn]
+    assert sum(strange) == 60  # half of the void rows
+    assert min(strange) >= 6
+    assert max(strange) <= 24
+
+
 def test_r5_7_stage_2_is_looked_at_with_validation_rows_that_it_does_not_learn_from():
     made, train, held = system(small()), clusters(60), clusters(30, seed=5)
     params = small(stage2__correctness=False)

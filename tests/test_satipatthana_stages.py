@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import math
 import sys
 
@@ -35,7 +36,7 @@ from lego.satipatthana.stages import (
     trainable,
 )
 from lego.satipatthana.store import Use, load, save, standardized
-from lego.satipatthana.tables import TaskError
+from lego.satipatthana.tables import TaskError, labelled, read_table
 from lego.satipatthana.tasks import Task
 from lego.satipatthana.void import VoidError, VoidSource
 
@@ -122,6 +123,7 @@ def test_r5_5_unknown_and_missing_keys_are_refused():
         ("stage2__noise_level", 0.2),
         ("stage2__void_target", 0.5),
         ("stage2__batch_size", 8),
+        ("stage2__mismatch", "permutation"),
         ("stage2__grad_clip", 1e-4),
         *((f"stage{number}__epochs", 2) for number in range(4)),
         *((f"stage{number}__{key}", value) for number in (0, 3) for key, value in LEARNING.items()),
@@ -280,6 +282,28 @@ def test_r8_12_latents_that_are_alike_are_found_before_stage_1(capsys):
         advance(made, 1, task, params, 0)
 
 
+DAMAGE = [  # of system.json: values that cannot be those that were written
+    ("shape", []),
+    ("shape", [0]),
+    ("shape", "12"),
+    ("outputs", 2),
+    ("outputs", None),
+    ("classes", ["a", "b"]),
+    ("columns", ["a"]),
+    ("mean", [0.0]),
+    ("mean", None),
+    ("std", [0.0] * 12),
+    ("temperature", 0),
+    ("temperature", "warm"),
+    ("threshold", None),
+    ("answer", [1.0]),
+    ("trust", {"x": [0.0, 1.0], "y": [0.0]}),
+    ("trust", [0, 1]),
+    ("guide", True),
+    ("parameters", {}),
+]
+
+
 def test_r4_3_and_r4_4_a_saved_system_is_the_same_and_errors_are_of_what_was_encoded(tmp_path):
     params, task = small(**ONCE), a_task()
     made = begin(task, params, 0)
@@ -301,9 +325,16 @@ def test_r4_3_and_r4_4_a_saved_system_is_the_same_and_errors_are_of_what_was_enc
     expected = (made.samatha_recon(noisy.state) - noisy.encoded).square().mean(1, keepdim=True)
     torch.testing.assert_close(made.look(noisy)[1], expected)
     assert not torch.equal(noisy.encoded, task.test.x)
-    (tmp_path / "out/system.safetensors").write_bytes(b"x")
-    with pytest.raises(ArtifactError):
+    weights = (tmp_path / "out/system.safetensors").read_bytes()
+    (tmp_path / "out/system.safetensors").write_bytes(weights[:-8])
+    with pytest.raises(ArtifactError, match=r"system\.safetensors: cannot be read as safetensors"):
         load(tmp_path / "out")
+    (tmp_path / "out/system.safetensors").write_bytes(weights)
+    facts = json.loads((tmp_path / "out/system.json").read_text())
+    for key, value in DAMAGE:
+        (tmp_path / "out/system.json").write_text(json.dumps(facts | {key: value}))
+        with pytest.raises(ArtifactError, match=r"system\.(json|safetensors): "):
+            load(tmp_path / "out")
 
 
 def test_a_later_part_of_another_size_leaves_the_trained_ones_as_they_are(tmp_path):
@@ -400,6 +431,19 @@ def test_a_table_of_ones_own_and_what_is_wrong_with_it(tmp_path):
         tasks.features_of(frame, ["kind"], "rows")
     with pytest.raises(TaskError, match="rows: has no column q"):
         tasks.features_of(frame, ["q"], "rows")
+    with pytest.raises(TaskError, match="rows: has no column beside kind; give at least one to learn from"):
+        labelled(frame[["kind"]], "kind", "rows")
+    for text, sentence in (
+        ("a,b\n1,2,3\n4,5,6\n", "rows have more fields than the header"),  # pandas would make an index of the first
+        ("a,b,b\n1,2,3\n", "has the column b twice; drop or rename one"),
+        ("", r"cannot be read as \.csv"),
+    ):
+        file.write_text(text)
+        with pytest.raises(TaskError, match=sentence):
+            read_table(file)
+    frame.assign(a=1e300 * frame["a"]).to_csv(file, index=False)
+    with pytest.raises(TaskError, match="column 0 spreads beyond double precision; scale it down"):
+        tasks.load(settings, PARAMS.test.model_copy(update={"kinds": ["uniform"]}))
 
 
 def test_r6_4_void_rows_may_come_from_a_table(tmp_path):
@@ -469,7 +513,9 @@ def test_the_command_line_answers_a_table(tmp_path, monkeypatch, capsys):
     assert "has no column nothing, which --label names" in said
     code, said = run("--label", "c0")
     assert code == 1
-    assert "which is no class of the system" in said
+    assert "which is none of the classes a, b, c" in said
+    code, said = run("--out", str(tmp_path))
+    assert (code, said) == (1, f"error: --out {tmp_path}: is a folder; name a file\n")
     frame["c3"] = frame["c3"].astype(float)
     frame.loc[7, "c3"] = 1e39
     frame.to_parquet(tmp_path / "rows.parquet")
@@ -478,7 +524,7 @@ def test_the_command_line_answers_a_table(tmp_path, monkeypatch, capsys):
         f"error: {tmp_path}/rows.parquet: row 7 is too large for single precision; correct it or leave it out\n",
     )
     frame[:0].to_parquet(tmp_path / "rows.parquet")
-    assert run() == (1, f"error: {tmp_path}/rows.parquet: has no rows\n")
+    assert run() == (1, f"error: {tmp_path}/rows.parquet: has no rows; give at least one below the header\n")
 
 
 def test_the_decoder_brings_contexts_into_the_range_it_learned_from():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -312,6 +313,9 @@ def test_thresholds_give_what_was_wanted():
     trust = random.uniform(size=2000)
     right = random.uniform(size=2000) < trust
     assert (trust >= threshold(trust, right, "coverage", 0.8)).mean() == pytest.approx(0.8, abs=0.001)
+    for rows, wanted in itertools.product((10, 100, 1000), (0.5, 0.8, 0.9, 0.95)):
+        kept = (trust[:rows] >= threshold(trust[:rows], right[:rows], "coverage", wanted)).sum()
+        assert kept == math.ceil(round(wanted * rows, 6)), (rows, wanted)
     cut = threshold(trust, right, "risk", 0.2)
     assert 0.15 < (~right[trust >= cut]).mean() <= 0.2
     assert threshold(trust, np.zeros(2000, bool), "risk", 0.2) > 1
@@ -341,3 +345,18 @@ def test_calibration_finds_the_temperature_and_keeps_the_order():
         assert metrics.ece(mapped, right) < 0.04 < metrics.ece(trust, right), kind
         assert (np.diff(mapped[np.argsort(trust)]) >= -1e-9).all()
     assert fit_trust(trust, right, "none")(trust) == pytest.approx(trust)
+
+
+def test_r6_4_a_mixture_is_of_two_classes_however_rare_one_is():
+    x, y = torch.arange(200.0)[:, None], (torch.arange(200) % 100 == 7).long()  # two rows of the second class
+    source, generator = VoidSource(x, y, PARAMS.void), torch.Generator().manual_seed(0)
+    one, other = (rows[:, 0].long() for rows in source._pairs(3000, generator))
+    assert (y[one] != y[other]).all()
+    assert len(torch.unique(one)) > 190  # any row is mixed
+    three = VoidSource(torch.arange(9.0)[:, None], torch.tensor([2, 0, 1, 1, 0, 2, 2, 0, 1]), PARAMS.void)
+    one, other = (rows[:, 0].long() for rows in three._pairs(6000, generator))
+    pairs, counts = torch.unique(torch.stack([one, other]), dim=1, return_counts=True)
+    assert pairs.shape[1] == 9 * 6  # every row with every row of the other classes, as often
+    assert counts.min() > 70
+    alone = VoidSource(x, torch.zeros(200, dtype=torch.long), PARAMS.void)
+    assert alone.of("mixup", 5, generator).shape == (5, 1)

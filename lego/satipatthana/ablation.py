@@ -24,7 +24,7 @@ FROM_LOG = (0, 3, 4, 6, 7)  # columns of grounded8 that need the way: steps, sta
 
 
 def heads(system: Satipatthana, task: Task, params: SatipatthanaParams, seed: int) -> dict[str, dict[str, float]]:
-    """AUROC on strangers and AURC of heads that read less, trained as the trust head is.
+    """AUROC on strangers and AURC of heads that read less, trained on stored rows at a constant rate.
 
     Args:
         system: trained, of the grounded features.

@@ -120,8 +120,16 @@ def how_to_use(system: Satipatthana, task: Task, settings: RejectParams) -> Use:
     mapped: TrustMap = fit_trust(trust, right, settings.calibration if job != "anomaly" else "none")
     scale = {name: [] if one is None else one.tolist() for name, one in (("mean", task.mean), ("std", task.std))}
     cut = threshold(trust, right, settings.rule, settings.wanted)
-    answer = list(task.answer)
-    return Use(task.classes, task.columns, **scale, temperature=temperature, trust=mapped, threshold=cut, answer=answer)
+    return Use(
+        task.classes,
+        task.columns,
+        **scale,
+        temperature=temperature,
+        trust=mapped,
+        threshold=cut,
+        answer=list(task.answer),
+        names=task.names,
+    )
 
 
 def judge(system: Satipatthana, task: Task, use: Use, params: SatipatthanaParams, seed: int) -> dict[str, float]:

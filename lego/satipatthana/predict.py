@@ -77,21 +77,29 @@ def rights(system: Satipatthana, use: Use, found: pd.DataFrame, truth: pd.Series
     """Whether answers are right (n,).
 
     Raises:
-        TaskError: the truth is no class of the system, or no number.
+        TaskError: the truth is missing somewhere, is no class of the system, or no number.
     """
     if system.params.task.job == "regression":
         values = features_of(truth.to_frame(), [str(truth.name)], name)[:, 0]
-        allowed = system.params.reject.tolerance * use.answer[1]
-        close: np.ndarray = np.abs(found["answer"].to_numpy() - values) <= allowed
+        close: np.ndarray = (
+            np.abs(found["answer"].to_numpy() - values) <= system.params.reject.tolerance * use.answer[1]
+        )
         return close
-    if system.params.task.job == "anomaly":  # labels are those words, or the classes of the task
+    if (missing := truth.isna().to_numpy()).any():
+        raise TaskError(
+            f"{name}: column {truth.name} has no value in row {int(missing.argmax())}; fill it or drop the row"
+        )
+    words = truth.astype(str)
+    allowed = [*use.classes, *use.names]  # of the job anomaly also the classes of its data
+    if odd := sorted(set(words) - set(allowed)):
+        known = ", ".join(allowed[:10]) + (", ..." if len(allowed) > 10 else "")
+        raise TaskError(f"{name}: column {truth.name} has {odd[0]}, which is none of the classes {known}")
+    if system.params.task.job == "anomaly":
         anomaly = use.classes[1]
-        strange = truth.astype(str).isin([anomaly, *system.params.task.anomalies])
+        strange = words.isin([anomaly, *system.params.task.anomalies])
         told: np.ndarray = ((found["answer"] == anomaly) == strange.to_numpy()).to_numpy()
         return told
-    if odd := sorted(set(truth.astype(str)) - set(use.classes)):
-        raise TaskError(f"{name}: column {truth.name} has {odd[0]}, which is no class of the system")
-    same: np.ndarray = found["answer"].to_numpy() == truth.astype(str).to_numpy()
+    same: np.ndarray = found["answer"].to_numpy() == words.to_numpy()
     return same
 
 
@@ -103,6 +111,8 @@ def main() -> int:
     parser.add_argument("--label", help="column with the right answers, to be compared with")
     asked = parser.parse_args()
     try:
+        if asked.out and asked.out.is_dir():
+            raise StageError(f"--out {asked.out}: is a folder; name a file")
         system, use = load(asked.system)
         frame = read_table(asked.table)
         columns = use.columns or [f"feature_{n}" for n in range(int(np.prod(system.shape)))]
@@ -117,7 +127,10 @@ def main() -> int:
         right = rights(system, use, found, frame[asked.label], str(asked.table)) if asked.label else None
         text = found.to_csv(index=False)
         if asked.out:
-            write_text(asked.out, text)
+            try:
+                write_text(asked.out, text)
+            except OSError as error:
+                raise StageError(f"--out {asked.out}: cannot be written ({error.strerror}); name a file") from None
         else:
             print(text, end="")
         accepted = found["accepted"].to_numpy()

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 TEMPERATURES = (0.5, 20.0)  # where every validation row is right, the best one would be 0
 EVERYTHING, NOTHING = 0.0, 2.0  # thresholds of a trust in (0, 1)
-ROUNDING = 1e-9  # of (n + 1) (1 - wanted), which should be whole
+ROUNDING = 1e-9  # of a share of rows, which should be whole
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -93,7 +93,7 @@ def threshold(trust: np.ndarray, right: np.ndarray, rule: str, wanted: float) ->
     if not n:
         raise ValueError("a threshold needs validation rows")
     if rule == "coverage":
-        return float(ordered[min(n - 1, math.floor((1 - wanted) * n))])
+        return float(ordered[min(n - 1, math.floor((1 - wanted) * n + ROUNDING))])
     if rule == "conformal":  # a new row lies below the k-th smallest of n with chance k / (n + 1)
         k = math.floor((n + 1) * (1 - wanted) + ROUNDING)
         return float(ordered[k - 1]) if k else EVERYTHING

@@ -5,16 +5,28 @@ python -m lego.satipatthana.sections            checks the file and says what is
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
 from lego.params import ParamsError, read_params
 from lego.profiles import changed as changed_in
 from lego.profiles import profiled, read_profiles
-from lego.sections import Count, CountOrZero, NonNegative, Number, Positive, Section, Share, at_least, within
+from lego.sections import (
+    SCIENTIFIC,
+    Count,
+    CountOrZero,
+    NonNegative,
+    Number,
+    Positive,
+    Section,
+    Share,
+    at_least,
+    within,
+)
 
 WRITTEN = "stages/satipatthana/params.yaml stages/satipatthana/dvc.lock metrics/satipatthana"
 PARAMS, PROFILES = Path("stages/satipatthana/params.yaml"), Path("stages/satipatthana/profiles.yaml")
@@ -120,6 +132,16 @@ class AugmenterParams(Section):
     per_sample: bool
 
 
+def _gate(value: object) -> object:
+    """A cosine, or `learned`; in one validator, as a message of a union would name its branches."""
+    if isinstance(value, str) and SCIENTIFIC.fullmatch(value):
+        value = float(value)
+    number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if value != "learned" and not -1 <= number <= 1:
+        raise ValueError("must be learned, or in [-1, 1]")
+    return value if value == "learned" else number
+
+
 class VitakkaParams(Section):
     """Probes that give the state a start (3.3)."""
 
@@ -128,7 +150,7 @@ class VitakkaParams(Section):
     mix_alpha: Unit
     softmax_temp: Positive
     training_gate_threshold: Cosine
-    inference_gate_threshold: Cosine | Literal["learned"]
+    inference_gate_threshold: Annotated[float | Literal["learned"], PlainValidator(_gate)]
     known_share: Share
     closed_gate: Literal["zeroes", "is_told"]
     attention_training: Attention
@@ -235,7 +257,7 @@ class PathsParams(Section):
     def _sum_to_one(self) -> PathsParams:
         total = sum(getattr(self, path) for path in PATHS)
         if abs(total - 1) > 1e-6 and (self.void or total > 1):
-            raise ValueError(f"the shares of {', '.join(PATHS)} must sum to 1, got {total:g}")
+            raise ValueError(f"{', '.join(PATHS)} must sum to 1, got {total:g}")
         return self
 
     def shares(self) -> dict[str, float]:
@@ -282,6 +304,12 @@ class PeersParams(Section):
     members: Annotated[int, at_least(2, 100)]
     neighbours: Count
     exposure: NonNegative
+
+    @model_validator(mode="after")
+    def _each_once(self) -> PeersParams:
+        if len(set(self.names)) < len(self.names):
+            raise ValueError("names must have each peer once")
+        return self
 
 
 class AblationsParams(Section):
@@ -377,6 +405,10 @@ class SatipatthanaParams(Section):
             raise ValueError("task.strangers must name a CSV or Parquet file if void.kinds has file, and only then")
         if self.task.known and not self.system.guided and "anomalies" not in self.void.kinds:
             raise ValueError("task.known must be empty unless system.guided is true or void.kinds has anomalies")
+        if self.sati.min_steps > self.samatha.max_steps:
+            raise ValueError(
+                f"sati.min_steps must be at most samatha.max_steps, {self.samatha.max_steps}, got {self.sati.min_steps}"
+            )
         if self.ablations.seeds > self.seeds:
             raise ValueError(f"ablations.seeds must be at most seeds, {self.seeds}, got {self.ablations.seeds}")
         return self

@@ -44,7 +44,7 @@ def spec_of(
         system: as the stage before left it.
         train: inputs and classes.
         params: all of them.
-        seed: of prototypes.
+        seed: of prototypes, folds of the guide, and the damage of validation rows.
         known: anomalies (k, *shape) of the job anomaly, which a guide is told of and void rows are drawn from.
         strangers: rows (k, *shape) of another dataset, which void rows are drawn from.
         validation: rows that stage 2 is looked at with after each epoch, as stage2.patience needs.
@@ -204,7 +204,10 @@ def _held_out(
     source: VoidSource | None,
     right: Tensor,
 ) -> Callable[[], dict[str, float]]:
-    """The loss of trust on validation rows that were damaged once, and its floor; not a row of them is learned from."""
+    """The loss of trust on validation rows that were damaged once, and its floor.
+
+    None of these rows is learned from; strangers and known anomalies among the void ones are those that training draws.
+    """
     generator, counts = torch.Generator().manual_seed(seed), allocate(params.paths.shares(), len(validation))
     rows = damaged(system, Way.of(system, validation.x), counts, params.stage2, source, generator, right)
     lowest = floors(rows, ("trust",), POOLED[params.vipassana.trust_features])["floor"]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, FiniteFloat, model_validator
 
-from lego.artifacts import ArtifactError, read_json, read_tensors, write_json, write_tensors
+from lego.artifacts import ArtifactError, read_checked, read_tensors, write_json, write_tensors
 from lego.satipatthana.reject import TrustMap
 from lego.satipatthana.sections import SatipatthanaParams
 from lego.satipatthana.system import Satipatthana
@@ -27,6 +29,7 @@ class Use:
         trust: its map to the share of right answers.
         threshold: of trust, below which it abstains.
         answer: mean and deviation by which the answers of a regression were standardized.
+        names: of all classes of the data, in the job anomaly.
     """
 
     classes: list[str]
@@ -37,6 +40,48 @@ class Use:
     trust: TrustMap = field(default_factory=lambda: TrustMap([0.0, 1.0], [0.0, 1.0]))
     threshold: float = 0.5
     answer: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    names: list[str] = field(default_factory=list)
+
+
+Size = Annotated[int, Field(ge=1)]
+
+
+class _Map(BaseModel):
+    x: Annotated[list[FiniteFloat], Field(min_length=2)]
+    y: Annotated[list[FiniteFloat], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _of_points(self) -> _Map:
+        if len(self.x) != len(self.y):
+            raise ValueError("as many x as y")
+        return self
+
+
+class _Facts(BaseModel):
+    """What system.json holds beside the parameters."""
+
+    shape: Annotated[list[Size], Field(min_length=1)]
+    outputs: Size
+    classes: list[str]
+    columns: list[str]
+    names: list[str]
+    mean: list[FiniteFloat]
+    std: list[Annotated[FiniteFloat, Field(gt=0)]]
+    temperature: Annotated[FiniteFloat, Field(gt=0)]
+    threshold: FiniteFloat
+    answer: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
+    trust: _Map
+    guide: bool
+    parameters: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _fit(self) -> _Facts:
+        size = math.prod(self.shape)
+        if len(self.classes) != self.outputs or len(self.columns) not in (0, size):
+            raise ValueError("as many classes as outputs, as many columns as inputs")
+        if len(self.mean) != len(self.std) or len(self.mean) not in (0, size):
+            raise ValueError("as many means and deviations as inputs")
+        return self
 
 
 def save(system: Satipatthana, folder: str | Path, use: Use, guide: bool = True) -> None:
@@ -53,7 +98,7 @@ def save(system: Satipatthana, folder: str | Path, use: Use, guide: bool = True)
     write_tensors(folder / "system.safetensors", weights)
     facts = {"shape": list(system.shape), "outputs": system.outputs, "classes": use.classes, "columns": use.columns}
     facts |= {"mean": use.mean, "std": use.std, "temperature": use.temperature, "threshold": use.threshold}
-    facts |= {"trust": {"x": use.trust.x, "y": use.trust.y}, "guide": guide, "answer": use.answer}
+    facts |= {"trust": {"x": use.trust.x, "y": use.trust.y}, "guide": guide, "answer": use.answer, "names": use.names}
     write_json(folder / "system.json", facts | {"parameters": json.loads(system.params.model_dump_json())})
 
 
@@ -64,19 +109,18 @@ def load(folder: str | Path) -> tuple[Satipatthana, Use]:
         ArtifactError: a file is missing or damaged.
     """
     folder = Path(folder)
-    of_use = ("classes", "columns", "mean", "std", "temperature", "threshold", "answer")
-    keys = ("shape", "outputs", "trust", "guide", *of_use)
-    facts: dict[str, Any] = read_json(folder / "system.json", "parameters", *keys)
+    of_use = ("classes", "columns", "mean", "std", "temperature", "threshold", "answer", "names")
+    facts, weights = read_checked(folder / "system.json", _Facts), read_tensors(folder / "system.safetensors")
     try:
         params = SatipatthanaParams.model_validate(facts["parameters"])
     except ValueError:
         raise ArtifactError(f"{folder}/system.json: is not as it was written; run dvc repro") from None
-    system = Satipatthana(tuple(facts["shape"]), facts["outputs"], params)
-    if not facts["guide"]:
-        system.aux = None
     try:
-        system.load_state_dict(read_tensors(folder / "system.safetensors"))
-    except RuntimeError:
+        system = Satipatthana(tuple(facts["shape"]), facts["outputs"], params)
+        if not facts["guide"]:
+            system.aux = None
+        system.load_state_dict(weights)
+    except (RuntimeError, ValueError):
         raise ArtifactError(f"{folder}/system.safetensors: does not fit system.json; run dvc repro") from None
     use = {key: facts[key] for key in of_use}
     return system.eval().requires_grad_(False), Use(**use, trust=TrustMap(facts["trust"]["x"], facts["trust"]["y"]))

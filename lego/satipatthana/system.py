@@ -196,13 +196,18 @@ def evaluation(module: nn.Module) -> Iterator[None]:
 def shaken(module: nn.Module, minimum: float, generator: torch.Generator) -> Iterator[None]:
     """Dropout at twice its rate, at least `minimum`, inside alone and with draws of its own (R-6.2)."""
     drops = [one for one in module.modules() if isinstance(one, nn.Dropout)]
-    before = [(one.p, one.training) for one in drops]
+    layers = [one for one in module.modules() if isinstance(one, nn.TransformerEncoderLayer)]
+    before = [(one, one.training) for one in (*drops, *layers)], [(one, one.p) for one in drops]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
         try:
             for one in drops:
                 one.p, one.training = max(2 * one.p, minimum), True
+            for layer in layers:  # in evaluation mode its fast path would pass by its dropout
+                layer.training = True
             yield
         finally:
-            for one, (rate, training) in zip(drops, before, strict=True):
-                one.p, one.training = rate, training
+            for module_, training in before[0]:
+                module_.training = training
+            for one, rate in before[1]:
+                one.p = rate

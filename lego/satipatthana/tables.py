@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,25 @@ def read_table(file: Path) -> pd.DataFrame:
     """A CSV or Parquet file.
 
     Raises:
-        TaskError: it cannot be read.
+        TaskError: it cannot be read, a row has more fields than the header, or a column is there twice.
     """
     try:
-        return pd.read_parquet(file) if file.suffix == ".parquet" else pd.read_csv(file)
+        if file.suffix == ".parquet":
+            return pd.read_parquet(file)
+        with warnings.catch_warnings():  # else the first column becomes an index, and all others move
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            frame = pd.read_csv(file, index_col=False)
+        header = pd.read_csv(file, header=None, nrows=1, dtype=str).iloc[0]
+    except pd.errors.ParserWarning:
+        raise TaskError(
+            f"{file}: rows have more fields than the header names; name every column, or drop one"
+        ) from None
     except (OSError, ValueError, pd.errors.ParserError) as error:
-        raise TaskError(f"{file}: cannot be read as {file.suffix or 'CSV'} ({' '.join(str(error).split())})") from None
+        what = f"as {file.suffix or 'CSV'} ({' '.join(str(error).split())})"
+        raise TaskError(f"{file}: cannot be read {what}; give a CSV file with a header, or a .parquet file") from None
+    if header.duplicated().any():
+        raise TaskError(f"{file}: has the column {header[header.duplicated()].iloc[0]} twice; drop or rename one")
+    return frame
 
 
 def features_of(frame: pd.DataFrame, columns: list[str], name: str) -> np.ndarray:
@@ -33,13 +47,13 @@ def features_of(frame: pd.DataFrame, columns: list[str], name: str) -> np.ndarra
         TaskError: a column is missing, not numeric, or has a missing or infinite value.
     """
     if missing := [column for column in columns if column not in frame]:
-        raise TaskError(f"{name}: has no column {', '.join(missing[:3])}; {len(columns)} are needed")
+        raise TaskError(f"{name}: has no column {', '.join(missing[:3])}; give all {len(columns)} that were trained on")
     if not len(frame):
-        raise TaskError(f"{name}: has no rows")
+        raise TaskError(f"{name}: has no rows; give at least one below the header")
     chosen = frame[columns]
     for column in columns:
         if not pd.api.types.is_numeric_dtype(chosen[column]):
-            raise TaskError(f"{name}: column {column} is not numeric")
+            raise TaskError(f"{name}: column {column} is not numeric; write it as numbers, or leave it out of training")
     values = chosen.to_numpy(dtype=np.float64)
     bad = ~np.isfinite(values)
     if bad.any():
@@ -69,6 +83,8 @@ def labelled(
             f"{name}: has no column {label}; task.label must name one of {', '.join(map(str, frame.columns))}"
         )
     x = frame.drop(columns=label)
+    if x.columns.empty:
+        raise TaskError(f"{name}: has no column beside {label}; give at least one to learn from")
     features_of(x, list(x.columns), name)
     if numbers:
         return x, features_of(frame, [label], name)[:, 0], [label]

@@ -47,6 +47,7 @@ class Task:
         known: anomalies (k, *shape) that training is shown, in the job anomaly.
         answer: mean and deviation by which the answers of a regression were standardized.
         strangers: rows (k, *shape) of another dataset, which training is shown as void.
+        names: of all classes of the data, in the job anomaly.
     """
 
     train: Split
@@ -60,6 +61,7 @@ class Task:
     known: Tensor | None = None
     answer: tuple[float, float] = (0.0, 1.0)
     strangers: Tensor | None = None
+    names: list[str] = field(default_factory=list)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,9 +86,10 @@ def load(settings: TaskParams, test: TestParams) -> Task:
     parts = splits(x[~odd], y[~odd], settings)
     outside: dict[str, np.ndarray] = {"near": x[odd]} if near and "near" in test.kinds else {}
     shown: np.ndarray | None = None
+    names: list[str] = []
     if settings.job == "anomaly":
         parts, shown, outside = normal_rows(parts, classes, settings)
-        classes = ["normal", "anomaly"]
+        classes, names = ["normal", "anomaly"], classes
     elif near:
         classes = [name for number, name in enumerate(classes) if number not in NEAR]
     center, scale = _scale(parts["train"][0], settings)
@@ -114,6 +117,7 @@ def load(settings: TaskParams, test: TestParams) -> Task:
         None if shown is None or not len(shown) else _float((shown - center) / scale),
         answer,
         None if settings.strangers is None else _float((_strangers(settings.strangers, columns) - center) / scale),
+        names,
     )
 
 
@@ -207,7 +211,10 @@ def _scale(x: np.ndarray, settings: TaskParams) -> tuple[np.ndarray, np.ndarray]
     """What is taken from inputs and what they are divided by, from train rows; tables alone are standardized."""
     if settings.name in UNSCALED:
         return np.zeros(()), np.ones(())
-    std = x.std(axis=0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        std = x.std(axis=0)
+    if (wide := ~np.isfinite(std)).any():
+        raise TaskError(f"{settings.file}: column {int(wide.argmax())} spreads beyond double precision; scale it down")
     std[std == 0] = 1
     return x.mean(axis=0), std
 
@@ -234,7 +241,7 @@ def write_task(task: Task, folder: Path) -> None:
             write_tensors(folder / f"{name}.safetensors", {"x": rows.contiguous()})
     scale = {"mean": task.mean, "std": task.std}
     facts: dict[str, Any] = {name: [] if one is None else one.tolist() for name, one in scale.items()}
-    facts |= {"classes": task.classes, "columns": task.columns, "outside": list(task.outside)}
+    facts |= {"classes": task.classes, "columns": task.columns, "outside": list(task.outside), "names": task.names}
     facts |= {name: rows is not None for name, rows in shown.items()}
     write_json(folder / "task.json", facts | {"answer": list(task.answer)})
 
@@ -247,7 +254,7 @@ def read_task(folder: str | Path) -> Task:
     """
     folder = Path(folder)
     facts = read_json(
-        folder / "task.json", "classes", "columns", "mean", "std", "outside", "known", "answer", "strangers"
+        folder / "task.json", "classes", "columns", "mean", "std", "outside", "known", "answer", "strangers", "names"
     )
     parts = []
     for name in ("train", "validation", "test"):
@@ -262,5 +269,16 @@ def read_task(folder: str | Path) -> Task:
     mid, spread = facts["answer"]
     train, validation, test = parts
     return Task(
-        train, validation, test, outside, facts["classes"], facts["columns"], mean, std, known, (mid, spread), strangers
+        train,
+        validation,
+        test,
+        outside,
+        facts["classes"],
+        facts["columns"],
+        mean,
+        std,
+        known,
+        (mid, spread),
+        strangers,
+        facts["names"],
     )

@@ -48,11 +48,12 @@ class VoidSource:
         return cls(train.x, train.y if params.task.job == "classification" else None, params.void, known, strangers)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """Rows (count, *shape), of the kinds in turn."""
+        """Rows (count, *shape), as many of each kind, in random order."""
         kinds = self.settings.kinds
         offset = int(torch.randint(len(kinds), (1,), generator=generator))
         sizes = [len(range((number - offset) % len(kinds), count, len(kinds))) for number in range(len(kinds))]
-        return torch.cat([self.of(kind, size, generator) for kind, size in zip(kinds, sizes, strict=True) if size])
+        rows = torch.cat([self.of(kind, size, generator) for kind, size in zip(kinds, sizes, strict=True) if size])
+        return rows[torch.randperm(count, generator=generator)]
 
     def of(self, kind: str, count: int, generator: torch.Generator) -> Tensor:
         """Rows (count, *shape) of one kind.
@@ -89,15 +90,14 @@ class VoidSource:
                 return self.x.gather(0, rows)
 
     def _pairs(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Two rows each (count, *shape), where there are classes of different ones."""
         one = torch.randint(len(self.x), (count,), generator=generator)
-        other = torch.randint(len(self.x), (count,), generator=generator)
-        if self.y is not None:
-            for _ in range(self.settings.max_attempts):
-                same = self.y[one] == self.y[other]
-                if not bool(same.any()):
-                    break
-                other[same] = torch.randint(len(self.x), (int(same.sum()),), generator=generator)
-        return self.x[one], self.x[other]
+        if self.y is None or len(sizes := torch.bincount(self.y)) < 2 or int(sizes.max()) == len(self.y):
+            return self.x[one], self.x[torch.randint(len(self.x), (count,), generator=generator)]
+        first, own = (sizes.cumsum(0) - sizes)[self.y[one]], sizes[self.y[one]]  # where its class lies among the sorted
+        other = (torch.rand(count, generator=generator, dtype=torch.double) * (len(self.y) - own)).long()
+        other += torch.where(other >= first, own, 0)  # past its own class
+        return self.x[one], self.x[self.y.argsort(stable=True)[other]]
 
     def _patches(self, count: int, generator: torch.Generator) -> Tensor:
         """Quarters of an image, or of a row, in another order."""

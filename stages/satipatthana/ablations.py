@@ -6,21 +6,16 @@ dvc repro stages/satipatthana/dvc.yaml:ablations          (python -m stages.sati
 from functools import partial
 from typing import Any
 
-import torch
-
 from lego.artifacts import derived_seed, write_json
 from lego.harness import Stage, exit_cleanly
 from lego.satipatthana.ablation import heads, macs
 from lego.satipatthana.curriculum import STAGES, advance, begin, means, resume, written
 from lego.satipatthana.jobs import classification_only
-from lego.satipatthana.peers import Plain, plain_network
+from lego.satipatthana.peers import plain_network
 from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, changed, load
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Task, read_task
-from lego.timing import fastest
 from stages.satipatthana.seeds import for_each_seed
-
-RUNS = 20  # of each model, of which the fastest counts
 
 
 def one_seed(params: SatipatthanaParams, seed: int) -> dict[str, dict[str, float]]:
@@ -40,18 +35,6 @@ def trained(task: Task, params: SatipatthanaParams, seed: int) -> Satipatthana:
     return resume(task, params, seed, STAGES[-1], f"data/satipatthana/stage3/seed_{seed}")
 
 
-@torch.no_grad()
-def seconds(system: Satipatthana, plain: Plain, task: Task, params: SatipatthanaParams, rows: int) -> dict[str, float]:
-    """What answers to so many test rows take, by model; an ensemble is as many passes of the plain network."""
-    x = task.test.x[:rows]
-    works = {
-        "satipatthana": lambda: system(x),
-        "plain": lambda: plain(x),
-        "ensemble": lambda: [plain(x) for _ in range(params.peers.members)],
-    }
-    return fastest(works, RUNS)
-
-
 def main() -> None:
     params = load()
     classification_only(params, "ablations")
@@ -63,10 +46,9 @@ def main() -> None:
         plain = plain_network(task, params.peers).eval()
         costs = {"satipatthana": macs(system, task.test.x), "plain": macs(plain, task.test.x)}
         costs["ensemble"] = params.peers.members * costs["plain"]
-        took = {str(rows): seconds(system, plain, task, params, rows) for rows in (1, len(task.test))}
         seeds = {name: [written(one) for one in rows] for name, rows in found.items()}
         content: dict[str, Any] = {"means": {name: means(rows) for name, rows in found.items()}}
-        write_json("metrics/satipatthana/ablations.json", content | {"macs": costs, "latency": took, "seeds": seeds})
+        write_json("metrics/satipatthana/ablations.json", content | {"macs": costs, "seeds": seeds})
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ def read(task: Task, params: SatipatthanaParams, seed: int) -> Plain:
         ArtifactError: it is missing, damaged or of other sizes.
     """
     model, file = plain_network(task, params.peers), f"{FOLDER}/seed_{seed}.safetensors"
+    weights = read_tensors(file)
     try:
-        model.load_state_dict(read_tensors(file))
+        model.load_state_dict(weights)
     except RuntimeError:
         raise ArtifactError(f"{file}: is not of these parameters; run dvc repro stages/satipatthana/dvc.yaml") from None
     return model.eval()

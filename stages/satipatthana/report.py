@@ -20,9 +20,11 @@ from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load
 from lego.satipatthana.targets import AHEAD, FAR, SUCCESSOR, less_recon, reproduced, targets
 from lego.stats import Interval, mean_interval, verdict
 from stages.satipatthana.figures import abstaining, settling, strangers, trust_by_path
+from stages.satipatthana.latency import latencies
 
 FOLDER = Path("metrics/satipatthana")
 Found = dict[str, dict[str, list[Any]]]
+OTHERS = {"threads", "workers", "tasks", "bridge"}  # parameters that change nothing here
 PARTS = {
     "all_features": "a head as the one in use",
     "without_log": "the three features that need no way: entropy, nearest prototype and reconstruction error",
@@ -180,9 +182,9 @@ def means_of(found: Found, model: str) -> dict[str, float]:
     return {key: one.mean for key in found[model] if (one := interval(found, model, key))}
 
 
-def ablations(page: Page, kinds: list[str]) -> None:
+def ablations(page: Page, params: SatipatthanaParams, kinds: list[str]) -> None:
     """What the parts of the trust are worth, and what an answer costs."""
-    said = read_json(FOLDER / "ablations.json", "means", "macs", "seeds", "latency")
+    said = read_json(FOLDER / "ablations.json", "means", "macs", "seeds")
     page.heading("What the parts are worth")
     keys = ("aurc", "auroc_correct", *(f"auroc_{kind}" for kind in kinds))
     rows = [
@@ -199,14 +201,14 @@ def ablations(page: Page, kinds: list[str]) -> None:
         f"An answer with its trust takes {costs['satipatthana'] / 1e3:,.0f} thousand multiply-accumulates, "
         f"{costs['satipatthana'] / costs['plain']:.1f} times those of the plain network; an ensemble "
         f"{costs['ensemble'] / costs['plain']:.0f} times. Time does not follow these counts, as the system steps and "
-        f"each step is small: {'; '.join(latency(rows, one) for rows, one in said['latency'].items())}."
+        f"each step is small: {'; '.join(in_time(rows, one) for rows, one in latencies(params).items())}."
     )
 
 
-def latency(rows: str, took: dict[str, float]) -> str:
+def in_time(rows: int, took: dict[str, float]) -> str:
     """What answers to so many rows take in seconds, by model, in words."""
     mine = took["satipatthana"]
-    what = "1 row takes" if rows == "1" else f"{int(rows):,} rows take"
+    what = "1 row takes" if rows == 1 else f"{rows:,} rows take"
     return (
         f"{what} {1000 * mine:.1f} ms, {mine / took['plain']:.1f} times the plain network and "
         f"{mine / took['ensemble']:.1f} times the ensemble"
@@ -277,7 +279,7 @@ def build(params: SatipatthanaParams, found: Found, figures: dict[str, Figure]) 
         asked(page, found)
     page.table(*more(found, kinds))
     answered(page, params, found, figures["abstaining"])
-    ablations(page, kinds)
+    ablations(page, params, kinds)
     fixed_point(page, found, figures["settling"])
     page.heading("Trust by path")
     page.figure(figures["paths"], FOLDER)
@@ -286,16 +288,14 @@ def build(params: SatipatthanaParams, found: Found, figures: dict[str, Figure]) 
     page.heading("Made with")
     versions = {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}}
     page.code("\n".join(f"{name} {number}" for name, number in versions.items()))
-    page.code(
-        "\n".join(f"{section} {json.dumps(one)}" for section, one in params.model_dump(exclude={"threads"}).items())
-    )
+    page.code("\n".join(f"{section} {json.dumps(one)}" for section, one in params.model_dump(exclude=OTHERS).items()))
     return page
 
 
 def main() -> None:
     params = load()
     classification_only(params, "the page")
-    with Stage("satipatthana/report", params.seed):
+    with Stage("satipatthana/report", params.seed, params.threads):
         found, pictures = collected(params), FOLDER / "pictures"
         with atomic_folder(pictures) as folder:
             drawn = {

@@ -32,5 +32,9 @@ def for_each_seed(
     elsewhere = numbers[: len(numbers) * others // (others + 1)]
     with ThreadPoolExecutor(1) as watch:
         found = watch.submit(list, side_by_side(work, elsewhere, others, params.threads, f"workers in {PARAMS}"))
-        here = [work(number) for number in numbers[len(elsewhere) :]]
+        here = []
+        for number in numbers[len(elsewhere) :]:
+            here.append(work(number))
+            if found.done():
+                found.result()  # a failure elsewhere is told before the next seed
         return [*found.result(), *here]
