@@ -140,13 +140,20 @@ def test_r5_5_and_r5_6_every_field_of_a_stage_counts(key, value):
     assert not torch.equal(trained_weights(last), trained_weights(last, **changes))
 
 
-@functools.cache
 def trained_weights(last: int, **changes) -> torch.Tensor:
+    return torch.cat([one.flatten() for one in after(last, **changes).values()])
+
+
+@functools.cache
+def after(number: int, **changes) -> dict[str, torch.Tensor]:
+    """Weights after a stage; what changes later ones alone leaves those before as they are."""
     params, task = small(**(ONCE | changes)), a_task()
     made = begin(task, params, 0)
-    for number in range(last + 1):
-        advance(made, number, task, params, 0)
-    return torch.cat([one.flatten() for one in made.state_dict().values()])
+    if number:
+        earlier = {key: value for key, value in changes.items() if not key.startswith(f"stage{number}")}
+        made.load_state_dict(after(number - 1, **earlier))
+    advance(made, number, task, params, 0)
+    return copy.deepcopy(made.state_dict())
 
 
 def a_task(rows: int = 60) -> Task:

@@ -166,7 +166,7 @@ def test_r6_1_rows_go_to_paths_at_random_in_each_batch():
     made, train = system(small()), clusters(40)
     clean, generator, taken = Way.of(made, train.x), torch.Generator().manual_seed(0), []
     for _ in range(200):
-        rows = damaged(made, clean, {"clean": 20, "drunk": 20}, PARAMS.stage2, None, generator)
+        rows = damaged(made, clean, {"clean": 20, "mismatch": 20}, PARAMS.stage2, None, generator)
         kept = rows.encoded[rows.path == PATHS.index("clean")]
         taken.append((kept[:, None] == train.x).all(dim=2).any(dim=0).float())
     share = torch.stack(taken).mean(dim=0)  # of batches in which each row was clean
