@@ -37,7 +37,7 @@ TINY = {
 }
 
 
-COPIED = {"lego", "stages", "text", ".ci", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"}
+COPIED = {"lego", "stages", "tables", "text", ".ci", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"}
 
 
 class Clone:

@@ -206,6 +206,8 @@ def test_the_pipeline_runs_once_and_a_parameter_of_stage_2_reruns_what_follows(c
     assert ran(clone.run("dvc", "repro", "stages/satipatthana/dvc.yaml")) == []  # as it changes nothing:
     clone.run("python", "-m", "stages.satipatthana.train_stage", "1")
     assert [one.read_bytes() for one in alone] == together
+    (clone.folder / "tables/rows.csv").write_text("a,b\n1,2\n")
+    assert "modified:           tables" in clone.run("dvc", "status", "stages/satipatthana/dvc.yaml:prepare")
     options = clone.run("python", "-m", "stages.satipatthana.profile", "compat").split()
     assert "stages/satipatthana/params.yaml:vicara.inject=false" in options
     assert "error: give the number of a stage, 0 to 3" in clone.run(
