@@ -152,7 +152,7 @@ def asked(page: Page, found: Found) -> None:
         seeds = by_seed(found, "compat", key)
         rows.append([key, f"{value:.3f}", seeds, f"{reference:.3f}", "yes" if within else "**no**", later])
     page.table(
-        ["of compat", "mean over seeds", "by seed", "the original", "reproduced", "its successor"],
+        ["of compat", "mean", "by seed", "v4.0", "reproduced", "v4.1"],
         rows,
         "The original (v4.0): means of 3 seeds, of aux_accuracy one seed; reproduced: within two of its deviations "
         "where it has one, or within 0.05. Stages 0 and 1 of its successor (v4.1) are the same, so that where the two "
