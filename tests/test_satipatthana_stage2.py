@@ -20,7 +20,7 @@ from lego.satipatthana.specs import guided, spec_of
 from lego.satipatthana.stages import StageCheckError, batches, run_stage
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Split
-from lego.satipatthana.void import VoidSource
+from lego.satipatthana.void import VoidError, VoidSource
 
 
 def test_stage_2_settles_clean_rows_once_and_others_anew(monkeypatch):
@@ -64,7 +64,7 @@ def test_r6_1_every_batch_of_an_epoch_has_void_rows_of_every_kind():
     assert max(strange) <= 24
 
 
-def test_r5_7_stage_2_is_looked_at_with_validation_rows_that_it_does_not_learn_from():
+def test_r5_7_stage_2_is_looked_at_with_validation_rows_that_it_does_not_learn_from(capsys):
     made, train, held = system(small()), clusters(60), clusters(30, seed=5)
     params = small(stage2__correctness=False)
     spec = spec_of(2, made, train, params, 0, validation=held)
@@ -78,10 +78,13 @@ def test_r5_7_stage_2_is_looked_at_with_validation_rows_that_it_does_not_learn_f
     for name, one in alone.state_dict().items():  # what is looked at changes nothing
         assert torch.equal(one, made.state_dict()[name])
     impatient = small(stage2__correctness=False, stage2__patience=1)
+    lonely = {"void.kinds": ["filtered_uniform"], "void.min_distance": 1e3, "test.kinds": ["inverted"]}
+    patient = changed(small(stage2__correctness=False), lonely | {"paths.void": 0.3}, "test")
+    with pytest.raises(VoidError):  # of train rows; of validation rows it is a warning
+        run_stage(made, spec_of(2, made, train, patient, 0, validation=held), 0)
+    assert "warning: stage 2 goes without validation rows: void.filtered_uniform" in capsys.readouterr().out
     for few in (None, clusters(4)):
-        with pytest.raises(
-            StageCheckError, match=r"stage2\.patience needs at least 5 validation rows, one a path; set"
-        ):
+        with pytest.raises(StageCheckError, match=r"stage2\.patience needs at least 5 validation rows, one a path"):
             spec_of(2, made, train, impatient, 0, validation=few)
 
 

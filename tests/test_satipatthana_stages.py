@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import gzip
 import json
 import math
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from safetensors.torch import save_file
 from satipatthana_systems import COMPAT, PARAMS, SMALL, clusters, small, system
 
 from lego.artifacts import ArtifactError
@@ -296,6 +298,8 @@ DAMAGE = [  # of system.json: values that cannot be those that were written
     ("outputs", 2),
     ("outputs", None),
     ("classes", ["a", "b"]),
+    ("classes", ["a", "a", "b"]),
+    ("shape", [10**30]),
     ("columns", ["a"]),
     ("mean", [0.0]),
     ("mean", None),
@@ -306,6 +310,7 @@ DAMAGE = [  # of system.json: values that cannot be those that were written
     ("answer", [1.0]),
     ("trust", {"x": [0.0, 1.0], "y": [0.0]}),
     ("trust", [0, 1]),
+    ("trust", {"x": [1.0, 0.0], "y": [0.0, 1.0]}),
     ("guide", True),
     ("parameters", {}),
 ]
@@ -338,6 +343,13 @@ def test_r4_3_and_r4_4_a_saved_system_is_the_same_and_errors_are_of_what_was_enc
         load(tmp_path / "out")
     (tmp_path / "out/system.safetensors").write_bytes(weights)
     facts = json.loads((tmp_path / "out/system.json").read_text())
+    (tmp_path / "out/system.json").write_text(json.dumps(facts | {"temperature": 10**30}))
+    assert isinstance(load(tmp_path / "out")[1].temperature, float)
+    broken = exported.state_dict() | {"vicara.inner": torch.full_like(exported.vicara.inner, torch.nan)}
+    save_file(broken, tmp_path / "out/system.safetensors")
+    with pytest.raises(ArtifactError, match=r"system\.safetensors: holds weights that are not finite"):
+        load(tmp_path / "out")
+    (tmp_path / "out/system.safetensors").write_bytes(weights)
     for key, value in DAMAGE:
         (tmp_path / "out/system.json").write_text(json.dumps(facts | {key: value}))
         with pytest.raises(ArtifactError, match=r"system\.(json|safetensors): "):
@@ -448,8 +460,14 @@ def test_a_table_of_ones_own_and_what_is_wrong_with_it(tmp_path):
         file.write_text(text)
         with pytest.raises(TaskError, match=sentence):
             read_table(file)
+    file.write_text("NA,null,,\n1,2,,\n")  # names that pandas takes for missing, and a spreadsheet's empty columns
+    assert list(read_table(file).columns[:2]) == ["NA", "null"]
+    packed = tmp_path / "rows.csv.gz"
+    packed.write_bytes(gzip.compress(b"a\n1\n")[:-4])
+    with pytest.raises(TaskError, match=r"rows\.csv\.gz: cannot be read as \.gz"):
+        read_table(packed)
     frame.assign(a=1e300 * frame["a"]).to_csv(file, index=False)
-    with pytest.raises(TaskError, match="column 0 spreads beyond double precision; scale it down"):
+    with pytest.raises(TaskError, match="column a spreads beyond double precision; scale it down"):
         tasks.load(settings, PARAMS.test.model_copy(update={"kinds": ["uniform"]}))
 
 
@@ -521,6 +539,10 @@ def test_the_command_line_answers_a_table(tmp_path, monkeypatch, capsys):
     code, said = run("--label", "c0")
     assert code == 1
     assert "which is none of the classes a, b, c" in said
+    numbered = Use(["1", "2"])
+    some = pd.DataFrame({"answer": ["1", "2", "1"]})
+    told = predict.rights(made, numbered, some, pd.Series([1.0, 2.0, 2.0], name="y"), "t")  # one was missing once
+    assert told.tolist() == [True, True, False]
     code, said = run("--out", str(tmp_path))
     assert (code, said) == (1, f"error: --out {tmp_path}: is a folder; name a file\n")
     frame["c3"] = frame["c3"].astype(float)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lego.satipatthana import metrics
 from lego.satipatthana.introspect import TrustHead
-from lego.satipatthana.paths import Way, allocate, damaged
+from lego.satipatthana.paths import Way
 from lego.satipatthana.sections import SatipatthanaParams
-from lego.satipatthana.specs import deserved
+from lego.satipatthana.specs import batches_of, deserved
 from lego.satipatthana.system import Output, Satipatthana
 from lego.satipatthana.tasks import Task
 from lego.satipatthana.void import VoidSource
@@ -64,16 +65,18 @@ def _rows(system: Satipatthana, task: Task, params: SatipatthanaParams, seed: in
     source = VoidSource.of_task(train, params, task.known, task.strangers)
     right, clean = deserved(train, params, seed), Way.of(system, train.x)
     features, latents, targets = list[Tensor](), list[Tensor](), list[Tensor]()
-    shares, left = params.paths.shares(), params.ablations.batches * params.stage2.batch_size
-    while left >= len(shares):
-        places = torch.randperm(len(train), generator=generator)[:left]
-        counts = allocate(shares, len(places))
-        rows = damaged(system, clean.at(places), counts, params.stage2, source, generator, right[places])
+    size, left, epochs = params.stage2.batch_size, params.ablations.batches, list[list[Tensor]]()
+    while left > 0:
+        parts = torch.randperm(len(train), generator=generator).split(size)
+        epochs.append([part for part in parts if len(part) >= len(params.paths.shares())][:left])
+        left -= len(epochs[-1])
+    for rows in chain.from_iterable(
+        batches_of(system, clean, right, source, params, epoch, generator) for epoch in epochs
+    ):
         view = system.view(rows.state, rows.log, rows.recon_error)
         features.append(system.vipassana.standardized(view.features))
         latents.append(system.adapter(rows.encoded))
         targets.append(rows.target)
-        left -= len(places)
     return torch.cat(features), torch.cat(latents), torch.cat(targets)
 
 

@@ -90,6 +90,8 @@ def rights(system: Satipatthana, use: Use, found: pd.DataFrame, truth: pd.Series
             f"{name}: column {truth.name} has no value in row {int(missing.argmax())}; fill it or drop the row"
         )
     words = truth.astype(str)
+    if pd.api.types.is_float_dtype(truth) and (truth % 1 == 0).all() and not set(words) <= set(use.classes):
+        words = truth.astype("int64").astype(str)  # as pandas reads whole numbers once one was missing
     allowed = [*use.classes, *use.names]  # of the job anomaly also the classes of its data
     if odd := sorted(set(words) - set(allowed)):
         known = ", ".join(allowed[:10]) + (", ..." if len(allowed) > 10 else "")

@@ -18,7 +18,7 @@ from lego.satipatthana.sections import SatipatthanaParams
 from lego.satipatthana.stages import StageCheckError, StageSpec, freeze
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Split
-from lego.satipatthana.void import VoidSource, acceptance
+from lego.satipatthana.void import VoidError, VoidSource, acceptance
 
 VACUOUS = 0.99  # share of uniform rows that a filter keeps, above which it is none
 TOGETHER = 4096  # rows of stage 2 that settle in one run, where none looks at another
@@ -174,42 +174,71 @@ def _stage2(
 
     held_out = None
     if validation is not None and len(validation) >= len(shares):
-        known = guided(validation, train, params)
-        held_out = _held_out(system, validation, params, seed, void and void(validation), known)
-    elif settings.patience:
-        raise StageCheckError(f"stage2.patience needs at least {len(shares)} validation rows, one a path; set it to 0")
-    together = TOGETHER if params.rows_apart else settings.batch_size
-
-    def draw(epoch: list[Tensor], generator: torch.Generator) -> Iterator[Rows]:
-        """Batches whose rows settle in a few long runs: a run of a batch costs as much as one of thousands of rows."""
-        for places in torch.cat(epoch).split(max(together // settings.batch_size, 1) * settings.batch_size):
-            counts = [allocate(shares, len(part)) for part in places.split(settings.batch_size)]
-            whole = {path: sum(one[path] for one in counts) for path in shares}
-            rows = damaged(system, clean.at(places), whole, settings, source, generator, right[places])
-            yield from rows.dealt(counts)
+        held_out = _held_out(system, validation, train, params, seed, void)
+    if held_out is None and settings.patience:
+        raise StageCheckError(
+            f"stage2.patience needs at least {len(shares)} validation rows, one a path, with void ones; set it to 0"
+        )
 
     def loss(rows: Rows, _: torch.Generator) -> dict[str, Tensor]:
         scores = system.view(rows.state, rows.log, rows.recon_error).scores()
         facts = floors(rows, scores, pooled) | by_path(rows, torch.sigmoid(scores["trust"].detach()))
         return losses(scores, rows, weights) | {name: torch.tensor(value) for name, value in facts.items()}
 
+    draw = partial(batches_of, system, clean, right, source, params)
     return StageSpec(2, settings, loss, len(train), len(shares), draw, held_out or dict)
+
+
+def batches_of(
+    system: Satipatthana,
+    clean: Way,
+    right: Tensor,
+    source: VoidSource | None,
+    params: SatipatthanaParams,
+    epoch: list[Tensor],
+    generator: torch.Generator,
+) -> Iterator[Rows]:
+    """Batches of stage 2, whose rows settle in a few long runs: one of a batch costs as much as one of thousands.
+
+    Where rows look at each other, as in `compat`, every batch settles alone.
+
+    Args:
+        system: in evaluation mode.
+        clean: ways of all clean rows.
+        right: trust (n,) that these deserve.
+        source: of void rows.
+        params: sections stage2 and paths, and whether rows look at each other.
+        epoch: places (B,) of the rows of each batch; the last one may be smaller.
+        generator: of every draw.
+    """
+    settings, shares = params.stage2, params.paths.shares()
+    together = max(TOGETHER // settings.batch_size, 1) if params.rows_apart else 1
+    for places in torch.cat(epoch).split(together * settings.batch_size):
+        counts = [allocate(shares, len(part)) for part in places.split(settings.batch_size)]
+        whole = {path: sum(one[path] for one in counts) for path in shares}
+        rows = damaged(system, clean.at(places), whole, settings, source, generator, right[places])
+        yield from rows.dealt(counts)
 
 
 def _held_out(
     system: Satipatthana,
     validation: Split,
+    train: Split,
     params: SatipatthanaParams,
     seed: int,
-    source: VoidSource | None,
-    right: Tensor,
-) -> Callable[[], dict[str, float]]:
-    """The loss of trust on validation rows that were damaged once, and its floor.
+    void: Callable[[Split], VoidSource] | None,
+) -> Callable[[], dict[str, float]] | None:
+    """The loss of trust on validation rows that were damaged once, and its floor; None where no void row can be made.
 
     None of these rows is learned from; strangers and known anomalies among the void ones are those that training draws.
     """
     generator, counts = torch.Generator().manual_seed(seed), allocate(params.paths.shares(), len(validation))
-    rows = damaged(system, Way.of(system, validation.x), counts, params.stage2, source, generator, right)
+    right, source = guided(validation, train, params), void and void(validation)
+    try:
+        rows = damaged(system, Way.of(system, validation.x), counts, params.stage2, source, generator, right)
+    except VoidError as error:
+        print(f"warning: stage 2 goes without validation rows: {error}", flush=True)
+        return None
     lowest = floors(rows, ("trust",), POOLED[params.vipassana.trust_features])["floor"]
 
     @torch.no_grad()

@@ -43,7 +43,7 @@ class Use:
     names: list[str] = field(default_factory=list)
 
 
-Size = Annotated[int, Field(ge=1)]
+Size = Annotated[int, Field(ge=1, le=10**6)]
 
 
 class _Map(BaseModel):
@@ -52,8 +52,8 @@ class _Map(BaseModel):
 
     @model_validator(mode="after")
     def _of_points(self) -> _Map:
-        if len(self.x) != len(self.y):
-            raise ValueError("as many x as y")
+        if len(self.x) != len(self.y) or sorted(self.x) != self.x:
+            raise ValueError("as many x as y, in order")
         return self
 
 
@@ -77,8 +77,8 @@ class _Facts(BaseModel):
     @model_validator(mode="after")
     def _fit(self) -> _Facts:
         size = math.prod(self.shape)
-        if len(self.classes) != self.outputs or len(self.columns) not in (0, size):
-            raise ValueError("as many classes as outputs, as many columns as inputs")
+        if len(set(self.classes)) != self.outputs or len(self.columns) not in (0, size):
+            raise ValueError("as many different classes as outputs, as many columns as inputs")
         if len(self.mean) != len(self.std) or len(self.mean) not in (0, size):
             raise ValueError("as many means and deviations as inputs")
         return self
@@ -110,7 +110,8 @@ def load(folder: str | Path) -> tuple[Satipatthana, Use]:
     """
     folder = Path(folder)
     of_use = ("classes", "columns", "mean", "std", "temperature", "threshold", "answer", "names")
-    facts, weights = read_checked(folder / "system.json", _Facts), read_tensors(folder / "system.safetensors")
+    facts = _Facts.model_validate(read_checked(folder / "system.json", _Facts)).model_dump()
+    weights = read_tensors(folder / "system.safetensors")
     try:
         params = SatipatthanaParams.model_validate(facts["parameters"])
     except ValueError:
@@ -122,6 +123,8 @@ def load(folder: str | Path) -> tuple[Satipatthana, Use]:
         system.load_state_dict(weights)
     except (RuntimeError, ValueError):
         raise ArtifactError(f"{folder}/system.safetensors: does not fit system.json; run dvc repro") from None
+    if not all(bool(torch.isfinite(one).all()) for one in system.parameters()):
+        raise ArtifactError(f"{folder}/system.safetensors: holds weights that are not finite; run dvc repro")
     use = {key: facts[key] for key in of_use}
     return system.eval().requires_grad_(False), Use(**use, trust=TrustMap(facts["trust"]["x"], facts["trust"]["y"]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from pathlib import Path
 
@@ -22,21 +23,20 @@ def read_table(file: Path) -> pd.DataFrame:
         TaskError: it cannot be read, a row has more fields than the header, or a column is there twice.
     """
     try:
-        if file.suffix == ".parquet":
+        if file.suffix.lower() == ".parquet":
             return pd.read_parquet(file)
+        content = file.read_bytes()  # once, as it may be a pipe
         with warnings.catch_warnings():  # else the first column becomes an index, and all others move
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            frame = pd.read_csv(file, index_col=False)
-        header = pd.read_csv(file, header=None, nrows=1, dtype=str).iloc[0]
+            frame = pd.read_csv(io.BytesIO(content), index_col=False)
+        header = pd.read_csv(io.BytesIO(content), header=None, nrows=1, dtype=str, keep_default_na=False).iloc[0]
     except pd.errors.ParserWarning:
-        raise TaskError(
-            f"{file}: rows have more fields than the header names; name every column, or drop one"
-        ) from None
+        raise TaskError(f"{file}: rows have more fields than the header; name every column, or drop one") from None
     except (OSError, ValueError, pd.errors.ParserError) as error:
         what = f"as {file.suffix or 'CSV'} ({' '.join(str(error).split())})"
         raise TaskError(f"{file}: cannot be read {what}; give a CSV file with a header, or a .parquet file") from None
-    if header.duplicated().any():
-        raise TaskError(f"{file}: has the column {header[header.duplicated()].iloc[0]} twice; drop or rename one")
+    if (twice := header[header.duplicated() & (header != "")]).any():
+        raise TaskError(f"{file}: has the column {twice.iloc[0]} twice; drop or rename one")
     return frame
 
 

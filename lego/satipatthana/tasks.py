@@ -92,7 +92,7 @@ def load(settings: TaskParams, test: TestParams) -> Task:
         classes, names = ["normal", "anomaly"], classes
     elif near:
         classes = [name for number, name in enumerate(classes) if number not in NEAR]
-    center, scale = _scale(parts["train"][0], settings)
+    center, scale = _scale(parts["train"][0], settings, columns)
     answer = (0.0, 1.0)
     if settings.job == "regression":
         answer = (float(parts["train"][1].mean()), float(parts["train"][1].std()) or 1.0)
@@ -207,14 +207,16 @@ def normal_rows(
     return found, train[np.isin(of, known)], outside
 
 
-def _scale(x: np.ndarray, settings: TaskParams) -> tuple[np.ndarray, np.ndarray]:
+def _scale(x: np.ndarray, settings: TaskParams, columns: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """What is taken from inputs and what they are divided by, from train rows; tables alone are standardized."""
     if settings.name in UNSCALED:
         return np.zeros(()), np.ones(())
     with np.errstate(over="ignore", invalid="ignore"):
         std = x.std(axis=0)
     if (wide := ~np.isfinite(std)).any():
-        raise TaskError(f"{settings.file}: column {int(wide.argmax())} spreads beyond double precision; scale it down")
+        raise TaskError(
+            f"{settings.file}: column {columns[int(wide.argmax())]} spreads beyond double precision; scale it down"
+        )
     std[std == 0] = 1
     return x.mean(axis=0), std
 

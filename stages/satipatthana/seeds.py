@@ -22,7 +22,7 @@ def for_each_seed(
         light: whether the work is done here, one seed after the other, as a process takes seconds to start.
 
     Raises:
-        StageError: a worker was killed.
+        StageError: a worker was killed. A failure in this process is told once the other workers are done.
     """
     numbers = range(params.seeds if seeds is None else seeds)
     others = 0 if light else min(params.workers, len(numbers)) - 1
