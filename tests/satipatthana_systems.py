@@ -10,7 +10,7 @@ from conftest import ROOT
 
 from lego.satipatthana.sections import SatipatthanaParams, changed, load, with_profile
 from lego.satipatthana.system import Satipatthana, build
-from lego.satipatthana.tasks import Split
+from lego.satipatthana.tasks import Split, Task
 
 PARAMS = load(ROOT / "stages/satipatthana/params.yaml")
 COMPAT = with_profile(PARAMS, "compat", ROOT / "stages/satipatthana/profiles.yaml")
@@ -26,6 +26,9 @@ SMALL = {
     "heads.decoder_hidden": 16,
     "heads.aux_hidden": 8,
 }
+
+
+ONCE = {f"stage{number}__epochs": 1 for number in range(4)}
 
 
 def small(base: SatipatthanaParams = PARAMS, **changes: Any) -> SatipatthanaParams:
@@ -45,6 +48,10 @@ def clusters(rows: int = 60, features: int = 12, classes: int = 3, seed: int = 0
 def system(params: SatipatthanaParams, shape: tuple[int, ...] = (12,), seed: int = 0) -> Satipatthana:
     made = build(shape, 3, params, torch.randn(50, *shape, generator=torch.Generator().manual_seed(1)), seed)
     return made.eval()
+
+
+def a_task(rows: int = 60) -> Task:
+    return Task(clusters(rows), clusters(30, seed=1), clusters(30, seed=2), {}, ["a", "b", "c"])
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
