@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lego.base.timing import fastest
 from lego.cvfp.model import NewLLMResidual
 from lego.cvfp.passes import sequential_pass, shifted
 from lego.cvfp.phase1 import ContextTrainer
 from lego.cvfp.sections import CvfpParams, changed, load, with_profile
 from lego.cvfp.store import build
-from lego.timing import fastest
 
 
 def trainer_of(params: CvfpParams, tokens: int) -> ContextTrainer:

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from lego.sources import stdlib_documents
+from lego.text.sources import stdlib_documents
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = ("tokenize", "train_phase1", "compute_threshold", "collect_hard", "train_phase2")

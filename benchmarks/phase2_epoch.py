@@ -16,17 +16,17 @@ from pathlib import Path
 import torch
 
 from benchmarks import parser_with_sizes
-from lego.ashem import exit_states, train_gathered
-from lego.batches import EvaluationBatches
-from lego.checkpoint import grow_model
-from lego.cost import Ledger
-from lego.exits import quantile_threshold
-from lego.hard_batches import HardBlockBatches
-from lego.harness import reuse_freed_memory
-from lego.hidden_states import HiddenStateStore, StoreWriter
-from lego.latency import seconds
-from lego.trainer import Trainer, create_standard_config
-from lego.transformer import DeepSupervisionTransformer
+from lego.base.harness import reuse_freed_memory
+from lego.evaluation.latency import seconds
+from lego.growing.hard_batches import HardBlockBatches
+from lego.mining.ashem import exit_states, train_gathered
+from lego.mining.hidden_states import HiddenStateStore, StoreWriter
+from lego.mining.thresholds import quantile_threshold
+from lego.model.checkpoint import grow_model
+from lego.model.cost import Ledger
+from lego.model.transformer import DeepSupervisionTransformer
+from lego.tokens.batches import EvaluationBatches
+from lego.training.trainer import Trainer, create_standard_config
 
 
 class RandomBlocks:

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from benchmarks import parser_with_sizes
-from lego.cost import Ledger
-from lego.criteria import Criterion, StateCriterion, max_prob
-from lego.exits import quantile_threshold
-from lego.harness import reuse_freed_memory
-from lego.latency import ratio_of_pairs, seconds
-from lego.routing import RoutedDecoder
-from lego.transformer import DeepSupervisionTransformer
+from lego.base.harness import reuse_freed_memory
+from lego.evaluation.latency import ratio_of_pairs, seconds
+from lego.mining.thresholds import quantile_threshold
+from lego.model.cost import Ledger
+from lego.model.exit_criteria import Criterion, StateCriterion, max_prob
+from lego.model.transformer import DeepSupervisionTransformer
+from lego.routing.decoder import RoutedDecoder
 
 
 def build(context: str, arguments: argparse.Namespace) -> DeepSupervisionTransformer:

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.optim import AdamW
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lego.harness import reuse_freed_memory
-from lego.params import Params, load_params
-from lego.steps import build_training
-from lego.trainer import Trainer, create_standard_config
-from lego.transformer import StandardTransformer
+from lego.base.harness import reuse_freed_memory
+from lego.base.params import Params, load_params
+from lego.model.transformer import StandardTransformer
+from lego.training.steps import build_training
+from lego.training.trainer import Trainer, create_standard_config
 
 Batches = list[tuple[Tensor, Tensor]]
 

@@ -17,13 +17,13 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from lego.artifacts import atomic_folder
-from lego.blocks import CorpusError
-from lego.corpus import split_of, unit_hash
-from lego.params import ParamsError, load_params
-from lego.readers import kind_of
-from lego.sections import DataParams
-from lego.sources import documents, file_texts
+from lego.base.artifacts import atomic_folder
+from lego.base.params import ParamsError, load_params
+from lego.base.sections import DataParams
+from lego.text.corpus import split_of, unit_hash
+from lego.text.readers import kind_of
+from lego.text.sources import documents, file_texts
+from lego.tokens.blocks import CorpusError
 
 
 def padded(text: str, test: bool, share: float) -> str:

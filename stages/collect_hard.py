@@ -3,16 +3,16 @@
 dvc repro collect_hard      (python -m stages.collect_hard)
 """
 
-from lego.artifacts import publish, read_number, sha256, write_json
-from lego.ashem import exit_states
-from lego.batches import EvaluationBatches
-from lego.blocks import PackedBlocks, data_digests, train_text
-from lego.checkpoint import load_model
-from lego.cost import Ledger
-from lego.harness import Stage, exit_cleanly, resolve_device
-from lego.hidden_states import StoreWriter
-from lego.params import load_params
-from lego.progress import share, track
+from lego.base.artifacts import publish, read_number, sha256, write_json
+from lego.base.harness import Stage, exit_cleanly, resolve_device
+from lego.base.params import load_params
+from lego.base.progress import share, track
+from lego.mining.ashem import exit_states
+from lego.mining.hidden_states import StoreWriter
+from lego.model.checkpoint import load_model
+from lego.model.cost import Ledger
+from lego.tokens.batches import EvaluationBatches
+from lego.tokens.blocks import PackedBlocks, data_digests, train_text
 
 
 def main() -> None:

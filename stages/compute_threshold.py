@@ -5,14 +5,14 @@ dvc repro compute_threshold      (python -m stages.compute_threshold)
 
 import torch
 
-from lego.artifacts import atomic_folder, write_json
-from lego.batches import EvaluationBatches
-from lego.blocks import PackedBlocks, data_digests
-from lego.checkpoint import block1_sha256, load_model
-from lego.criteria import Ridge, log_odds
-from lego.exits import collect_confidences, quantile_threshold
-from lego.harness import Stage, StageError, exit_cleanly, resolve_device
-from lego.params import load_params
+from lego.base.artifacts import atomic_folder, write_json
+from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
+from lego.base.params import load_params
+from lego.mining.thresholds import collect_confidences, quantile_threshold
+from lego.model.checkpoint import block1_sha256, load_model
+from lego.model.exit_criteria import Ridge, log_odds
+from lego.tokens.batches import EvaluationBatches
+from lego.tokens.blocks import PackedBlocks, data_digests
 
 
 def tokens_to_fit_on(share: float, blocks: PackedBlocks, split: str) -> int:

@@ -9,10 +9,11 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from lego.artifacts import atomic_folder, read_json, read_number, write_csv, write_json
-from lego.batches import EvaluationBatches, split_batches
-from lego.blocks import PackedBlocks, corpus_facts, data_digests
-from lego.calibration import (
+from lego.base.artifacts import atomic_folder, read_json, read_number, write_csv, write_json
+from lego.base.harness import Stage, exit_cleanly, resolve_device
+from lego.base.params import Params, load_params
+from lego.base.progress import share
+from lego.evaluation.calibration import (
     Calibration,
     GainFit,
     all_criteria,
@@ -23,10 +24,10 @@ from lego.calibration import (
     realised_risk,
     router_quality,
 )
-from lego.checkpoint import load_exit, load_model
-from lego.cost import Ledger
-from lego.criteria import Criterion, StateCriterion
-from lego.evaluation import (
+from lego.evaluation.latency import latency_ratios
+from lego.evaluation.plain import document_rows
+from lego.evaluation.risk import Certificate, document_units
+from lego.evaluation.routed import (
     Route,
     TokenTable,
     comparison_lines,
@@ -35,14 +36,13 @@ from lego.evaluation import (
     threshold_sweep,
     token_table,
 )
-from lego.harness import Stage, exit_cleanly, resolve_device
-from lego.hf import model_card, save_routed, to_hf
-from lego.latency import latency_ratios
-from lego.params import Params, load_params
-from lego.progress import share
-from lego.risk import Certificate, document_units
-from lego.single_exit import document_rows
-from lego.transformer import BaseTransformer, DeepSupervisionTransformer
+from lego.hub.export import model_card, save_routed, to_hf
+from lego.model.checkpoint import load_exit, load_model
+from lego.model.cost import Ledger
+from lego.model.exit_criteria import Criterion, StateCriterion
+from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
+from lego.tokens.batches import EvaluationBatches, split_batches
+from lego.tokens.blocks import PackedBlocks, corpus_facts, data_digests
 
 SCORED = ("test", "validation")
 

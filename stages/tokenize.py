@@ -3,11 +3,11 @@
 dvc repro tokenize          (python -m stages.tokenize)
 """
 
-from lego.artifacts import atomic_folder, write_json
-from lego.harness import Stage, exit_cleanly
-from lego.ngram import references
-from lego.params import load_params
-from lego.tokens import write_splits
+from lego.base.artifacts import atomic_folder, write_json
+from lego.base.harness import Stage, exit_cleanly
+from lego.base.params import load_params
+from lego.text.ngram import references
+from lego.text.packing import write_splits
 
 
 def main() -> None:

@@ -5,18 +5,18 @@ dvc repro train_phase1      (python -m stages.train_phase1)
 
 import torch
 
-from lego.artifacts import atomic_folder, write_csv, write_json
-from lego.batches import TrainingBatches, split_batches
-from lego.blocks import bits_per_byte, corpus_facts, data_digests, train_text
-from lego.checkpoint import save_model
-from lego.cost import Ledger
-from lego.epochs import History, TrainingState, epoch_rows, fit
-from lego.harness import Stage, exit_cleanly, resolve_device
-from lego.llama import load_llama, require_fit
-from lego.params import Params, load_params
-from lego.steps import build_training
-from lego.trainer import Trainer, create_standard_config
-from lego.transformer import BaseTransformer, DeepSupervisionTransformer
+from lego.base.artifacts import atomic_folder, write_csv, write_json
+from lego.base.harness import Stage, exit_cleanly, resolve_device
+from lego.base.params import Params, load_params
+from lego.model.checkpoint import save_model
+from lego.model.cost import Ledger
+from lego.model.llama import load_llama, require_fit
+from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
+from lego.tokens.batches import TrainingBatches, split_batches
+from lego.tokens.blocks import bits_per_byte, corpus_facts, data_digests, train_text
+from lego.training.epochs import History, TrainingState, epoch_rows, fit
+from lego.training.steps import build_training
+from lego.training.trainer import Trainer, create_standard_config
 
 
 def block1(params: Params, device: torch.device) -> DeepSupervisionTransformer:

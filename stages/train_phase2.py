@@ -5,19 +5,19 @@ dvc repro train_phase2      (python -m stages.train_phase2)
 
 from typing import Any
 
-from lego.artifacts import atomic_folder, read_number, sha256, write_csv, write_json
-from lego.batches import split_batches
-from lego.blocks import bits_per_byte, corpus_facts, data_digests
-from lego.checkpoint import load_model, same_block1, save_model
-from lego.cost import Ledger
-from lego.epochs import epoch_rows
-from lego.harness import Stage, exit_cleanly, resolve_device
-from lego.hidden_states import HiddenStateStore
-from lego.params import Params, load_params
-from lego.phase2 import Batches, grown, hard_batches, train_block2
-from lego.search import Search, Trial, search_rates
-from lego.selection import with_replay
-from lego.transformer import BaseTransformer
+from lego.base.artifacts import atomic_folder, read_number, sha256, write_csv, write_json
+from lego.base.harness import Stage, exit_cleanly, resolve_device
+from lego.base.params import Params, load_params
+from lego.growing.phase2 import Batches, grown, hard_batches, train_block2
+from lego.growing.selection import with_replay
+from lego.mining.hidden_states import HiddenStateStore
+from lego.model.checkpoint import load_model, same_block1, save_model
+from lego.model.cost import Ledger
+from lego.model.transformer import BaseTransformer
+from lego.tokens.batches import split_batches
+from lego.tokens.blocks import bits_per_byte, corpus_facts, data_digests
+from lego.training.epochs import epoch_rows
+from lego.training.search import Search, Trial, search_rates
 
 
 def search(params: Params, stage: Stage, block1: BaseTransformer, threshold: float, batches: Batches) -> Search:

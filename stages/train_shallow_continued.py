@@ -5,18 +5,18 @@ It reads the part of train that phase 2 mines (ashem.phase2_text), also where ha
 dvc repro train_shallow_continued      (python -m stages.train_shallow_continued)
 """
 
-from lego.artifacts import atomic_folder, read_json, read_number, write_csv, write_json
-from lego.batches import TrainingBatches, split_batches
-from lego.blocks import bits_per_byte, corpus_facts, data_digests, train_text
-from lego.budget import Budget, train_blocks
-from lego.checkpoint import load_model, save_model
-from lego.cost import Ledger
-from lego.epochs import epoch_rows
-from lego.harness import Stage, StageError, exit_cleanly, resolve_device
-from lego.params import Params, load_params
-from lego.search import Search, Trial, search_rates
-from lego.single_exit import Comparison
-from lego.trainer import create_standard_config
+from lego.base.artifacts import atomic_folder, read_json, read_number, write_csv, write_json
+from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
+from lego.base.params import Params, load_params
+from lego.evaluation.plain import Comparison
+from lego.model.checkpoint import load_model, save_model
+from lego.model.cost import Ledger
+from lego.tokens.batches import TrainingBatches, split_batches
+from lego.tokens.blocks import bits_per_byte, corpus_facts, data_digests, train_text
+from lego.training.budget import Budget, train_blocks
+from lego.training.epochs import epoch_rows
+from lego.training.search import Search, Trial, search_rates
+from lego.training.trainer import create_standard_config
 
 
 def search(params: Params, stage: Stage, batches: TrainingBatches) -> Search:

@@ -25,14 +25,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from lego.artifacts import ArtifactError, sha256  # noqa: E402
-from lego.blocks import BlockWriter, PackedBlocks  # noqa: E402
-from lego.checkpoint import load_model, save_model  # noqa: E402
-from lego.hard_batches import HardTokenBatches  # noqa: E402
-from lego.hidden_states import HiddenStateStore, StoreWriter  # noqa: E402
-from lego.params import ParamsError, load_params  # noqa: E402
-from lego.sources import documents  # noqa: E402
-from lego.transformer import DeepSupervisionTransformer  # noqa: E402
+from lego.base.artifacts import ArtifactError, sha256  # noqa: E402
+from lego.base.params import ParamsError, load_params  # noqa: E402
+from lego.growing.hard_batches import HardTokenBatches  # noqa: E402
+from lego.mining.hidden_states import HiddenStateStore, StoreWriter  # noqa: E402
+from lego.model.checkpoint import load_model, save_model  # noqa: E402
+from lego.model.transformer import DeepSupervisionTransformer  # noqa: E402
+from lego.text.sources import documents  # noqa: E402
+from lego.tokens.blocks import BlockWriter, PackedBlocks  # noqa: E402
 
 TOKENS = [
     b"null",

@@ -10,12 +10,12 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import ROOT, VOCAB, random_batches
 
 import lego
 from lego import *  # noqa: F403
 from lego import ASHEMConfig, DeepSupervisionTransformer, StageConfig, Trainer, TrainingConfig
-from lego.params import load_params
+from lego.base.params import load_params
+from tests.conftest import ROOT, VOCAB, random_batches
 
 
 def test_every_public_name_is_importable_and_listed():

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 
 import pytest
 import yaml
-from conftest import ROOT
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from workflow import LINES
 
-from lego.artifacts import read_json
+from lego.base.artifacts import read_json
+from lego.base.params import Params
 from lego.cvfp import sections as cvfp
-from lego.evaluation import comparison_lines
-from lego.params import Params
+from lego.evaluation.routed import comparison_lines
 from lego.satipatthana import sections as satipatthana
 from stages.evidence.summary import Suite
 from stages.evidence.tables import short_table
+from tests.conftest import ROOT
+from tests.workflow import LINES
 
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = sorted(
     {line.strip() for page in PAGES for line in re.findall(r"^dvc exp run .*-S.*$", page.read_text(), re.M)}
@@ -82,8 +84,11 @@ def test_the_pages_link_to_files_that_exist():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_every_file_of_the_tree_stands_in_the_readme():
-    readme = (ROOT / "README.md").read_text()
-    for path in [*(ROOT / "lego").glob("*.py"), *(ROOT / "stages").rglob("*.py")]:
-        if path.stem != "__init__":
-            assert re.search(rf"\b{path.name}\b", readme), path.name
+def test_every_package_of_the_tree_stands_in_the_readme_in_twelve_lines():
+    tree = next(part for part in (ROOT / "README.md").read_text().split("```\n") if part.startswith("params.yaml"))
+    assert len(tree.splitlines()) <= 12
+    for path in [*(ROOT / "lego").glob("*/__init__.py"), *(ROOT / "stages").glob("*/__init__.py")]:
+        place = path.parent.relative_to(ROOT).as_posix()
+        assert re.search(rf"\b{place}\b" if place.startswith("lego/") else rf"\b{path.parent.name}/", tree), place
+    for path in {name.split("/")[0] for name in TRACKED if "/" in name and not name.startswith(".")}:
+        assert re.search(rf"\b{path}/", tree), path

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from clones import Clone
+from tests.conftest import Clone
 
 SHOWN = "^(?!Experiment|ashem|.*evaluate_routing.json:(ppl|shallow_ratio|flops_ratio)$)"
 COLUMNS = ["Experiment", "flops_ratio", "ppl", "shallow_ratio", "ashem.hard_example_ratio"]  # of what exp show prints

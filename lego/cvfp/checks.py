@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lego.artifacts import ArtifactError
+from lego.base.artifacts import ArtifactError
 from lego.cvfp.model import NewLLMResidual
 from lego.cvfp.passes import QUIET, Telling, sequential_pass
 from lego.cvfp.sections import ChecksParams

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lego.base.progress import track
 from lego.cvfp.model import NewLLMResidual
-from lego.progress import track
 
 
 class NonFiniteContextError(FloatingPointError):

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
+from lego.base.params import ParamsError
+from lego.base.progress import track
 from lego.cvfp.losses import BATCH, ZeroGradientError, cvfp_loss
 from lego.cvfp.model import NewLLMResidual
 from lego.cvfp.passes import QUIET, Telling, chunks, parallel_pass, require_finite, sequential_pass, shifted
 from lego.cvfp.sections import Phase1Params
-from lego.params import ParamsError
-from lego.progress import track
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from torch.nn import functional
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lego.base.progress import track
 from lego.cvfp.model import NewLLMResidual, Reader
 from lego.cvfp.passes import require_finite, shifted
 from lego.cvfp.sections import Phase2Params
-from lego.progress import track
-from lego.steps import build_scheduler
+from lego.training.steps import build_scheduler
 
 JUDGED_AT_A_TIME = 4096  # positions, which changes no number
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lego.base.progress import track
 from lego.cvfp.losses import ZeroGradientError, contraction, vicreg
 from lego.cvfp.model import NewLLMResidual, Reader
 from lego.cvfp.passes import NonFiniteContextError
 from lego.cvfp.sections import Phase1Params, PredictParams
-from lego.progress import track
-from lego.steps import build_scheduler
+from lego.training.steps import build_scheduler
 
 
 def columns(ids: Tensor, streams: int) -> Tensor:

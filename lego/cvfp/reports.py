@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from lego.artifacts import ArtifactError
+from lego.base.artifacts import ArtifactError
 
 BANNED = re.compile(
     r"\b(good|excellent|great|moderate|improved?|better|worse|bad|poor|strong|weak|perfect|acceptable|healthy|"

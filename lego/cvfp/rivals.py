@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lego.base.progress import track
 from lego.cvfp.contest import epochs_of, parameter_facts, size_on_paper
 from lego.cvfp.peers import EndToEnd, State, Transformer, make
 from lego.cvfp.phase2 import ppl
@@ -15,8 +16,7 @@ from lego.cvfp.predict import columns, windows
 from lego.cvfp.sections import CvfpParams, PeersParams
 from lego.cvfp.store import build
 from lego.cvfp.text import Text
-from lego.progress import track
-from lego.steps import build_scheduler
+from lego.training.steps import build_scheduler
 
 
 def compete(name: str, params: CvfpParams, text: Text, seed: int, lr: float) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lego.artifacts import ArtifactError, read_json, read_tensors
+from lego.base.artifacts import ArtifactError, read_json, read_tensors
 from lego.cvfp.model import NewLLMResidual, Reader
 from lego.cvfp.passes import NonFiniteContextError, Settled, Telling, settle
 from lego.cvfp.phase1 import ContextTrainer, Iteration

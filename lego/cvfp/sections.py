@@ -11,10 +11,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from lego.params import ParamsError, read_params
-from lego.profiles import changed as changed_in
-from lego.profiles import profiled, read_profiles
-from lego.sections import (
+from lego.base.params import ParamsError, read_params
+from lego.base.profiles import changed as changed_in
+from lego.base.profiles import profiled, read_profiles
+from lego.base.sections import (
     Count,
     CountOrZero,
     DataParams,
@@ -320,17 +320,17 @@ def load(path: str | Path = PARAMS) -> CvfpParams:
 
 
 def profiles(path: str | Path = PROFILES) -> dict[str, dict[str, Any]]:
-    """Named sets of changes to params.yaml; see `lego.profiles`."""
+    """Named sets of changes to params.yaml; see `lego.base.profiles`."""
     return read_profiles(path)
 
 
 def with_profile(params: CvfpParams, name: str, path: str | Path = PROFILES) -> CvfpParams:
-    """The parameters with a profile's changes; see `lego.profiles.profiled`."""
+    """The parameters with a profile's changes; see `lego.base.profiles.profiled`."""
     return profiled(params, name, path, PARAMS)
 
 
 def changed(params: CvfpParams, changes: dict[str, Any], where: str) -> CvfpParams:
-    """The parameters with some keys set to other values; see `lego.profiles.changed`."""
+    """The parameters with some keys set to other values; see `lego.base.profiles.changed`."""
     return changed_in(params, changes, where, PARAMS)
 
 

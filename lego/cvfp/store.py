@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lego.artifacts import ArtifactError, read_json, read_tensors, write_json, write_tensors
+from lego.base.artifacts import ArtifactError, read_json, read_tensors, write_json, write_tensors
 from lego.cvfp.model import NewLLMResidual, Reader
 from lego.cvfp.sections import CvfpParams, ModelParams, Phase1Params
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lego.artifacts import ArtifactError, read_json, read_tensors, write_json, write_tensors
-from lego.blocks import CorpusError, PackedBlocks
+from lego.base.artifacts import ArtifactError, read_json, read_tensors, write_json, write_tensors
 from lego.cvfp.sections import TextParams
-from lego.tokenizer import TextEncoder
+from lego.text.tokenizer import TextEncoder
+from lego.tokens.blocks import CorpusError, PackedBlocks
 
 SPLITS = ("train", "validation", "test")
 MODES = "heldout_in_vocab or val_from_train"

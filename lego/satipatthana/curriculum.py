@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from lego.artifacts import derived_seed
-from lego.harness import StageError
+from lego.base.artifacts import derived_seed
+from lego.base.harness import StageError
 from lego.satipatthana import jobs
 from lego.satipatthana.evaluation import Protocol, evaluate
 from lego.satipatthana.metrics import ece

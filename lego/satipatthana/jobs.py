@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lego.harness import StageError
+from lego.base.harness import StageError
 from lego.satipatthana import metrics
 from lego.satipatthana.sections import PARAMS, Job, SatipatthanaParams
 

@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from lego.artifacts import ArtifactError, write_text
-from lego.harness import StageError
-from lego.params import ParamsError
-from lego.progress import track
+from lego.base.artifacts import ArtifactError, write_text
+from lego.base.harness import StageError
+from lego.base.params import ParamsError
+from lego.base.progress import track
 from lego.satipatthana.jobs import probabilities
 from lego.satipatthana.store import Use, load, standardized
 from lego.satipatthana.system import Output, Satipatthana

@@ -12,10 +12,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainValidator, model_validator
 
-from lego.params import ParamsError, read_params
-from lego.profiles import changed as changed_in
-from lego.profiles import profiled, read_profiles
-from lego.sections import (
+from lego.base.params import ParamsError, read_params
+from lego.base.profiles import changed as changed_in
+from lego.base.profiles import profiled, read_profiles
+from lego.base.sections import (
     SCIENTIFIC,
     Count,
     CountOrZero,
@@ -424,17 +424,17 @@ def load(path: str | Path = PARAMS) -> SatipatthanaParams:
 
 
 def profiles(path: str | Path = PROFILES) -> dict[str, dict[str, Any]]:
-    """Named sets of changes to params.yaml; see `lego.profiles`."""
+    """Named sets of changes to params.yaml; see `lego.base.profiles`."""
     return read_profiles(path)
 
 
 def with_profile(params: SatipatthanaParams, name: str, path: str | Path = PROFILES) -> SatipatthanaParams:
-    """The parameters with a profile's changes; see `lego.profiles.profiled`."""
+    """The parameters with a profile's changes; see `lego.base.profiles.profiled`."""
     return profiled(params, name, path, PARAMS)
 
 
 def changed(params: SatipatthanaParams, changes: dict[str, Any], where: str) -> SatipatthanaParams:
-    """The parameters with some keys set to other values; see `lego.profiles.changed`."""
+    """The parameters with some keys set to other values; see `lego.base.profiles.changed`."""
     return changed_in(params, changes, where, PARAMS)
 
 

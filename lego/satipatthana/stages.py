@@ -16,8 +16,8 @@ from torch.nn import functional
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
-from lego.harness import StageError
-from lego.progress import track
+from lego.base.harness import StageError
+from lego.base.progress import track
 from lego.satipatthana.sections import StageParams
 from lego.satipatthana.system import Satipatthana
 

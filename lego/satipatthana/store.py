@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, Field, FiniteFloat, model_validator
 
-from lego.artifacts import ArtifactError, read_checked, read_tensors, write_json, write_tensors
+from lego.base.artifacts import ArtifactError, read_checked, read_tensors, write_json, write_tensors
 from lego.satipatthana.reject import TrustMap
 from lego.satipatthana.sections import SatipatthanaParams
 from lego.satipatthana.system import Satipatthana

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lego.harness import StageError
+from lego.base.harness import StageError
 
 
 class TaskError(StageError):

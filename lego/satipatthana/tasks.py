@@ -12,7 +12,7 @@ from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, loa
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from lego.artifacts import read_json, read_tensors, write_json, write_tensors
+from lego.base.artifacts import read_json, read_tensors, write_json, write_tensors
 from lego.satipatthana.made import FAULTS, SYNTHETIC, WAYS, faults, outside_sets, windows
 from lego.satipatthana.sections import PARAMS, Job, TaskParams, TestParams
 from lego.satipatthana.tables import TaskError, features_of, labelled, read_table

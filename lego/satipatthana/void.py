@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lego.harness import StageError
+from lego.base.harness import StageError
 from lego.satipatthana.sections import SatipatthanaParams, VoidParams
 from lego.satipatthana.tasks import Split
 

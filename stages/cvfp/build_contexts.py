@@ -3,12 +3,12 @@
 dvc repro stages/cvfp/dvc.yaml:build_contexts          (python -m stages.cvfp.build_contexts)
 """
 
-from lego.artifacts import atomic_folder, write_json, write_tensors
+from lego.base.artifacts import atomic_folder, write_json, write_tensors
+from lego.base.harness import Stage, exit_cleanly
 from lego.cvfp.run import MADE_OF, settled, weights_digest
 from lego.cvfp.sections import WRITTEN, load
 from lego.cvfp.store import load_network
 from lego.cvfp.text import read_text_ids
-from lego.harness import Stage, exit_cleanly
 
 
 def main() -> None:

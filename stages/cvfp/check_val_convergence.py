@@ -7,13 +7,13 @@ python -m stages.cvfp.check_val_convergence --num-trials 10          the same wi
 import argparse
 from contextlib import nullcontext
 
-from lego.artifacts import write_csv, write_json
+from lego.base.artifacts import write_csv, write_json
+from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.cvfp.checks import validation_trend
 from lego.cvfp.run import telling
 from lego.cvfp.sections import WRITTEN, load
 from lego.cvfp.store import load_network
 from lego.cvfp.text import read_text_ids
-from lego.harness import Stage, StageError, exit_cleanly
 
 
 def main() -> None:

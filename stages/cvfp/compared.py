@@ -13,8 +13,8 @@ from typing import Any
 from lego.cvfp.contest import made_of
 from lego.cvfp.sections import CvfpParams
 from lego.cvfp.text import SPLITS
-from lego.page import Figure, Page
-from lego.stats import Interval, mean_interval, verdict
+from lego.report.page import Figure, Page
+from lego.report.stats import Interval, mean_interval, verdict
 
 FOLDER = Path("metrics/cvfp")
 NOT_RUN = "Not run yet: `dvc repro stages/cvfp/baselines/dvc.yaml`."

@@ -5,14 +5,14 @@ dvc repro stages/cvfp/dvc.yaml:evaluate          (python -m stages.cvfp.evaluate
 
 from typing import Any
 
-from lego.artifacts import read_json, write_csv, write_json, write_text
+from lego.base.artifacts import read_json, write_csv, write_json, write_text
+from lego.base.harness import Stage, exit_cleanly
 from lego.cvfp.evaluation import critical_checks, mandatory, ranks, worth
 from lego.cvfp.reports import report
 from lego.cvfp.run import fixed_text, telling
 from lego.cvfp.sections import WRITTEN, load
 from lego.cvfp.store import load_network, parameter_counts
 from lego.cvfp.text import LABELS, SPLITS, read_text_ids
-from lego.harness import Stage, exit_cleanly
 
 
 def main() -> None:

@@ -9,9 +9,9 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from lego.cvfp.sections import CvfpParams
-from lego.page import Figure
-from lego.pictures import look, picture
-from lego.stats import Interval
+from lego.report.page import Figure
+from lego.report.pictures import look, picture
+from lego.report.stats import Interval
 
 FORMS = ("sound", "seed", "untrained", "end_to_end")  # what names of forms of CVFP begin with
 Column = dict[str, list[float]]

@@ -5,9 +5,9 @@ dvc exp run stages/cvfp/dvc.yaml $(python -m stages.cvfp.profile seed)
 
 import sys
 
+from lego.base.params import ParamsError
+from lego.base.profiles import options
 from lego.cvfp.sections import PARAMS, load, profiles, with_profile
-from lego.params import ParamsError
-from lego.profiles import options
 
 
 def main() -> int:

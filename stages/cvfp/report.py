@@ -11,12 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lego.artifacts import atomic_folder, read_json, write_text
+from lego.base.artifacts import atomic_folder, read_json, write_text
+from lego.base.harness import RECORDED_PACKAGES, Stage, exit_cleanly
+from lego.base.progress import share
 from lego.cvfp.reports import validate
 from lego.cvfp.sections import WRITTEN, CvfpParams, load
-from lego.harness import RECORDED_PACKAGES, Stage, exit_cleanly
-from lego.page import Figure, Page
-from lego.progress import share
+from lego.report.page import Figure, Page
 from stages.cvfp.compared import FOLDER, Compared
 from stages.cvfp.figures import Column, memory, perplexities, scaling, settling
 from stages.cvfp.trials import shown as trials

@@ -5,13 +5,13 @@ dvc repro stages/cvfp/dvc.yaml:tokenize          (python -m stages.cvfp.tokenize
 
 import math
 
-from lego.artifacts import atomic_folder, write_json
-from lego.blocks import CorpusError
+from lego.base.artifacts import atomic_folder, write_json
+from lego.base.harness import Stage, exit_cleanly
 from lego.cvfp.sections import WRITTEN, load
 from lego.cvfp.text import read_text_ids, write_text_ids
-from lego.harness import Stage, exit_cleanly
-from lego.ngram import KneserNey, references
-from lego.tokens import write_splits
+from lego.text.ngram import KneserNey, references
+from lego.text.packing import write_splits
+from lego.tokens.blocks import CorpusError
 
 
 def main() -> None:

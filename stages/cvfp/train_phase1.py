@@ -3,13 +3,13 @@
 dvc repro stages/cvfp/dvc.yaml:train_phase1          (python -m stages.cvfp.train_phase1)
 """
 
-from lego.artifacts import atomic_folder, write_csv, write_json
+from lego.base.artifacts import atomic_folder, write_csv, write_json
+from lego.base.harness import Stage, exit_cleanly
 from lego.cvfp.ranks import effective_rank
 from lego.cvfp.run import first_phase
 from lego.cvfp.sections import WRITTEN, load
 from lego.cvfp.store import save, save_reader
 from lego.cvfp.text import read_text_ids
-from lego.harness import Stage, exit_cleanly
 
 
 def main() -> None:

@@ -3,14 +3,14 @@
 dvc repro stages/cvfp/dvc.yaml:train_phase2          (python -m stages.cvfp.train_phase2)
 """
 
-from lego.artifacts import atomic_folder, write_csv, write_json
+from lego.base.artifacts import atomic_folder, write_csv, write_json
+from lego.base.harness import Stage, exit_cleanly
 from lego.cvfp.checks import require_no_identity
 from lego.cvfp.phase2 import train_head
 from lego.cvfp.run import fixed_text
 from lego.cvfp.sections import WRITTEN, load
 from lego.cvfp.store import load_network, load_reader, parameter_counts, save
 from lego.cvfp.text import read_text_ids
-from lego.harness import Stage, exit_cleanly
 
 
 def main() -> None:

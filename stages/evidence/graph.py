@@ -22,12 +22,12 @@ import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from lego.artifacts import sha256
-from lego.harness import StageError
-from lego.params import Params
-from lego.scratch import ROOT, pipeline_entry
-from lego.sections import DataParams
-from lego.sources import documents
+from lego.base.artifacts import sha256
+from lego.base.harness import StageError
+from lego.base.params import Params
+from lego.base.scratch import ROOT, pipeline_entry
+from lego.base.sections import DataParams
+from lego.text.sources import documents
 
 FULL = ("core", "regime", "ratios", "selection", "options", "total")  # suites of --full, in this order
 PIPELINE_MODELS = {"ashem": "evaluate_routing", "shallow_continued": "train_shallow_continued"}

@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as PlotFigure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter, SymmetricalLogLocator
 
-from lego.page import Figure
-from lego.pictures import COLOURS, look, picture
-from lego.stats import Interval
+from lego.report.page import Figure
+from lego.report.pictures import COLOURS, look, picture
+from lego.report.stats import Interval
 from stages.evidence.summary import DEEP, Suite, by_regime, compared_in, difference, leaky
 
 

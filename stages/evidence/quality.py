@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from lego.artifacts import read_tensors
-from lego.cost import Ledger
-from lego.evaluation import TokenTable, threshold_sweep
-from lego.stats import calibration_error, fit_temperature, with_temperature
+from lego.base.artifacts import read_tensors
+from lego.evaluation.routed import TokenTable, threshold_sweep
+from lego.model.cost import Ledger
+from lego.report.stats import calibration_error, fit_temperature, with_temperature
 
 POINTS = 101
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, RootModel, StringConstraints, ValidationError
 
-from lego.artifacts import ArtifactError, read_json
+from lego.base.artifacts import ArtifactError, read_json
 
 RESULTS = Path("metrics/evidence")
 Seed = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,4}$")]

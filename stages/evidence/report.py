@@ -11,14 +11,14 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from lego.artifacts import atomic_folder, read_json, write_text
-from lego.blocks import PackedBlocks
-from lego.checkpoint import load_model
-from lego.cost import Ledger
-from lego.evaluation import TokenTable
-from lego.harness import RECORDED_PACKAGES, Stage, StageError, exit_cleanly
-from lego.page import Figure, Page
-from lego.params import Params, load_params
+from lego.base.artifacts import atomic_folder, read_json, write_text
+from lego.base.harness import RECORDED_PACKAGES, Stage, StageError, exit_cleanly
+from lego.base.params import Params, load_params
+from lego.evaluation.routed import TokenTable
+from lego.model.checkpoint import load_model
+from lego.model.cost import Ledger
+from lego.report.page import Figure, Page
+from lego.tokens.blocks import PackedBlocks
 from stages.evidence import graph, tables, wording
 from stages.evidence.graph import FULL, load_suites
 from stages.evidence.pictures import hard_against_random, regime_map, routed_against_cost, training_curves

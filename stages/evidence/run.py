@@ -23,15 +23,15 @@ from typing import Any
 
 import yaml
 
-from lego.artifacts import ArtifactError, read_json, write_text
-from lego.harness import RECOVERY, StageError
-from lego.params import ParamsError
-from lego.scratch import ROOT, SCRATCH, BusyError, only_run, pipeline_entry
+from lego.base.artifacts import ArtifactError, read_json, write_text
+from lego.base.harness import RECOVERY, StageError
+from lego.base.params import ParamsError
+from lego.base.scratch import ROOT, SCRATCH, BusyError, only_run, pipeline_entry
 from stages.evidence.graph import FULL, Suite, Task, load_suites
 from stages.evidence.wanted import Wanted, adopt, drop_stale, missing, put, searched
 
 STORE, RUNS = SCRATCH / "evidence/store", SCRATCH / "evidence/runs"
-SEARCHED = "validation perplexity by learning rate:"  # what lego.search prints
+SEARCHED = "validation perplexity by learning rate:"  # what lego.training.search prints
 AGAIN = "run the same command again: what is finished is kept"
 CHILDREN: set[subprocess.Popen[bytes]] = set()  # stages that run now
 
@@ -101,7 +101,7 @@ def record(one: Wanted) -> dict[str, Any]:
 
 
 def searched_rates(log: str) -> dict[str, float | None]:
-    """Validation perplexity by learning rate, as `lego.search` prints it, None where training diverged."""
+    """Validation perplexity by learning rate, as `lego.training.search` prints it, None where training diverged."""
     lines = [line for line in log.splitlines() if line.startswith(SEARCHED)]
     pairs = lines[-1].removeprefix(SEARCHED).partition(";")[0].split(", ") if lines else []
     found = {rate.strip(): float(ppl) for rate, ppl in (pair.split(":") for pair in pairs)}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lego.stats import Interval, bootstrap_ppl_difference, mean_interval, verdict
+from lego.report.stats import Interval, bootstrap_ppl_difference, mean_interval, verdict
 from stages.evidence.records import results
 
 DEEP = ", always deep"

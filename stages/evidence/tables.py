@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from lego.cost import Ledger
-from lego.params import Params
-from lego.stats import mean_interval
+from lego.base.params import Params
+from lego.model.cost import Ledger
+from lego.report.stats import mean_interval
 from stages.evidence import graph
 from stages.evidence.summary import (
     DEEP,

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from lego.page import Figure
-from lego.pictures import COLOURS, picture
+from lego.report.page import Figure
+from lego.report.pictures import COLOURS, picture
 
 SHALLOW, DEEP = "#cfe3f5", "#b3541e"
 CLASSES: tuple[tuple[str, Callable[[str], bool]], ...] = (

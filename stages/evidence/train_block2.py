@@ -10,28 +10,28 @@ from typing import Any
 
 import torch
 
-from lego import selection
-from lego.artifacts import atomic_folder, read_number, sha256, write_csv, write_json
-from lego.ashem import exit_states
-from lego.baselines import exits_config, small_reference
-from lego.batches import EvaluationBatches, TrainingBatches, split_batches
-from lego.blocks import corpus_facts, data_digests, train_text
-from lego.budget import Budget, train_blocks
-from lego.calibration import GainFit
-from lego.checkpoint import load_model, save_model
-from lego.cost import Ledger
-from lego.epochs import History, epoch_rows
-from lego.evaluation import evaluate_at_share, token_table
-from lego.exits import collect_confidences, quantile_threshold
-from lego.harness import Stage, StageError, exit_cleanly, resolve_device
-from lego.hidden_states import HiddenStateStore, StoreWriter
-from lego.params import Params, load_params
-from lego.phase2 import grown, hard_batches, steps_for, train_block2
-from lego.search import Search, Trial, search_rates
-from lego.sections import AshemParams
-from lego.single_exit import Comparison
-from lego.trainer import create_standard_config
-from lego.transformer import BaseTransformer, DeepSupervisionTransformer
+from lego.base.artifacts import atomic_folder, read_number, sha256, write_csv, write_json
+from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
+from lego.base.params import Params, load_params
+from lego.base.sections import AshemParams
+from lego.evaluation.calibration import GainFit
+from lego.evaluation.plain import Comparison
+from lego.evaluation.routed import evaluate_at_share, token_table
+from lego.growing import selection
+from lego.growing.phase2 import grown, hard_batches, steps_for, train_block2
+from lego.mining.ashem import exit_states
+from lego.mining.hidden_states import HiddenStateStore, StoreWriter
+from lego.mining.thresholds import collect_confidences, quantile_threshold
+from lego.model.checkpoint import load_model, save_model
+from lego.model.cost import Ledger
+from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
+from lego.tokens.batches import EvaluationBatches, TrainingBatches, split_batches
+from lego.tokens.blocks import corpus_facts, data_digests, train_text
+from lego.training.budget import Budget, train_blocks
+from lego.training.epochs import History, epoch_rows
+from lego.training.search import Search, Trial, search_rates
+from lego.training.trainer import create_standard_config
+from stages.evidence.baselines import exits_config, small_reference
 
 Choose = Callable[[DeepSupervisionTransformer], tuple[HiddenStateStore, float]]
 """Block 2 as it is -> what it learns from next, and the MACs that finding this out cost."""

@@ -10,22 +10,22 @@ from typing import Any
 
 import torch
 
-from lego.artifacts import atomic_folder, read_json, read_number, write_csv, write_json
-from lego.baselines import joint_macs, losses_of, start_joint
-from lego.batches import TrainingBatches, split_batches
-from lego.blocks import PackedBlocks, data_digests, train_text
-from lego.budget import Budget, train_blocks
-from lego.checkpoint import load_model, save_model
-from lego.cost import Ledger
-from lego.epochs import epoch_rows
-from lego.evaluation import evaluate_at_share
-from lego.exits import collect_confidences, quantile_threshold
-from lego.harness import Stage, StageError, exit_cleanly, resolve_device
-from lego.params import Params, load_params
-from lego.search import Search, Trial, search_rates
-from lego.sections import JointParams
-from lego.single_exit import Comparison
-from lego.transformer import BaseTransformer
+from lego.base.artifacts import atomic_folder, read_json, read_number, write_csv, write_json
+from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
+from lego.base.params import Params, load_params
+from lego.base.sections import JointParams
+from lego.evaluation.plain import Comparison
+from lego.evaluation.routed import evaluate_at_share
+from lego.mining.thresholds import collect_confidences, quantile_threshold
+from lego.model.checkpoint import load_model, save_model
+from lego.model.cost import Ledger
+from lego.model.transformer import BaseTransformer
+from lego.tokens.batches import TrainingBatches, split_batches
+from lego.tokens.blocks import PackedBlocks, data_digests, train_text
+from lego.training.budget import Budget, train_blocks
+from lego.training.epochs import epoch_rows
+from lego.training.search import Search, Trial, search_rates
+from stages.evidence.baselines import joint_macs, losses_of, start_joint
 
 
 @dataclass(frozen=True)

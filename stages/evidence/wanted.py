@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lego.artifacts import write_json
-from lego.harness import StageError
-from lego.params import Params, load_params
+from lego.base.artifacts import write_json
+from lego.base.harness import StageError
+from lego.base.params import Params, load_params
 from stages.evidence.graph import Suite, Task, base_rate, changed, first_error, load_suites, stage_of, task_of
 from stages.evidence.records import RESULTS, results
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lego.cost import Ledger
-from lego.stats import bootstrap_coverage
+from lego.model.cost import Ledger
+from lego.report.stats import bootstrap_coverage
 from stages.evidence.summary import (
     DEEP,
     Difference,

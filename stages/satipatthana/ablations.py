@@ -6,8 +6,8 @@ dvc repro stages/satipatthana/dvc.yaml:ablations          (python -m stages.sati
 from functools import partial
 from typing import Any
 
-from lego.artifacts import derived_seed, write_json
-from lego.harness import Stage, exit_cleanly
+from lego.base.artifacts import derived_seed, write_json
+from lego.base.harness import Stage, exit_cleanly
 from lego.satipatthana.ablation import heads, macs
 from lego.satipatthana.curriculum import STAGES, advance, begin, means, resume, written
 from lego.satipatthana.jobs import classification_only

@@ -13,24 +13,24 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lego.artifacts import derived_seed, read_json, write_json
-from lego.batches import split_batches
-from lego.blocks import PackedBlocks
-from lego.calibration import Calibration, quality_lines, router_quality
-from lego.checkpoint import load_exit, load_model
-from lego.cost import Ledger
-from lego.criteria import features
-from lego.evaluation import Route, TokenTable, token_table
-from lego.harness import Stage, StageError, exit_cleanly
-from lego.params import Params, load_params
+from lego.base.artifacts import derived_seed, read_json, write_json
+from lego.base.harness import Stage, StageError, exit_cleanly
+from lego.base.params import Params, load_params
+from lego.evaluation.calibration import Calibration, quality_lines, router_quality
+from lego.evaluation.routed import Route, TokenTable, token_table
+from lego.model.checkpoint import load_exit, load_model
+from lego.model.cost import Ledger
+from lego.model.exit_criteria import features
+from lego.model.transformer import DeepSupervisionTransformer
+from lego.report.stats import mean_interval
 from lego.satipatthana.ablation import macs
 from lego.satipatthana.curriculum import STAGES, advance, begin
 from lego.satipatthana.metrics import correct_above_wrong
 from lego.satipatthana.sections import SatipatthanaParams, load, with_profile
 from lego.satipatthana.system import Satipatthana, evaluation
 from lego.satipatthana.tasks import Split, Task
-from lego.stats import mean_interval
-from lego.transformer import DeepSupervisionTransformer
+from lego.tokens.batches import split_batches
+from lego.tokens.blocks import PackedBlocks
 from stages.evaluate_routing import decide, scored
 from stages.satipatthana.seeds import for_each_seed
 

@@ -5,8 +5,8 @@ dvc repro stages/satipatthana/dvc.yaml:compat          (python -m stages.satipat
 
 from functools import partial
 
-from lego.artifacts import write_json
-from lego.harness import Stage, exit_cleanly
+from lego.base.artifacts import write_json
+from lego.base.harness import Stage, exit_cleanly
 from lego.satipatthana.curriculum import STAGES, advance, begin, how_to_use, in_short, judge, means, written
 from lego.satipatthana.jobs import classification_only
 from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load, with_profile

@@ -3,8 +3,8 @@
 dvc repro stages/satipatthana/dvc.yaml:evaluate          (python -m stages.satipatthana.evaluate)
 """
 
-from lego.artifacts import atomic_folder, write_json
-from lego.harness import Stage, exit_cleanly
+from lego.base.artifacts import atomic_folder, write_json
+from lego.base.harness import Stage, exit_cleanly
 from lego.satipatthana.curriculum import STAGES, how_to_use, in_short, judge, means, resume, written
 from lego.satipatthana.sections import WRITTEN, load
 from lego.satipatthana.store import save

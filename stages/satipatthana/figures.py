@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from lego.page import Figure
-from lego.pictures import COLOURS, look, picture
-from lego.stats import mean_interval
+from lego.report.page import Figure
+from lego.report.pictures import COLOURS, look, picture
+from lego.report.stats import mean_interval
 
 Found = dict[str, dict[str, list[Any]]]
 CLOSEST = 1e-4  # to a perfect AUROC that the picture tells apart

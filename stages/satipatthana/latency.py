@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import torch
 
+from lego.base.timing import fastest
 from lego.satipatthana.curriculum import STAGES, resume
 from lego.satipatthana.sections import SatipatthanaParams
 from lego.satipatthana.tasks import read_task
-from lego.timing import fastest
 from stages.satipatthana.plain import read
 
 RUNS = 20  # of each model, of which the fastest counts

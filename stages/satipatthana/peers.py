@@ -7,8 +7,8 @@ import sys
 from functools import partial
 from typing import get_args
 
-from lego.artifacts import write_json
-from lego.harness import Stage, StageError, exit_cleanly
+from lego.base.artifacts import write_json
+from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.satipatthana.curriculum import means, written
 from lego.satipatthana.jobs import classification_only
 from lego.satipatthana.peers import OWN, judge, networks, peer

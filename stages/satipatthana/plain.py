@@ -6,8 +6,8 @@ dvc repro stages/satipatthana/dvc.yaml:plain          (python -m stages.satipatt
 from functools import partial
 from pathlib import Path
 
-from lego.artifacts import ArtifactError, atomic_folder, derived_seed, read_tensors, write_tensors
-from lego.harness import Stage, exit_cleanly
+from lego.base.artifacts import ArtifactError, atomic_folder, derived_seed, read_tensors, write_tensors
+from lego.base.harness import Stage, exit_cleanly
 from lego.satipatthana.jobs import classification_only
 from lego.satipatthana.peers import Plain, networks, plain_network
 from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load

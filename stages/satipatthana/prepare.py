@@ -6,8 +6,8 @@ dvc repro stages/satipatthana/dvc.yaml:prepare          (python -m stages.satipa
 from os.path import abspath
 from pathlib import Path
 
-from lego.artifacts import atomic_folder, write_json
-from lego.harness import Stage, exit_cleanly
+from lego.base.artifacts import atomic_folder, write_json
+from lego.base.harness import Stage, exit_cleanly
 from lego.satipatthana.sections import WRITTEN, TaskParams, load
 from lego.satipatthana.tasks import load as load_task
 from lego.satipatthana.tasks import write_task

@@ -5,8 +5,8 @@ dvc exp run stages/satipatthana/dvc.yaml $(python -m stages.satipatthana.profile
 
 import sys
 
-from lego.harness import StageError, exit_cleanly
-from lego.profiles import options
+from lego.base.harness import StageError, exit_cleanly
+from lego.base.profiles import options
 from lego.satipatthana.sections import PARAMS, WRITTEN, profiles
 
 

@@ -11,14 +11,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lego.artifacts import atomic_folder, read_json, write_text
-from lego.harness import RECORDED_PACKAGES, Stage, exit_cleanly
-from lego.page import Figure, Page
+from lego.base.artifacts import atomic_folder, read_json, write_text
+from lego.base.harness import RECORDED_PACKAGES, Stage, exit_cleanly
+from lego.report.page import Figure, Page
+from lego.report.stats import Interval, mean_interval, verdict
 from lego.satipatthana.evaluation import SWEEP
 from lego.satipatthana.jobs import classification_only
 from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load
 from lego.satipatthana.targets import AHEAD, FAR, SUCCESSOR, less_recon, reproduced, targets
-from lego.stats import Interval, mean_interval, verdict
 from stages.satipatthana.figures import abstaining, settling, strangers, trust_by_path
 from stages.satipatthana.latency import latencies
 

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from lego.base.workers import side_by_side
 from lego.satipatthana.sections import PARAMS, SatipatthanaParams
-from lego.workers import side_by_side
 
 Result = TypeVar("Result")
 

@@ -8,8 +8,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-from lego.artifacts import atomic_folder, write_csv, write_json, write_text
-from lego.harness import Stage, StageError, exit_cleanly
+from lego.base.artifacts import atomic_folder, write_csv, write_json, write_text
+from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.satipatthana.curriculum import STAGES, advance, begin, resume
 from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load
 from lego.satipatthana.store import Use, save

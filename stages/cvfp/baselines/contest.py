@@ -10,12 +10,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-from lego.artifacts import derived_seed, read_json, write_json
+from lego.base.artifacts import derived_seed, read_json, write_json
+from lego.base.harness import Stage, StageError
+from lego.base.workers import side_by_side
 from lego.cvfp.contest import made_of
 from lego.cvfp.sections import PARAMS, CvfpParams, load
 from lego.cvfp.text import Text, read_text_ids
-from lego.harness import Stage, StageError
-from lego.workers import side_by_side
 
 Compete = Callable[[str, CvfpParams, Text, int, float], dict[str, Any]]
 

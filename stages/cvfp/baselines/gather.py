@@ -7,9 +7,9 @@ The file is no out of this pipeline: else the page, which depends on it, would m
 
 from pathlib import Path
 
-from lego.artifacts import read_json, write_json
+from lego.base.artifacts import read_json, write_json
+from lego.base.harness import Stage, exit_cleanly
 from lego.cvfp.sections import WRITTEN, load
-from lego.harness import Stage, exit_cleanly
 
 
 def spent(name: str) -> dict[str, float]:

@@ -3,9 +3,9 @@
 dvc repro stages/cvfp/baselines/dvc.yaml          (python -m stages.cvfp.baselines.peers gru)
 """
 
+from lego.base.harness import exit_cleanly
 from lego.cvfp.rivals import compete
 from lego.cvfp.sections import WRITTEN
-from lego.harness import exit_cleanly
 from stages.cvfp.baselines.contest import run
 
 if __name__ == "__main__":

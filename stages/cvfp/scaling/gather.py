@@ -8,12 +8,12 @@ The file is no out of this pipeline: else the page, which depends on it, would m
 import math
 from typing import Any
 
-from lego.artifacts import read_json, write_json
+from lego.base.artifacts import read_json, write_json
+from lego.base.harness import Stage, exit_cleanly
 from lego.cvfp.contest import made_of
 from lego.cvfp.sections import WRITTEN, load
 from lego.cvfp.text import Text, read_text_ids
-from lego.harness import Stage, exit_cleanly
-from lego.ngram import KneserNey
+from lego.text.ngram import KneserNey
 
 
 def fivegram(text: Text) -> float:

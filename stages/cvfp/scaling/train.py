@@ -6,12 +6,12 @@ dvc repro stages/cvfp/scaling/dvc.yaml          (python -m stages.cvfp.scaling.t
 import sys
 from functools import partial
 
-from lego.artifacts import read_json, write_json
+from lego.base.artifacts import read_json, write_json
+from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.cvfp import forms, rivals
 from lego.cvfp.contest import made_of
 from lego.cvfp.sections import WRITTEN, load
 from lego.cvfp.text import read_text_ids
-from lego.harness import Stage, StageError, exit_cleanly
 from stages.cvfp.baselines.contest import Run, kept, one_run
 
 

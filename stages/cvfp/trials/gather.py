@@ -5,9 +5,9 @@ dvc repro stages/cvfp/trials/dvc.yaml          (python -m stages.cvfp.trials.gat
 The file is no out of this pipeline: else the page, which depends on it, would make the default run train all of these.
 """
 
-from lego.artifacts import read_json, write_json
+from lego.base.artifacts import read_json, write_json
+from lego.base.harness import Stage, exit_cleanly
 from lego.cvfp.sections import WRITTEN, load
-from lego.harness import Stage, exit_cleanly
 
 
 def main() -> None:

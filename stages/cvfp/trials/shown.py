@@ -7,7 +7,7 @@ from typing import Any
 
 from lego.cvfp.sections import PARAMS, CvfpParams, changed
 from lego.cvfp.text import SPLITS
-from lego.page import Page
+from lego.report.page import Page
 from stages.cvfp.trials import trial_digest
 
 BASE = "unchanged"

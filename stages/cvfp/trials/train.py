@@ -7,11 +7,11 @@ import sys
 from functools import partial
 from typing import Any
 
-from lego.artifacts import write_json
+from lego.base.artifacts import write_json
+from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.cvfp import forms
 from lego.cvfp.sections import PARAMS, WRITTEN, changed, load
 from lego.cvfp.text import read_text_ids
-from lego.harness import Stage, StageError, exit_cleanly
 from stages.cvfp.baselines.contest import Run, kept, one_run
 from stages.cvfp.trials import trial_digest
 

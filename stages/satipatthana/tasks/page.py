@@ -6,11 +6,11 @@ dvc repro stages/satipatthana/tasks/dvc.yaml:page          (python -m stages.sat
 from pathlib import Path
 from typing import Any
 
-from lego.artifacts import read_json, write_text
-from lego.harness import Stage, exit_cleanly
-from lego.page import Page
+from lego.base.artifacts import read_json, write_text
+from lego.base.harness import Stage, exit_cleanly
+from lego.report.page import Page
+from lego.report.stats import mean_interval, verdict
 from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load, profiles, with_profile
-from lego.stats import mean_interval, verdict
 from stages.satipatthana.report import Found, interval, over_seeds, shown
 
 FOLDER = Path("metrics/satipatthana/tasks")

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lego.artifacts import derived_seed, write_json
-from lego.harness import Stage, StageError, exit_cleanly
+from lego.base.artifacts import derived_seed, write_json
+from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.satipatthana import jobs, metrics
 from lego.satipatthana.curriculum import STAGES, advance, begin, how_to_use, in_short, judge, means, written
 from lego.satipatthana.peers import judge as judge_peer

@@ -1,0 +1,90 @@
+"""Parameters changed by key, and named sets of such changes: the profiles of a sibling system.
+
+A key is written as `seed` or section.key, as `dvc exp run -S` takes it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+
+from lego.base.params import ParamsError
+from lego.base.sections import Section
+
+P = TypeVar("P", bound=Section)
+
+
+def read_profiles(path: str | Path) -> dict[str, dict[str, Any]]:
+    """Named sets of changes; `sound` is the parameter file itself and changes nothing.
+
+    Raises:
+        ParamsError: the file cannot be read, or is not a name with keys and values under it each.
+    """
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ParamsError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
+    if not isinstance(found, dict):
+        raise ParamsError(f"{path}: must hold profiles by name, got {type(found).__name__}; git checkout {path}")
+    for name, changes in found.items():
+        if not isinstance(changes, dict):
+            raise ParamsError(f"{path}: {name} must hold keys and values, got {type(changes).__name__}")
+    sound: dict[str, dict[str, Any]] = {"sound": {}}
+    return sound | found
+
+
+def profiled(params: P, name: str, path: str | Path, file: str | Path) -> P:
+    """The parameters with a profile's changes.
+
+    Args:
+        params: valid ones.
+        name: of the profile.
+        path: file of the profiles.
+        file: of the parameters, for messages.
+
+    Raises:
+        ParamsError: there is no such profile, or what it makes is not valid.
+    """
+    known = read_profiles(path)
+    if name not in known:
+        raise ParamsError(f"{path}: has no profile {name}; it has {', '.join(known)}")
+    return changed(params, known[name], f"{path}: {name}", file)
+
+
+def changed(params: P, changes: dict[str, Any], where: str, file: str | Path) -> P:
+    """The parameters with some keys set to other values.
+
+    Args:
+        params: valid ones.
+        changes: value by key.
+        where: what a message begins with.
+        file: of the parameters, for messages.
+
+    Raises:
+        ParamsError: there is no such key, or the values are not valid.
+    """
+    values = copy.deepcopy(params.model_dump())
+    for key, value in changes.items():
+        *path, last = key.split(".")
+        place = values
+        for part in path:
+            place = place.get(part, {}) if isinstance(place, dict) else {}
+        if not isinstance(place, dict) or last not in place:
+            raise ParamsError(f"{where}: {key} is no key of {file}")
+        place[last] = value
+    try:
+        return type(params).model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, said = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+        raise ParamsError(f"{where}: {key} {said}".replace(":  ", ": ")) from None
+
+
+def options(changes: dict[str, Any], file: str | Path) -> str:
+    """Changes as options of `dvc exp run`."""
+    return " ".join(f"-S {file}:{key}={json.dumps(value, separators=(',', ':'))}" for key, value in changes.items())

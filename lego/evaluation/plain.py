@@ -1,0 +1,174 @@
+"""Numbers of the models that ASHEM is compared with, in the keys of its own; and losses by document."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from lego.evaluation.risk import document_units
+from lego.evaluation.routed import TokenTable, perplexity, routed_metrics, token_table
+from lego.model.cost import Ledger
+from lego.model.transformer import BaseTransformer
+from lego.tokens.batches import EvaluationBatches, split_batches
+from lego.tokens.blocks import PackedBlocks, bits_per_byte, corpus_facts
+
+
+def hard_after(block1: TokenTable, model: TokenTable, threshold: float) -> tuple[float | None, float | None]:
+    """Perplexity of block 1, and of another model's full depth, on the tokens block 1 is unsure of; None without any.
+
+    Args:
+        block1, model: token tables of the same text.
+        threshold: confidence of block 1 below which a token is hard.
+    """
+    paired = TokenTable(block1.nll_shallow, model.nll_deep, block1.right_shallow, model.right_deep, block1.confidence)
+    before, after = paired.hard_perplexities(threshold)
+    return (None, None) if math.isnan(before) else (before, after)
+
+
+def single_exit_metrics(
+    test: TokenTable,
+    validation: TokenTable,
+    block1_test: TokenTable,
+    block1_validation: TokenTable,
+    threshold: float,
+    ledger: Ledger,
+    own: Ledger,
+    test_facts: dict[str, Any],
+) -> dict[str, float | None]:
+    """The keys of MODEL_KEYS that follow from what such a model said of validation and test text.
+
+    Its hard tokens are those of the routed model it is compared with: the ones block 1, as phase 1 left it, is unsure
+    of. So hard_ppl_before and hard_ppl_after speak of the same tokens in both files.
+
+    Args:
+        test, validation: token tables of this model.
+        block1_test, block1_validation: token tables of block 1 after phase 1.
+        threshold: of the routed model.
+        ledger: costs of the routed model, to which flops_ratio and compute_cost refer.
+        own: costs of this model.
+        test_facts: what `corpus_facts` says of the test split.
+    """
+    before, after = hard_after(block1_test, test, threshold)
+    val_before, val_after = hard_after(block1_validation, validation, threshold)
+    ppl, val_ppl = perplexity(test.nll_deep), perplexity(validation.nll_deep)
+    return {
+        "acc": float(test.right_deep.mean()),
+        "ppl": ppl,
+        "bits_per_byte": bits_per_byte(ppl, test_facts),
+        "shallow_ppl": ppl,
+        "deep_ppl": ppl,
+        "hard_ppl_before": before,
+        "hard_ppl_after": after,
+        "val_ppl": val_ppl,
+        "val_shallow_ppl": val_ppl,
+        "val_hard_ppl_before": val_before,
+        "val_hard_ppl_after": val_after,
+        "shallow_ratio": float(own.num_layers <= ledger.exit_layer),
+        "compute_cost": own.num_layers * own.layer / (ledger.num_layers * ledger.layer),
+        "flops_ratio": own.full / ledger.full,
+        "oracle_ppl": ppl,  # it has one exit to choose from
+        "break_even_shallow_ratio": None,  # it does not route
+        "threshold": None,
+    }
+
+
+def document_rows(
+    nll: np.ndarray, nll_deep: np.ndarray, hard: np.ndarray, documents: np.ndarray
+) -> list[dict[str, Any]]:
+    """One row a document, for paired comparisons of models: summed losses in nats, of all tokens and of hard ones.
+
+    Args:
+        nll: loss of each token (n,) as the model answers it.
+        nll_deep: at its full depth (n,).
+        hard: whether block 1 is unsure of the token (n,).
+        documents: number of each token's document (n,), ascending.
+    """
+    rows = []
+    for number in np.unique(documents):
+        mine = documents == number
+        rows.append(
+            {
+                "document": int(number),
+                "tokens": int(mine.sum()),
+                "nll": float(nll[mine].sum()),
+                "nll_deep": float(nll_deep[mine].sum()),
+                "hard_tokens": int((mine & hard).sum()),
+                "nll_hard": float(nll[mine & hard].sum()),
+            }
+        )
+    return rows
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What every other model is held against: the same text, the same hard tokens, the routed model's costs.
+
+    Args:
+        texts: evaluation batches of the splits `test` and `validation`.
+        documents: number of each test token's document (n,), ascending.
+        test_facts: what `corpus_facts` says of the test split.
+        block1: the model of phase 1.
+        threshold: confidence of block 1 below which a token is hard.
+        ledger: costs of the routed model.
+        device: where models run.
+    """
+
+    texts: Mapping[str, EvaluationBatches]
+    documents: np.ndarray
+    test_facts: dict[str, Any]
+    block1: BaseTransformer
+    threshold: float
+    ledger: Ledger
+    device: torch.device
+
+    @classmethod
+    def on(
+        cls,
+        folder: str,
+        batch_size: int,
+        block1: BaseTransformer,
+        threshold: float,
+        ledger: Ledger,
+        device: torch.device,
+    ) -> Comparison:
+        """The comparison on the text of a folder that tokenize wrote; see Comparison."""
+        facts = corpus_facts(folder)
+        documents = document_units(PackedBlocks(folder, "test").targets(), facts["end_of_text"])
+        texts = {split: split_batches(folder, split, batch_size) for split in ("test", "validation")}
+        return cls(texts, documents, facts["splits"]["test"], block1, threshold, ledger, device)
+
+    def judge(
+        self, model: BaseTransformer, leaves: float | None = None
+    ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
+        """The keys of MODEL_KEYS that follow from what a model says of the text, and its losses by document.
+
+        Args:
+            model: answers every token at its last layer, or routes.
+            leaves: confidence from which a token leaves at the model's exit; None = the model has but one.
+        """
+        block1 = {split: token_table(self.block1, text, self.device) for split, text in self.texts.items()}
+        mine = {split: token_table(model, text, self.device) for split, text in self.texts.items()}
+        test, validation, own = mine["test"], mine["validation"], Ledger.of(model, self.ledger.seq_len)
+        hard = ~block1["test"].easy(self.threshold)
+        if leaves is None:
+            metrics = single_exit_metrics(
+                test,
+                validation,
+                block1["test"],
+                block1["validation"],
+                self.threshold,
+                self.ledger,
+                own,
+                self.test_facts,
+            )
+            return metrics, document_rows(test.nll_deep, test.nll_deep, hard, self.documents)
+        metrics = routed_metrics(test, validation, leaves, own, self.test_facts)
+        for prefix, split in (("", "test"), ("val_", "validation")):  # its own confidences are not those of block 1
+            before, after = hard_after(block1[split], mine[split], self.threshold)
+            metrics |= {f"{prefix}hard_ppl_before": before, f"{prefix}hard_ppl_after": after}
+        return metrics, document_rows(test.routed_nll(leaves), test.nll_deep, hard, self.documents)

@@ -1,0 +1,268 @@
+"""Numbers of routed models: one pass gives every token's two losses, from which every threshold's result follows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lego.base.artifacts import write_tensors
+from lego.model.cost import Ledger
+from lego.model.exit_criteria import Criterion
+from lego.model.transformer import BaseTransformer, compute_cost
+from lego.routing.decoder import RoutedDecoder
+from lego.tokens.blocks import bits_per_byte
+
+MODEL_KEYS = (
+    "acc",
+    "ppl",
+    "bits_per_byte",
+    "shallow_ppl",
+    "deep_ppl",
+    "hard_ppl_before",
+    "hard_ppl_after",
+    "val_ppl",
+    "val_shallow_ppl",
+    "val_hard_ppl_before",
+    "val_hard_ppl_after",
+    "shallow_ratio",
+    "compute_cost",
+    "flops_ratio",
+    "break_even_shallow_ratio",
+    "lr",
+    "train_macs",
+    "added_macs",
+    "budget_macs",
+    "distance_from_budget",
+    "n_hard",
+    "hard_share",
+    "threshold",
+    "oracle_ppl",
+    "leaky",
+)
+"""Keys of every model's metrics file, so that `dvc metrics diff` and tables line up; null where one has no meaning."""
+
+
+PRINTED_KEYS = (
+    "ppl",
+    "shallow_ppl",
+    "deep_ppl",
+    "oracle_ppl",
+    "bits_per_byte",
+    "acc",
+    "hard_ppl_before",
+    "hard_ppl_after",
+    "shallow_ratio",
+    "flops_ratio",
+)
+
+
+@dataclass(frozen=True)
+class TokenTable:
+    """What both exits said of each token, arrays (n,): losses in nats, correctness, confidence at the exit.
+
+    `scores` are those of exit criteria by name; that of `max_prob` is the confidence.
+    """
+
+    nll_shallow: np.ndarray
+    nll_deep: np.ndarray
+    right_shallow: np.ndarray
+    right_deep: np.ndarray
+    confidence: np.ndarray
+    scores: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def gain(self) -> np.ndarray:
+        """What block 2 spares each token (n,), in nats."""
+        return self.nll_shallow - self.nll_deep
+
+    def score(self, criterion: str) -> np.ndarray:
+        return self.confidence if criterion == "max_prob" else self.scores[criterion]
+
+    def part(self, start: int) -> TokenTable:
+        """Of the tokens from `start` on."""
+        columns = {key: value[start:] for key, value in vars(self).items() if key != "scores"}
+        return TokenTable(**columns, scores={name: score[start:] for name, score in self.scores.items()})
+
+    def easy(self, threshold: float, criterion: str = "max_prob") -> np.ndarray:
+        return self.score(criterion) >= threshold
+
+    def routed_nll(self, threshold: float, criterion: str = "max_prob") -> np.ndarray:
+        """Loss (n,) of each token at the depth its score sends it to."""
+        return np.where(self.easy(threshold, criterion), self.nll_shallow, self.nll_deep)
+
+    def routed_right(self, threshold: float, criterion: str = "max_prob") -> np.ndarray:
+        return np.where(self.easy(threshold, criterion), self.right_shallow, self.right_deep)
+
+    def hard_perplexities(self, threshold: float) -> tuple[float, float]:
+        """Perplexity of block 1 and of the full depth on tokens below this confidence; NaN where there is none."""
+        hard = ~self.easy(threshold)
+        if not hard.any():
+            return math.nan, math.nan
+        return perplexity(self.nll_shallow[hard]), perplexity(self.nll_deep[hard])
+
+
+@dataclass(frozen=True)
+class Route:
+    """How tokens are routed: the criterion's name, the score from which one leaves, MACs of a score (None: a head)."""
+
+    criterion: str
+    threshold: float
+    macs: int | None = None
+
+
+def perplexity(nll: np.ndarray) -> float:
+    """exp of the mean loss in nats, capped at exp(700)."""
+    return math.exp(min(float(nll.mean()), 700.0))
+
+
+@torch.no_grad()
+def token_table(
+    model: BaseTransformer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: str | torch.device,
+    criteria: Mapping[str, Criterion] | None = None,
+    on_states: Callable[[Tensor, Tensor], None] = lambda states, gain: None,
+) -> TokenTable:
+    """Runs both exits over all batches with the routed decoder; a model without block 2 has two equal columns.
+
+    Args:
+        model: read at its exit layer and at its last.
+        batches: (x, y) of token ids (B, T).
+        device: where the model runs.
+        criteria: exit criteria by name, whose scores are wanted.
+        on_states: called with each batch's exit states (n, D) and what block 2 spares them (n,), in nats.
+    """
+    model.to(device)
+    names, wanted = list(criteria or {}), list((criteria or {}).values())
+    columns: list[tuple[Tensor, ...]] = []
+    for x, y in batches:
+        y = y.to(device).flatten()  # (n,)
+        decoder = RoutedDecoder(model, None, len(x))
+        read = decoder.shallow(x.to(device))
+        shallow = model.read_at(read.states, model.exit_layer, y, wanted)
+        deep = shallow
+        if model.exit_layer < model.num_layers:
+            states = decoder.deep_states(read, torch.ones_like(y, dtype=torch.bool))
+            deep = model.read_at(states, model.num_layers, y)
+        on_states(read.states, shallow[0] - deep[0])
+        columns.append((shallow[0], deep[0], shallow[1], deep[1], *shallow[2:]))
+    arrays = [torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True)]
+    nll_shallow, nll_deep = (losses.astype(np.float64) for losses in arrays[:2])
+    scores = dict(zip(names, arrays[5:], strict=True))
+    return TokenTable(nll_shallow, nll_deep, arrays[2], arrays[3], arrays[4], scores)
+
+
+def evaluate_at_share(
+    model: BaseTransformer, batches: Iterable[tuple[Tensor, Tensor]], hard_ratio: float, device: str | torch.device
+) -> dict[str, float]:
+    """`ppl` and `acc` of a model whose least confident tokens go deep, this share of them: for choosing among states.
+
+    The threshold is taken from the same text, as that of a model still in training moves.
+    """
+    table = token_table(model, batches, device)
+    threshold = float(np.quantile(table.confidence, hard_ratio))
+    return {
+        "ppl": perplexity(table.routed_nll(threshold)),
+        "acc": float(table.routed_right(threshold).mean()),
+        "shallow_ratio": float(table.easy(threshold).mean()),
+    }
+
+
+def save_tables(folder: str | Path, **tables: TokenTable) -> None:
+    """Writes one safetensors file per table into an existing folder: what each exit said of each token, in order.
+
+    From these follow paired comparisons of models and the results of any threshold, without running the model again.
+    """
+    for name, table in tables.items():
+        arrays = {key: value for key, value in vars(table).items() if key != "scores"}
+        arrays |= {f"score_{criterion}": score for criterion, score in table.scores.items()}
+        tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
+        small = {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}
+        write_tensors(Path(folder) / f"{name}.safetensors", small)
+
+
+def threshold_sweep(
+    table: TokenTable, ledger: Ledger, points: int, criterion: str = "max_prob", criterion_macs: int | None = None
+) -> list[dict[str, float]]:
+    """Routed results at thresholds that let about 0, 1/(points-1), ..., all tokens leave early.
+
+    The first threshold lies above every score (always deep), the last one lets every token leave (always shallow).
+    """
+    score = table.score(criterion)
+    ranks = np.linspace(1, 0, points)[1:]
+    above_all = float(np.nextafter(score.max(), np.float32(np.inf)))
+    thresholds = [above_all, *np.quantile(score, ranks).tolist()]
+    rows = []
+    for threshold in thresholds:
+        ratio = float(table.easy(threshold, criterion).mean())
+        rows.append(
+            {
+                "threshold": threshold,
+                "shallow_ratio": ratio,
+                "ppl": perplexity(table.routed_nll(threshold, criterion)),
+                "acc": float(table.routed_right(threshold, criterion).mean()),
+                "compute_cost": compute_cost(ratio, ledger.exit_layer, ledger.num_layers),
+                "flops_ratio": ledger.flops_ratio(ratio, criterion_macs),
+            }
+        )
+    return rows
+
+
+def routed_metrics(
+    test: TokenTable,
+    validation: TokenTable,
+    threshold: float,
+    ledger: Ledger,
+    test_facts: dict[str, Any],
+    route: Route | None = None,
+) -> dict[str, float | None]:
+    """The keys of MODEL_KEYS that follow from what the model said of validation and test text.
+
+    Args:
+        test, validation: token tables of the routed model.
+        threshold: of mining, from calibration text: hard tokens are those whose confidence lies below.
+        ledger: costs of the model.
+        test_facts: what `corpus_facts` says of the test split.
+        route: how tokens are routed; default as they were mined.
+    """
+    route = route or Route("max_prob", threshold)
+    nll = test.routed_nll(route.threshold, route.criterion)
+    ratio = float(test.easy(route.threshold, route.criterion).mean())
+    before, after = test.hard_perplexities(threshold)
+    val_before, val_after = validation.hard_perplexities(threshold)
+    metrics = {
+        "acc": float(test.routed_right(route.threshold, route.criterion).mean()),
+        "ppl": perplexity(nll),
+        "bits_per_byte": bits_per_byte(perplexity(nll), test_facts),
+        "shallow_ppl": perplexity(test.nll_shallow),
+        "deep_ppl": perplexity(test.nll_deep),
+        "hard_ppl_before": before,
+        "hard_ppl_after": after,
+        "val_ppl": perplexity(validation.routed_nll(route.threshold, route.criterion)),
+        "val_shallow_ppl": perplexity(validation.nll_shallow),
+        "val_hard_ppl_before": val_before,
+        "val_hard_ppl_after": val_after,
+        "shallow_ratio": ratio,
+        "compute_cost": compute_cost(ratio, ledger.exit_layer, ledger.num_layers),
+        "flops_ratio": ledger.flops_ratio(ratio, route.macs),
+        "break_even_shallow_ratio": ledger.break_even_shallow_ratio(route.macs),
+        "threshold": route.threshold,
+        "oracle_ppl": perplexity(np.minimum(test.nll_shallow, test.nll_deep)),
+    }
+    return {key: None if math.isnan(value) else value for key, value in metrics.items()}
+
+
+def comparison_lines(ashem: Mapping[str, float | None], yardstick: Mapping[str, float | None]) -> list[str]:
+    """The two models side by side, as the pipeline prints them last."""
+    lines = [f"{'test':>26} {'ASHEM':>12} {'shallow_continued':>18}"]
+    for key in PRINTED_KEYS:
+        left, right = (f"{value:.4f}" if value is not None else "-" for value in (ashem.get(key), yardstick.get(key)))
+        lines.append(f"{key:>26} {left:>12} {right:>18}")
+    return lines

@@ -1,0 +1,1 @@
+"""From a store of hard tokens to a trained block 2."""

@@ -1,0 +1,1 @@
+"""The routed model for Hugging Face transformers."""

@@ -1,0 +1,120 @@
+"""The routed model for transformers: after `import lego.hf`, AutoModelForCausalLM reads its folders."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lego.base.artifacts import write_text
+from lego.hub.configuration import LegoConfig
+from lego.hub.modeling import LegoForCausalLM, LegoOutput
+from lego.model.exit_criteria import STATE_CRITERIA, StateCriterion
+from lego.model.naming import config_of, to_llama
+from lego.model.transformer import DeepSupervisionTransformer
+
+CARD_KEYS = ("ppl", "shallow_ppl", "deep_ppl", "bits_per_byte", "acc", "shallow_ratio", "flops_ratio")
+
+__all__ = ["LegoConfig", "LegoForCausalLM", "LegoOutput", "model_card", "save_routed", "to_hf"]
+
+
+def to_hf(
+    model: DeepSupervisionTransformer,
+    threshold: float | None,
+    criterion: str = "max_prob",
+    scorer: StateCriterion | None = None,
+    **fields: Any,
+) -> LegoForCausalLM:
+    """The same model with its routing as a transformers model, in float32.
+
+    Args:
+        model: with two blocks.
+        threshold: as LegoConfig.exit_threshold.
+        criterion: as LegoConfig.exit_criterion.
+        scorer: the fitted criterion where it is probe or gain.
+        **fields: further fields of the configuration, such as eos_token_id.
+
+    Raises:
+        ValueError: a fitted criterion is missing.
+    """
+    if criterion in STATE_CRITERIA and scorer is None:
+        raise ValueError(f"exit_criterion {criterion} needs its fitted weights")
+    known = config_of(model)
+    if known["trained_context"]:
+        known["max_position_embeddings"] = known["trained_context"]
+    for field in ("architectures", "model_type", "routing_threshold"):
+        del known[field]
+    width = scorer.width if scorer is not None else 0
+    config = LegoConfig(
+        **known | fields, exit_threshold=threshold, exit_criterion=criterion, exit_criterion_width=width
+    )
+    converted = LegoForCausalLM(config)
+    tensors = to_llama(model.state_dict(), model.num_layers, model.exit_layer)
+    if scorer is not None and converted.exit_criterion_module is not None:
+        tensors |= {f"exit_criterion_module.{name}": tensor for name, tensor in scorer.state_dict().items()}
+    converted.load_state_dict({name: tensor.cpu() for name, tensor in tensors.items()})
+    return converted.eval()
+
+
+def model_card(model: LegoForCausalLM, metrics: Mapping[str, Any]) -> str:
+    """README.md of a model folder: what it is, how it is loaded, what was measured on test text.
+
+    Args:
+        model: with its routing.
+        metrics: as in metrics/evaluate_routing.json.
+    """
+    config = model.config
+    threshold = "none: always deep" if config.exit_threshold is None else f"{config.exit_threshold:.6g}"
+    rows = "".join(f"| {key} | {metrics[key]:.4f} |\n" for key in CARD_KEYS if metrics.get(key) is not None)
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [lego, early-exit]
+---
+
+# A language model with an exit
+
+{config.num_hidden_layers} layers of width {config.hidden_size}, vocabulary {config.vocab_size}. After layer
+{config.exit_layer} a token whose exit score ({config.exit_criterion}) is at least the threshold
+({threshold}) leaves; the others take the full depth. Block 2 learned from the tokens that block 1
+found hard (ASHEM).
+
+```python
+import lego.hf  # registers the classes
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("data/routed")
+tokenizer = AutoTokenizer.from_pretrained("data/routed")
+print(tokenizer.decode(model.generate(**tokenizer("def main(", return_tensors="pt"), max_new_tokens=64)[0]))
+model.config.exit_threshold = None  # always deep; 0.0 is block 1 alone
+```
+
+| on test text | |
+|---|---|
+{rows}"""
+
+
+def save_routed(model: LegoForCausalLM, folder: str | Path, tokenizer: str | Path, card: str) -> None:
+    """Writes what users load into an existing folder: model, generation settings, tokenizer and model card.
+
+    Args:
+        model: its generation_config is written too.
+        folder: for `AutoModelForCausalLM.from_pretrained` after `import lego.hf`, and for `lego.load_routed`.
+        tokenizer: a folder in Hugging Face format whose files are copied.
+        card: text of README.md.
+    """
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    folder = Path(folder)
+    model.save_pretrained(str(folder))
+    for file in sorted(Path(tokenizer).iterdir()):
+        shutil.copyfile(file, folder / file.name)
+    write_text(folder / "README.md", card)
+
+
+AutoConfig.register("lego", LegoConfig)
+AutoModelForCausalLM.register(LegoConfig, LegoForCausalLM)

@@ -1,0 +1,242 @@
+"""The store that phase 2 reads: exit states of whole blocks in shards, with a manifest that says whose they are."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, PositiveInt
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lego.base.artifacts import ArtifactError, read_checked, read_tensors, sha256, write_json, write_tensors
+
+MANIFEST = "manifest.json"
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class _Shard(BaseModel):
+    model_config = ConfigDict(strict=True)
+    file: str
+    blocks: PositiveInt
+    tokens: PositiveInt
+    hard_tokens: NonNegativeInt
+    shape: list[PositiveInt]
+    sha256: str
+
+
+class _Progress(BaseModel):
+    """What a killed run had finished."""
+
+    model_config = ConfigDict(strict=True)
+    shards: list[_Shard]
+    error: FiniteFloat
+    norm: FiniteFloat
+    confidence: FiniteFloat
+
+
+class StoreWriter:
+    """Writes whole blocks into shards; `close` writes the manifest. In a folder left by a killed run it continues:
+    a hidden file beside the folder says which shards are whole.
+
+    Args:
+        folder: an existing folder, empty or with the finished shards of the same store.
+        threshold: a token is hard if its confidence is strictly below.
+        dtype: of the stored exit states: float32, float16 or bfloat16.
+        shard_tokens: tokens per shard, rounded up to whole batches.
+    """
+
+    def __init__(self, folder: str | Path, threshold: float, dtype: str, shard_tokens: int) -> None:
+        self.folder, self.threshold, self.dtype, self.shard_tokens = Path(folder), threshold, dtype, shard_tokens
+        self.pending: list[dict[str, Tensor]] = []
+        self.shards: list[dict[str, Any]] = []
+        self.error = self.norm = self.confidence = 0.0
+        self.progress = self.folder.with_name(f".{self.folder.name}.progress.json")
+        try:
+            done = _Progress.model_validate(read_checked(self.progress, _Progress))
+        except ArtifactError:  # nothing whole to continue from
+            return
+        if not all((self.folder / shard.file).exists() for shard in done.shards):  # they were published
+            return
+        self.shards = [shard.model_dump() for shard in done.shards]
+        self.error, self.norm, self.confidence = done.error, done.norm, done.confidence
+
+    @property
+    def blocks(self) -> int:
+        """Blocks in finished shards."""
+        return sum(shard["blocks"] for shard in self.shards)
+
+    def add(self, inputs: Tensor, targets: Tensor, states: Tensor, confidences: Tensor) -> None:
+        """Takes blocks: ids (B, T), targets (B, T), exit states (B, T, D), confidences (B, T).
+
+        Raises:
+            ArtifactError: an exit state does not fit the dtype.
+        """
+        stored = states.to(DTYPES[self.dtype])
+        if not torch.isfinite(stored).all():
+            raise ArtifactError(
+                f"params.yaml: ashem.store_dtype {self.dtype} cannot hold an exit state of magnitude "
+                f"{states.abs().max():g}; use float32 or bfloat16"
+            )
+        self.error += (stored.double() - states.double()).square().sum().item()
+        self.norm += states.double().square().sum().item()
+        hard = confidences < self.threshold
+        self.confidence += confidences[hard].double().sum().item()
+        self.pending.append(
+            {
+                "inputs": inputs.int(),
+                "targets": targets.int(),
+                "exit_states": stored,
+                "confidences": confidences,
+                "hard": hard,
+            }
+        )
+        if sum(batch["hard"].numel() for batch in self.pending) >= self.shard_tokens:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self.pending:
+            return
+        tensors = {name: torch.cat([batch[name] for batch in self.pending]) for name in self.pending[0]}
+        name = f"shard-{len(self.shards):05d}.safetensors"
+        write_tensors(self.folder / name, tensors)
+        self.shards.append(
+            {
+                "file": name,
+                "blocks": len(tensors["hard"]),
+                "tokens": tensors["hard"].numel(),
+                "hard_tokens": int(tensors["hard"].sum()),
+                "shape": list(tensors["exit_states"].shape),
+                "sha256": sha256(self.folder / name),
+            }
+        )
+        self.pending = []
+        sums = {"error": self.error, "norm": self.norm, "confidence": self.confidence}
+        write_json(self.progress, {"shards": self.shards, **sums})
+
+    def close(self, **origin: Any) -> dict[str, Any]:
+        """Writes and returns the manifest.
+
+        Args:
+            **origin: whose states these are: split, block1_sha256, tokenizer_sha256, ...
+
+        Raises:
+            ArtifactError: no token is hard.
+        """
+        self._flush()
+        hard = sum(shard["hard_tokens"] for shard in self.shards)
+        if not hard:
+            raise ArtifactError(
+                f"no hard token: no confidence lies below the threshold {self.threshold:g}; "
+                "raise ashem.hard_example_ratio in params.yaml"
+            )
+        manifest = {
+            "shards": self.shards,
+            "tokens": sum(shard["tokens"] for shard in self.shards),
+            "hard_tokens": hard,
+            "dtype": self.dtype,
+            "threshold": self.threshold,
+            "relative_error": (self.error / self.norm) ** 0.5 if self.norm else 0.0,
+            "mean_hard_confidence": self.confidence / hard,
+            **origin,
+        }
+        write_json(self.folder / MANIFEST, manifest)
+        return manifest
+
+
+class _Manifest(BaseModel):
+    """What the reader relies on; the writer adds more."""
+
+    model_config = ConfigDict(strict=True)
+    shards: list[_Shard]
+    hard_tokens: NonNegativeInt
+    threshold: FiniteFloat
+    split: str
+    macs: NonNegativeInt
+    block1_sha256: str
+    tokenizer_sha256: str
+
+
+class HiddenStateStore:
+    """A store on disk, read one shard at a time.
+
+    Args:
+        folder: what collect_hard wrote, data/hard.
+
+    Raises:
+        ArtifactError: the manifest is missing, damaged or incomplete.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_checked(self.folder / MANIFEST, _Manifest)
+        self.shards: list[dict[str, Any]] = self.manifest["shards"]
+        self.masks: list[Tensor] | None = None
+        self.hard_tokens: int = self.manifest["hard_tokens"]
+        self.threshold: float = self.manifest["threshold"]
+        counted = sum(shard["hard_tokens"] for shard in self.shards)
+        if counted != self.hard_tokens or not counted:
+            raise ArtifactError(f"{self.folder / MANIFEST}: its counts disagree; run dvc checkout or dvc repro")
+
+    def verify(self, block1_sha256: str, tokenizer_sha256: str) -> None:
+        """Makes sure the store is whole and was made by this block 1 and tokenizer.
+
+        Raises:
+            ArtifactError: another block 1 or tokenizer made it, or a shard is missing or was changed.
+        """
+        for what, wanted in (("block1", block1_sha256), ("tokenizer", tokenizer_sha256)):
+            if self.manifest.get(f"{what}_sha256") != wanted:
+                raise ArtifactError(f"{self.folder}: was made by another {what}; run dvc repro collect_hard")
+        for shard in self.shards:
+            if sha256(self.folder / shard["file"]) != shard["sha256"]:
+                raise ArtifactError(f"{self.folder / shard['file']}: was changed; run dvc checkout or dvc repro")
+
+    def selecting(self, masks: list[Tensor]) -> HiddenStateStore:
+        """The same states with other tokens in the place of the hard ones.
+
+        Args:
+            masks: per shard (b, T), true for the tokens.
+
+        Raises:
+            ArtifactError: none is true.
+        """
+        view = copy.copy(self)
+        counts = [int(mask.sum()) for mask in masks]
+        view.masks, view.hard_tokens = masks, sum(counts)
+        view.shards = [shard | {"hard_tokens": n} for shard, n in zip(self.shards, counts, strict=True)]
+        if not view.hard_tokens:
+            raise ArtifactError(f"{self.folder}: no token is selected")
+        return view
+
+    def read_shard(self, index: int) -> dict[str, Tensor]:
+        """Whole blocks: inputs, targets, confidences, hard (b, T) and exit_states (b, T, D) in the stored dtype."""
+        shard = read_tensors(self.folder / self.shards[index]["file"])
+        return shard if self.masks is None else shard | {"hard": self.masks[index]}
+
+    def hard_counts(self, index: int) -> Tensor:
+        """Hard tokens (b,) of each block of a shard, without reading its states.
+
+        Raises:
+            ArtifactError: the shard cannot be read.
+        """
+        if self.masks is not None:
+            return self.masks[index].sum(dim=1)
+        file = self.folder / self.shards[index]["file"]
+        try:
+            with safe_open(file, "pt") as shard:
+                return shard.get_tensor("hard").sum(dim=1)
+        except (OSError, SafetensorError) as error:
+            raise ArtifactError(f"{file}: cannot be read as safetensors ({error}); run dvc checkout") from None
+
+    def hard_examples(self, index: int) -> dict[str, Tensor]:
+        """The flattened view of one shard's hard tokens, as collect_hard_examples returns it (float32)."""
+        shard = self.read_shard(index)
+        hard = shard["hard"]
+        return {
+            "inputs": shard["inputs"][hard].long(),  # (n,)
+            "hidden_states": shard["exit_states"][hard].float(),  # (n, D)
+            "targets": shard["targets"][hard].long(),  # (n,)
+            "confidences": shard["confidences"][hard],  # (n,)
+        }

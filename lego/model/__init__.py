@@ -1,0 +1,1 @@
+"""The decoder, how its exits are read, what it costs, and its files."""

@@ -1,0 +1,209 @@
+"""Model folders (config.json with Hugging Face's field names, model.safetensors), and how a trained model grows."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from torch import nn
+
+from lego.base.artifacts import ArtifactError, read_checked, read_json, read_tensors, write_json, write_tensors
+from lego.model.exit_criteria import CRITERIA, LOGIT_CRITERIA, Criterion, StateCriterion, max_prob
+from lego.model.layers import TransformerLayer
+from lego.model.naming import ROUTED, config_of, from_llama, model_of
+from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+INITS = ("copy", "zero", "random")
+
+
+def save_model(model: BaseTransformer, folder: str | Path, tokenizer: str | Path | None = None) -> None:
+    """Writes a model into an existing folder, with the files of a tokenizer folder beside it.
+
+    Args:
+        model: a StandardTransformer or DeepSupervisionTransformer.
+        folder: where config.json and model.safetensors go.
+        tokenizer: a folder in Hugging Face format whose files are copied.
+    """
+    folder = Path(folder)
+    tensors = model.state_dict()
+    if model.sizes["tie_embeddings"]:
+        del tensors["output_head.weight"]  # the same storage as embedding.weight
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+    write_json(folder / CONFIG, config_of(model))
+    for file in sorted(Path(tokenizer).iterdir()) if tokenizer else ():
+        shutil.copyfile(file, folder / file.name)
+
+
+def load_model(folder: str | Path) -> BaseTransformer:
+    """Reads a model folder written by `save_model`, or by `lego.hf`; `load_routed` also reads how it routes.
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or the weights do not fit the config.
+    """
+    folder = Path(folder)
+    config, tensors = read_json(folder / CONFIG), read_tensors(folder / WEIGHTS)
+    if (kind := config.get("model_type", "lego")) != "lego":
+        what = f"is of model_type {kind}, not lego; to extend a trained Llama set model.init_from"
+        raise ArtifactError(f"{folder / CONFIG}: {what}")
+    misfit = ArtifactError(f"{folder / WEIGHTS}: does not fit {CONFIG} beside it; run dvc checkout or dvc repro")
+    try:
+        if config["num_hidden_layers"] != sum(name.endswith(".input_layernorm.weight") for name in tensors):
+            raise misfit
+        if config["architectures"] == [ROUTED]:
+            tensors = from_llama(tensors, config["num_hidden_layers"], config["exit_layer"])
+        with torch.device("meta"):  # shapes without memory: a damaged size must not allocate what it says
+            shapes = {name: tensor.shape for name, tensor in model_of(config).state_dict().items()}
+        if config["tie_word_embeddings"] and "embedding.weight" in tensors:
+            tensors["output_head.weight"] = tensors["embedding.weight"]
+        if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise misfit
+        model = model_of(config)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        if error is misfit:
+            raise
+        what = f"describes no model ({str(error).splitlines()[0]})"
+        raise ArtifactError(f"{folder / CONFIG}: {what}; run dvc checkout or dvc repro") from None
+    model.load_state_dict(tensors)
+    return model
+
+
+@dataclass(frozen=True)
+class RoutedModel:
+    """A model with how its tokens are routed: see RoutedDecoder."""
+
+    model: BaseTransformer
+    threshold: float | None
+    criterion: Criterion
+
+
+def load_routed(folder: str | Path) -> RoutedModel:
+    """Reads a model folder with its threshold and exit criterion.
+
+    Args:
+        folder: written by `lego.hf`, such as data/routed; or by `save_model`, which routes as it was mined.
+
+    Raises:
+        ArtifactError: see `load_model`, or the criterion is missing.
+    """
+    model, config = load_model(folder), read_json(Path(folder) / CONFIG)
+    if config["architectures"] != [ROUTED]:
+        return RoutedModel(model, getattr(model, "routing_threshold", 0.0) or None, max_prob)
+    name, threshold = str(config["exit_criterion"]), config["exit_threshold"]
+    if name not in CRITERIA:
+        raise ArtifactError(f"{folder}/{CONFIG}: exit_criterion must be one of {', '.join(CRITERIA)}, got {name}")
+    if name in LOGIT_CRITERIA:
+        return RoutedModel(model, threshold, LOGIT_CRITERIA[name])
+    prefix = "exit_criterion_module."
+    tensors = read_tensors(Path(folder) / WEIGHTS)
+    mine = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    return RoutedModel(model, threshold, StateCriterion.of(mine, model.sizes["dim"], Path(folder) / WEIGHTS))
+
+
+def grow_model(
+    block1: BaseTransformer,
+    num_layers: int,
+    *,
+    init: str = "copy",
+    routing_threshold: float = 0.0,
+    block2_context: str = "full",
+    head: str = "shared",
+) -> DeepSupervisionTransformer:
+    """Puts new layers on top of a trained model and freezes what was there.
+
+    Args:
+        block1: the trained model; all of its layers become block 1, its last layer the exit.
+        num_layers: total depth of the grown model.
+        init: `copy` repeats block 1's layers in order; `zero` zeroes the new layers' output projections, so that deep
+            equals shallow before training; `random` keeps the constructor's weights.
+        routing_threshold: confidence from which a token leaves early.
+        block2_context: see DeepSupervisionTransformer.
+        head: `shared` (frozen), `own` (a trainable copy for block 2 alone), or `shared_trainable` (one trainable head
+            for both exits, untied from the embedding: the historical protocol, which moves block 1's confidences).
+
+    Raises:
+        ValueError: num_layers does not exceed block 1's depth, or an unknown init or head.
+    """
+    if num_layers <= block1.num_layers:
+        raise ValueError(f"num_layers must exceed block 1's {block1.num_layers}, got {num_layers}")
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+    if head not in ("shared", "own", "shared_trainable"):
+        raise ValueError(f"head must be shared, own or shared_trainable, got {head!r}")
+    k = block1.num_layers
+    sizes = block1.sizes | {"num_layers": num_layers, "own_head": head == "own"}
+    if head == "shared_trainable":
+        sizes["tie_embeddings"] = False
+    grown = DeepSupervisionTransformer(
+        **sizes, exit_layer=k, routing_threshold=routing_threshold, block2_context=block2_context
+    )
+    grown.embedding.load_state_dict(block1.embedding.state_dict())
+    grown.output_head.load_state_dict(block1.output_head.state_dict())
+    if grown.deep_head is not None:
+        grown.deep_head.load_state_dict(block1.output_head.state_dict())
+    for index in range(k):
+        grown.layers[index].load_state_dict(block1.layers[index].state_dict())
+    for index in range(k, num_layers):
+        _init_new_layer(grown.layer(index + 1), block1.layer((index - k) % k + 1), block1.layer(k).exit_norm, init)
+    frozen = [grown.embedding, *grown.layers[:k]] + ([] if head == "shared_trainable" else [grown.output_head])
+    for module in frozen:
+        module.requires_grad_(False)
+    return grown
+
+
+@torch.no_grad()
+def _init_new_layer(layer: TransformerLayer, source: TransformerLayer, exit_norm: nn.RMSNorm, init: str) -> None:
+    if init == "random":
+        return
+    if init == "copy":
+        layer.load_state_dict(source.state_dict())
+    else:
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+    layer.exit_norm.load_state_dict(exit_norm.state_dict())
+
+
+def block1_sha256(model: BaseTransformer) -> str:
+    """SHA-256 of the embedding, block 1's layers and the exit's norm: what thresholds of exit scores belong to.
+
+    The head is left out, which `head: shared_trainable` moves.
+    """
+    digest, k = hashlib.sha256(), model.exit_layer
+    modules = [model.embedding, *model.layers[: k - 1], model.layer(k)]
+    for module in modules:
+        for tensor in module.state_dict().values():
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+class _Exit(BaseModel):
+    model_config = ConfigDict(strict=True)
+    block1_sha256: str
+    threshold: Annotated[float, Field(ge=0, le=1)]
+    hard_example_ratio: Annotated[float, Field(gt=0, lt=1)]
+    split: Literal["calibration", "validation"]
+    fit_tokens: PositiveInt
+
+
+def load_exit(folder: str | Path, model: BaseTransformer) -> tuple[dict[str, Any], StateCriterion]:
+    """What compute_threshold found of block 1's exit: threshold, split, fit_tokens; and the probe.
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or it was made for another block 1.
+    """
+    folder = Path(folder)
+    facts = read_checked(folder / "exit.json", _Exit)
+    if facts["block1_sha256"] != block1_sha256(model):
+        raise ArtifactError(f"{folder}: thresholds of another block 1; run dvc repro compute_threshold")
+    return facts, StateCriterion.load(folder / "probe.safetensors", model.sizes["dim"])
+
+
+def same_block1(block1: BaseTransformer, grown: BaseTransformer) -> bool:
+    """Whether the grown model holds block 1, its exit included, bit for bit."""
+    inside = grown.state_dict()
+    return all(torch.equal(tensor.cpu(), inside[name].cpu()) for name, tensor in block1.state_dict().items())

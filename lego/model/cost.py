@@ -1,0 +1,149 @@
+"""The ledger of multiply-accumulates (MACs): what a token costs at each exit, and what training cost (ashem section 6).
+
+Counted are matrix products, as `torch.utils.flop_counter.FlopCounterMode` counts them (1 MAC = 2 FLOPs): projections,
+attention over all T keys of a block (dense, as the math kernel computes it) and output heads. Norms, rotary positions,
+activations and softmax are not: they are elementwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lego.model.transformer import CONTEXT_AT_INFERENCE
+
+FORWARD_BACKWARD = 3  # a trained matrix product: forward, gradient of the input, gradient of the weight
+FROZEN_BACKWARD = 2  # a frozen one inside the graph: forward, gradient of the input
+SIZES = ("vocab_size", "dim", "num_heads", "num_kv_heads", "ffn_dim", "num_layers")  # of a model
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """MACs per token of a two-block model.
+
+    Args:
+        vocab_size, dim, num_heads, num_kv_heads, ffn_dim: sizes of the model.
+        num_layers: total depth (N).
+        exit_layer: depth of block 1 (k).
+        seq_len: tokens per sequence (T).
+        block2_context: `full`, `token` or `sequence`, see DeepSupervisionTransformer.
+    """
+
+    vocab_size: int
+    dim: int
+    num_heads: int
+    num_kv_heads: int
+    ffn_dim: int
+    num_layers: int
+    exit_layer: int
+    seq_len: int
+    block2_context: str = "full"
+
+    @classmethod
+    def of(cls, model: Any, seq_len: int) -> Ledger:
+        """Ledger of a BaseTransformer on sequences of seq_len tokens."""
+        sizes = {name: model.sizes[name] for name in SIZES}
+        return cls(**sizes, exit_layer=model.exit_layer, seq_len=seq_len, block2_context=model.block2_context)
+
+    def grown(self, num_layers: int, phase2_context: str) -> Ledger:
+        """Ledger of the routed model that grows from this block 1 (`ashem.phase2_layers`, `ashem.phase2_context`)."""
+        context = CONTEXT_AT_INFERENCE[phase2_context]
+        return replace(self, num_layers=num_layers, exit_layer=self.num_layers, block2_context=context)
+
+    @property
+    def head(self) -> int:
+        """One output head."""
+        return self.dim * self.vocab_size
+
+    @property
+    def layer(self) -> int:
+        """One layer that sees the sequence: four projections, scores and mixing over T keys, MLP."""
+        kv_dim = self.dim * self.num_kv_heads // self.num_heads
+        return 2 * self.dim * (self.dim + kv_dim) + 2 * self.seq_len * self.dim + 3 * self.dim * self.ffn_dim
+
+    @property
+    def lone_layer(self) -> int:
+        """One layer that sees one token alone: value and output projection, MLP; queries and keys cannot matter."""
+        kv_dim = self.dim * self.num_kv_heads // self.num_heads
+        return self.dim * (self.dim + kv_dim) + 3 * self.dim * self.ffn_dim
+
+    @property
+    def keys_values(self) -> int:
+        """Keys and values of one token in one layer."""
+        return 2 * self.dim * self.dim * self.num_kv_heads // self.num_heads
+
+    @property
+    def block1(self) -> int:
+        return self.exit_layer * self.layer
+
+    @property
+    def block2(self) -> int:
+        return (self.num_layers - self.exit_layer) * (self.lone_layer if self.block2_context == "token" else self.layer)
+
+    @property
+    def full(self) -> int:
+        """Always-deep inference in the same context: all layers, one head."""
+        return self.block1 + self.block2 + self.head
+
+    def kv_fill(self) -> int:
+        """What an exited token costs in block 2 so that later hard tokens can attend to it.
+
+        In `token` context nothing attends to it. In `sequence` context its keys and values are two projections of its
+        exit state in every layer. In `full` context the states above the exit must exist at every layer, so block 2
+        runs for exited tokens too: early exit then saves no layer at all.
+        """
+        layers = self.num_layers - self.exit_layer
+        return {"token": 0, "sequence": layers * self.keys_values, "full": self.block2}[self.block2_context]
+
+    def routed(self, shallow_ratio: float, criterion_macs: int | None = None) -> float:
+        """Mean cost of a token.
+
+        A criterion that reads logits makes every token pay the exit head, which yields both its score and, if it
+        leaves, its logits; a hard token pays block 2 and a second head on top. One that reads the exit state costs
+        `criterion_macs` instead, and every token pays one head.
+        """
+        hard = 1 - shallow_ratio
+        asked = hard * self.head if criterion_macs is None else criterion_macs
+        return self.block1 + self.head + asked + hard * self.block2 + shallow_ratio * self.kv_fill()
+
+    def flops_ratio(self, shallow_ratio: float, criterion_macs: int | None = None) -> float:
+        """Routed cost as a share of the full model's."""
+        return self.routed(shallow_ratio, criterion_macs) / self.full
+
+    def break_even_shallow_ratio(self, criterion_macs: int | None = None) -> float:
+        """The shallow ratio from which routing costs less than the full model; 1.0 if it never does."""
+        spared = self.block2 - self.kv_fill()  # what one more exited token saves
+        if criterion_macs is None:
+            return min(1.0, self.head / (spared + self.head))
+        return min(1.0, criterion_macs / spared) if spared > 0 else 1.0
+
+    def shallow(self) -> int:
+        """Always-shallow inference: block 1 and its head."""
+        return self.block1 + self.head
+
+    def train_block1(self, tokens: int) -> int:
+        """Training block 1 and its head on `tokens` tokens."""
+        return FORWARD_BACKWARD * self.shallow() * tokens
+
+    def train_joint(self, tokens: int, exits: int = 1) -> int:
+        """Training all layers on `tokens` tokens, with the loss at this many exits."""
+        return FORWARD_BACKWARD * (self.num_layers * self.layer + exits * self.head) * tokens
+
+    def mine(self, tokens: int) -> int:
+        """Confidences, and exit states and hard tokens, of `tokens` tokens: one forward pass of block 1."""
+        return self.shallow() * tokens
+
+    def train_block2(self, hard_tokens: int, head_trains: bool, tokens: int = 0) -> int:
+        """Training block 2 on stored states.
+
+        Args:
+            hard_tokens: tokens that pass block 2; each is seen alone, but for `sequence` context.
+            head_trains: whether the head is trained too.
+            tokens: tokens of the blocks they stand in, whose keys and values are projected in `sequence` context.
+        """
+        depth = self.num_layers - self.exit_layer
+        head = (FORWARD_BACKWARD if head_trains else FROZEN_BACKWARD) * self.head
+        if self.block2_context != "sequence":
+            return (FORWARD_BACKWARD * depth * self.lone_layer + head) * hard_tokens
+        own = (FORWARD_BACKWARD * depth * (self.layer - self.keys_values) + head) * hard_tokens
+        return own + FORWARD_BACKWARD * depth * self.keys_values * tokens

@@ -1,0 +1,174 @@
+"""Exit criteria: how sure block 1 is of a token, as a score in [0, 1]; a token leaves if its score is high enough.
+
+Shapes: n tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lego.base.artifacts import ArtifactError, read_tensors, write_tensors
+from lego.model.losses import max_probability
+
+CONFIDENCE_EPS = 1e-6  # the log-odds of a confidence are bounded by those of this
+
+
+class Criterion(Protocol):
+    """(exit states (n, D), exit logits (n, V)) -> score (n,); thresholds lie in [0, 1] for those of this file.
+
+    One with an attribute `needs_logits` that is false is given no logits, and hard tokens are spared the exit's head.
+    """
+
+    def __call__(self, exit_states: Tensor, logits: Tensor, /) -> Tensor: ...
+
+
+def max_prob(exit_states: Tensor, logits: Tensor) -> Tensor:
+    """The default criterion, also of mining: the largest softmax probability (n,)."""
+    return max_probability(logits)
+
+
+def margin(exit_states: Tensor, logits: Tensor) -> Tensor:
+    """How far the largest softmax probability lies above the second largest (n,)."""
+    logits = logits.float()
+    best = (logits.topk(2, dim=-1).values - logits.logsumexp(dim=-1, keepdim=True)).exp()  # (n, 2)
+    return best[..., 0] - best[..., 1]
+
+
+def entropy(exit_states: Tensor, logits: Tensor) -> Tensor:
+    """One minus the softmax's entropy as a share of the largest possible one (n,)."""
+    log_p = logits.float().log_softmax(dim=-1)
+    return 1 + (log_p.exp() * log_p).sum(dim=-1) / math.log(logits.shape[-1])
+
+
+LOGIT_CRITERIA = {"max_prob": max_prob, "margin": margin, "entropy": entropy}
+STATE_CRITERIA = ("probe", "gain")  # fitted, each a StateCriterion
+CRITERIA = (*LOGIT_CRITERIA, *STATE_CRITERIA)
+
+
+def needs_logits(criterion: Criterion) -> bool:
+    return bool(getattr(criterion, "needs_logits", True))
+
+
+class StateCriterion(nn.Module):
+    """A score from the exit state alone: the sigmoid of a linear function, or of one with a hidden layer of ReLUs.
+
+    Args:
+        dim: width of the exit state (D).
+        width: of the hidden layer; 0 = linear.
+    """
+
+    needs_logits = False
+
+    def __init__(self, dim: int, width: int = 0) -> None:
+        super().__init__()
+        self.dim, self.width = dim, width
+        self.hidden = nn.Linear(dim, width) if width else None
+        self.output = nn.Linear(width or dim, 1)
+
+    def forward(self, exit_states: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Score (...,) of exit states (..., D), which are normalised first: their scale says little."""
+        with torch.autocast(
+            exit_states.device.type, enabled=False
+        ):  # float32 tells scores apart that bfloat16 does not
+            x = features(exit_states)
+            if self.hidden is not None:
+                x = F.linear(x, self.hidden.weight.float(), self.hidden.bias.float()).relu()
+            return F.linear(x, self.output.weight.float(), self.output.bias.float()).squeeze(-1).sigmoid()
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of one token."""
+        return self.dim * self.width + self.width if self.width else self.dim
+
+    def save(self, path: str | Path) -> None:
+        write_tensors(path, self.state_dict())
+
+    @classmethod
+    def load(cls, path: str | Path, dim: int) -> StateCriterion:
+        """Reads what `save` wrote.
+
+        Raises:
+            ArtifactError: the file is missing or damaged, or belongs to exit states of another width.
+        """
+        return cls.of(read_tensors(path), dim, path)
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], dim: int, path: str | Path) -> StateCriterion:
+        """From its tensors, read from `path`; raises as `load`."""
+        hidden = tensors.get("hidden.weight")
+        criterion = cls(dim, 0 if hidden is None else len(hidden))
+        shapes = {name: tensor.shape for name, tensor in criterion.state_dict().items()}
+        if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
+            raise ArtifactError(f"{path}: does not fit exit states of width {dim}; run dvc repro")
+        criterion.load_state_dict(tensors)
+        return criterion.requires_grad_(False)
+
+
+def features(exit_states: Tensor) -> Tensor:
+    """Exit states (..., D) at unit root mean square, in float32."""
+    return F.rms_norm(exit_states.float(), (exit_states.shape[-1],))
+
+
+class Ridge:
+    """Linear least squares in one pass: its memory is D^2, whatever the number of tokens.
+
+    Minimises mean((w x + b - y)^2) + l2 |w|^2 for features x of exit states.
+    """
+
+    def __init__(self, dim: int) -> None:
+        self.n = 0
+        self.products = torch.zeros(dim + 1, dim + 1, dtype=torch.float64)  # of (x, 1) with itself
+        self.targets = torch.zeros(dim + 1, dtype=torch.float64)
+
+    def add(self, exit_states: Tensor, targets: Tensor) -> None:
+        """Takes in exit states (n, D) with their targets (n,)."""
+        x = features(exit_states).cpu()
+        x = torch.cat([x, torch.ones(len(x), 1)], dim=1).double()  # (n, D + 1)
+        self.products += x.t() @ x
+        self.targets += x.t() @ targets.cpu().double()
+        self.n += len(x)
+
+    def solve(self, l2: float) -> StateCriterion:
+        penalty = torch.full((len(self.targets),), l2, dtype=torch.float64)
+        penalty[-1] = 0.0  # the bias is free
+        weights = torch.linalg.solve(self.products / self.n + penalty.diag(), self.targets / self.n)
+        criterion = StateCriterion(len(weights) - 1)
+        with torch.no_grad():
+            criterion.output.weight.copy_(weights[:-1])
+            criterion.output.bias.copy_(weights[-1:])
+        return criterion.requires_grad_(False)
+
+
+def log_odds(confidence: Tensor) -> Tensor:
+    """What the probe is fitted to: its sigmoid is the confidence."""
+    return confidence.double().logit(eps=CONFIDENCE_EPS)
+
+
+def fit_mlp(exit_states: Tensor, targets: Tensor, width: int, l2: float, seed: int) -> StateCriterion:
+    """A criterion with a hidden layer, fitted by scikit-learn with early stopping on a tenth of the tokens.
+
+    Args:
+        exit_states: (n, D).
+        targets: (n,), what the score's log-odds should be.
+        width: of the hidden layer.
+        l2: weight penalty.
+        seed: of initial weights and shuffling.
+    """
+    from sklearn.neural_network import MLPRegressor
+
+    options = {"early_stopping": True, "random_state": seed % 2**32, "max_iter": 1000}
+    regressor = MLPRegressor(hidden_layer_sizes=(width,), alpha=l2, **options)
+    regressor.fit(features(exit_states).numpy(), targets.numpy())
+    criterion = StateCriterion(exit_states.shape[1], width)
+    state = {}
+    for number, name in enumerate(("hidden", "output")):
+        state[f"{name}.weight"] = torch.from_numpy(regressor.coefs_[number].T.copy())
+        state[f"{name}.bias"] = torch.from_numpy(regressor.intercepts_[number].copy())
+    criterion.load_state_dict(state)
+    return criterion.requires_grad_(False)

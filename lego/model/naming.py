@@ -1,0 +1,123 @@
+"""Hugging Face's names for our models: fields of config.json, and tensors as Llama calls them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer, StandardTransformer
+
+FIELDS = {  # our argument -> Hugging Face's field
+    "vocab_size": "vocab_size",
+    "dim": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "ffn_dim": "intermediate_size",
+    "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
+    "tie_embeddings": "tie_word_embeddings",
+    "own_head": "own_head",
+    "context": "trained_context",
+}
+NUMBERS = {*FIELDS.values(), "rope_theta"} - {"tie_word_embeddings", "own_head", "trained_context"}
+ROUTING_FIELDS = ("exit_layer", "routing_threshold", "block2_context")
+ROUTED = "LegoForCausalLM"  # architecture of folders that lego.hf writes
+
+
+def config_of(model: BaseTransformer) -> dict[str, Any]:
+    """What config.json says of a model."""
+    sizes = model.sizes
+    config: dict[str, Any] = {field: sizes[name] for name, field in FIELDS.items()}
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": sizes["rope_theta"]} | (
+        sizes["rope_scaling"] or {}
+    )
+    config |= {"model_type": "lego", "architectures": [type(model).__name__]}
+    if isinstance(model, DeepSupervisionTransformer):
+        config |= {name: getattr(model, name) for name in ROUTING_FIELDS}
+    return config
+
+
+def sizes_of(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a model from Hugging Face's fields.
+
+    Raises:
+        KeyError: a field is missing.
+    """
+    rope = config["rope_parameters"]
+    for field, value in {**config, **rope}.items():
+        if field in NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise TypeError(f"{field} is no number")
+    sizes = {name: config[field] for name, field in FIELDS.items()}
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return sizes | {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if scaling.get("rope_type", "default") == "default" else scaling,
+    }
+
+
+def model_of(config: dict[str, Any]) -> BaseTransformer:
+    """A model with new weights, as config.json describes it.
+
+    Raises:
+        KeyError, TypeError, ValueError: it describes none.
+    """
+    sizes = sizes_of(config)
+    if config["architectures"] == [ROUTED]:
+        by_confidence = config["exit_criterion"] == "max_prob"  # the only criterion that the model itself knows
+        threshold = (config["exit_threshold"] or 0.0) if by_confidence else 0.0
+        routing = {"exit_layer": config["exit_layer"], "block2_context": config["block2_context"]}
+        return DeepSupervisionTransformer(**sizes, **routing, routing_threshold=threshold)
+    if config["architectures"] == [DeepSupervisionTransformer.__name__]:
+        return DeepSupervisionTransformer(**sizes, **{name: config[name] for name in ROUTING_FIELDS})
+    return StandardTransformer(**sizes)
+
+
+def to_llama(tensors: dict[str, Tensor], num_layers: int, exit_layer: int) -> dict[str, Tensor]:
+    """Our tensors under Llama's names: the last layer's exit norm is the final norm, the exit's is `exit_norm`.
+
+    Norms of layers that nothing is read from are left out.
+    """
+    renamed = {}
+    for name, tensor in tensors.items():
+        if name == f"layers.{num_layers - 1}.exit_norm.weight":
+            renamed["model.norm.weight"] = tensor
+        if name == f"layers.{exit_layer - 1}.exit_norm.weight":
+            renamed["exit_norm.weight"] = tensor
+        elif name == "embedding.weight":
+            renamed["model.embed_tokens.weight"] = tensor
+        elif name == "output_head.weight":
+            renamed["lm_head.weight"] = tensor
+        elif name.startswith("layers.") and "exit_norm" not in name:
+            renamed[f"model.{name}"] = tensor
+        elif "exit_norm" not in name:
+            renamed[name] = tensor
+    return renamed
+
+
+def from_llama(tensors: dict[str, Tensor], num_layers: int, exit_layer: int) -> dict[str, Tensor]:
+    """Llama's tensors under our names; norms of layers that nothing is read from are one.
+
+    Args:
+        tensors: of a Llama, or of a LegoForCausalLM, which has an `exit_norm`.
+        num_layers: how many of its layers are taken.
+        exit_layer: whose norm `exit_norm` is.
+    """
+    final = tensors["model.norm.weight"]
+    ours = {f"layers.{index}.exit_norm.weight": torch.ones_like(final) for index in range(num_layers)}
+    ours[f"layers.{num_layers - 1}.exit_norm.weight"] = final
+    for name, tensor in tensors.items():
+        if name == "exit_norm.weight":
+            ours[f"layers.{exit_layer - 1}.exit_norm.weight"] = tensor
+        elif name == "model.embed_tokens.weight":
+            ours["embedding.weight"] = tensor
+        elif name == "lm_head.weight":
+            ours["output_head.weight"] = tensor
+        elif name.startswith("model.layers."):
+            if int(name.split(".")[2]) < num_layers:
+                ours[name.removeprefix("model.")] = tensor
+        elif name == "deep_head.weight":
+            ours[name] = tensor
+    return ours

@@ -1,0 +1,1 @@
+"""Pages that people read: intervals and verdicts, offline HTML, pictures."""

@@ -1,0 +1,1 @@
+"""Answers at routed depth: the decoder with its cache, and text from it."""

@@ -1,0 +1,290 @@
+"""Routed depth with a cache: decision, gathering and layers are those of training, token by token or many at once.
+
+Shapes: B sequences, Q new tokens of each (a prompt, or one), n of them real, D width, V vocabulary. A sequence's
+tokens take the slots 0, 1, 2, ... of its cache whatever padding they came with, so a slot is a position.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lego.model.exit_criteria import Criterion, max_prob, needs_logits
+from lego.model.layers import Rotary, Rows, rotated
+from lego.model.transformer import BaseTransformer, read_result
+from lego.routing.results import Routed, Shallow
+
+FEW = 3  # copying the cache of a third of the sequences takes less time than attending to all
+ALWAYS_DEEP = 2.0
+"""A threshold above every score in [0, 1]."""
+
+
+class RoutedDecoder:
+    """Reads tokens, routes each by a criterion, and remembers keys and values of every layer.
+
+    An exited token's keys and values in block 2 are projections of its exit state in `sequence` context, made when a
+    later token first goes deep, and none in `token` context; in `full` context they come from block 2's own states, so
+    block 2 is run for every token and an exit saves nothing but its head.
+
+    Args:
+        model: a model with two blocks, on its device.
+        threshold: a token leaves at the exit if its score is at least this: 0.0 is block 1 alone, above the largest
+            score always deep; None switches routing off, and the exit head is not evaluated.
+        batch_size: sequences (B).
+        criterion: see `lego.model.exit_criteria`.
+
+    Raises:
+        ValueError: the threshold is negative or not a number.
+    """
+
+    def __init__(
+        self, model: BaseTransformer, threshold: float | None, batch_size: int = 1, criterion: Criterion = max_prob
+    ) -> None:
+        if threshold is not None and not threshold >= 0:
+            raise ValueError(f"threshold must be None or at least 0.0, got {threshold}")
+        self.model, self.threshold, self.criterion = model.eval(), threshold, criterion
+        weight = model.embedding.weight
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
+        self.length: int | None = 0  # of all sequences, while they are equally long
+        self.slots = 0  # of the longest sequence
+        self.exited: list[Shallow] = []  # tokens whose keys and values block 2 lacks
+        self.heads = G, d = model.sizes["num_kv_heads"], model.sizes["dim"] // model.sizes["num_heads"]
+        remembered = model.exit_layer if model.block2_context == "token" else model.num_layers
+        self.cache = weight.new_zeros(remembered, 2, batch_size, G, 0, d)  # keys and values of each layer
+        self.projection: Tensor | None = None  # of exit states, to block 2's keys and values
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, mask: Tensor | None = None, last_only: bool = False) -> Routed:
+        """Reads the next tokens of each sequence.
+
+        Args:
+            ids: (B, Q).
+            mask: true for real tokens (B, Q); padding may stand anywhere, and a sequence may have none. Default all.
+            last_only: results are wanted of each sequence's last token alone: nothing attends to what block 2 makes of
+                the others (but in `full` context), so they are neither scored nor computed there.
+
+        Raises:
+            ValueError: ids are not (B, Q) for the decoder's B.
+        """
+        shallow = self.shallow(ids, mask)
+        model, k, h, wanted = self.model, self.model.exit_layer, shallow.states, shallow.mask
+        if last_only and ids.shape[1] > 1:
+            left = wanted.flip(1).cumsum(1).flip(1)  # real tokens from here to the end
+            wanted = wanted & (left == 1)
+            h = h[wanted[shallow.mask]]
+        if self.threshold is None:
+            score, deep = torch.zeros(len(h), device=h.device), torch.ones(len(h), dtype=torch.bool, device=h.device)
+            states = self.deep_states(shallow, wanted[shallow.mask])
+            return Routed(model.logits_at(states, model.num_layers), score, deep, wanted)
+        if needs_logits(self.criterion):
+            logits, score = model.scored_logits_at(h, k, self.criterion)
+        else:
+            logits, score = None, self.criterion(h, h.new_empty(len(h), 0))
+        deep = score < self.threshold
+        chosen = wanted[shallow.mask]  # (n,)
+        chosen[chosen.clone()] = deep
+        states = self.deep_states(shallow, chosen)
+        if logits is None:
+            logits = self._logits_of_both(h, deep, states)
+        elif len(states):
+            logits[deep] = model.logits_at(states, model.num_layers).to(logits.dtype)
+        return Routed(logits, score, deep, wanted)
+
+    def _logits_of_both(self, h: Tensor, deep: Tensor, states: Tensor) -> Tensor:
+        """Logits (n, V), one head a token: of exit states h (n, D), or of deep states (n_deep, D) where deep (n,)."""
+        model = self.model
+        if model.deep_head is None:
+            normed = model.layer(model.exit_layer).exit_norm(h)
+            normed[deep] = model.layer(model.num_layers).exit_norm(states)
+            return model.output_head(normed)
+        logits = h.new_empty(len(h), model.sizes["vocab_size"])
+        logits[~deep] = model.logits_at(h[~deep], model.exit_layer)
+        logits[deep] = model.logits_at(states, model.num_layers)
+        return logits
+
+    @torch.no_grad()
+    def shallow(self, ids: Tensor, mask: Tensor | None = None) -> Shallow:
+        """Runs block 1 over the next tokens; see `read`."""
+        if ids.dim() != 2 or len(ids) != len(self.lengths):
+            raise ValueError(f"ids must be ({len(self.lengths)}, Q), got {tuple(ids.shape)}")
+        (B, Q), device = ids.shape, ids.device
+        mask = None if mask is None or bool(mask.all()) else mask.bool()
+        together = mask is None and self.length is not None
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+        positions = (self.lengths[:, None] + mask.cumsum(dim=1) - 1).clamp(min=0)  # (B, Q)
+        sequence = torch.arange(B, device=device)[:, None].expand(B, Q)[mask]  # (n,)
+        states = self.model.embedding(ids[mask])  # (n, D)
+        shallow = Shallow(states, sequence, positions[mask], mask, positions, together)
+        self.lengths = self.lengths + mask.sum(dim=1)
+        self.length = self.length + Q if together and self.length is not None else None
+        self.slots = int(self.lengths.max()) if self.length is None else self.length
+        self._make_room(self.slots, filled=together)
+        rotary = self._rotary(shallow)
+        rows, own, _ = self._rows_of(shallow)
+        for number in range(1, self.model.exit_layer + 1):
+            self._remember(number, shallow.states, shallow, rotary)
+            shallow.states = self.model.layer(number).over(shallow.states, rows, *self._cached(number), own)
+        return shallow
+
+    @torch.no_grad()
+    def deep_states(self, shallow: Shallow, deep: Tensor) -> Tensor:
+        """Full-depth states (n_deep, D) of the tokens marked in deep (n,), all of whose sequences remember the rest."""
+        model, h = self.model, shallow.states
+        numbers = range(model.exit_layer + 1, model.num_layers + 1)
+        if model.block2_context == "full":
+            rotary, (rows, own, _) = self._rotary(shallow), self._rows_of(shallow)
+            for number in numbers:
+                self._remember(number, h, shallow, rotary)
+                h = model.layer(number).over(h, rows, *self._cached(number), own)
+            return h[deep]
+        if model.block2_context == "sequence":
+            self.exited.append(shallow)
+        if not deep.any():
+            return h[deep]
+        if model.block2_context == "token":
+            return model.run_layers(h[deep].unsqueeze(1), numbers.start, model.num_layers).squeeze(1)  # (n_deep, D)
+        waiting, self.exited = Shallow.joined(self.exited), []
+        x, (rows, own, of) = h[deep], self._rows_of(shallow, deep)
+        self._remember_exits(waiting)
+        for number in numbers:
+            x = model.layer(number).over(x, rows, *self._cached(number, of), own)
+        return x
+
+    def forget(self, lengths: Tensor) -> None:
+        """Takes back what was read beyond the first `lengths` (B,) tokens; their slots are written anew."""
+        self.lengths = torch.minimum(self.lengths, lengths.to(self.lengths.device))
+        self.exited = [rest for part in self.exited if len((rest := part.within(self.lengths)).states)]
+        same = bool((self.lengths == self.lengths[0]).all())
+        self.length = int(self.lengths[0]) if same else None
+        self.slots = int(self.lengths.max())
+
+    def _cached(self, number: int, of: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values (b, G, S, d) of a layer for the sequences `of` (b,), S the longest so far."""
+        k, v = self.cache[number - 1, :, :, :, : self.slots]
+        return (k, v) if of is None else (k[of], v[of])
+
+    def _remember(self, number: int, h: Tensor, shallow: Shallow, rotary: Rotary) -> None:
+        """Writes a layer's keys and values of states h (n, D) into the slots of their tokens."""
+        layer, (G, d) = self.model.layer(number), self.heads
+        x = layer.input_layernorm(h)
+        k, v = (project(x).view(-1, 1, G, d) for project in (layer.self_attn.k_proj, layer.self_attn.v_proj))
+        self._write(slice(number - 1, number), k, v, shallow, rotary)
+
+    def _remember_exits(self, shallow: Shallow) -> None:
+        """Writes block 2's keys and values of exit states, all layers' at once from one normalised state."""
+        model, k = self.model, self.model.exit_layer
+        layers = [model.layer(number) for number in range(k + 1, model.num_layers + 1)]
+        if self.projection is None:
+            parts = [
+                torch.cat([layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight]) * layer.input_layernorm.weight
+                for layer in layers
+            ]
+            self.projection = torch.cat(parts)  # (L * 2 * G * d, D)
+        normed = F.rms_norm(shallow.states, (shallow.states.shape[-1],), eps=model.sizes["norm_eps"])
+        both = F.linear(normed, self.projection).view(-1, len(layers), 2, *self.heads)  # (n, L, 2, G, d)
+        self._write(slice(k, model.num_layers), both[:, :, 0], both[:, :, 1], shallow, self._rotary(shallow))
+
+    def _write(self, layers: slice, k: Tensor, v: Tensor, shallow: Shallow, rotary: Rotary) -> None:
+        """Rotates keys (n, L, G, d) of L layers, and puts them and the values into the slots of their tokens."""
+        if not shallow.together:
+            cos, sin = (part[:, None, None] for part in rotary)  # (n, 1, 1, d/2)
+            new = torch.stack([rotated(k, (cos, sin)), v], dim=2)  # (n, L, 2, G, d)
+            self.cache[layers].permute(2, 4, 0, 1, 3, 5)[shallow.sequence, shallow.position] = new
+            return
+        B, Q = shallow.positions.shape
+        place = self.cache[layers, :, :, :, self.slots - Q : self.slots]  # (L, 2, B, G, Q, d)
+        k, v = (part.unflatten(0, (B, Q)).permute(2, 0, 3, 1, 4) for part in (k, v))  # (L, B, G, Q, d)
+        place[:, 1] = v
+        cos, sin = (part.view(B, 1, Q, -1) for part in rotary)
+        (first, second), (first_place, second_place) = k.chunk(2, dim=-1), place[:, 0].chunk(2, dim=-1)
+        torch.mul(first, cos, out=first_place).addcmul_(second, sin, value=-1)  # `rotated`, without a copy in between
+        torch.mul(second, cos, out=second_place).addcmul_(first, sin)
+
+    def _rotary(self, shallow: Shallow) -> Rotary:
+        """Of all its tokens (n, d/2)."""
+        return self.model.layer(1).self_attn.rotary(shallow.position)
+
+    def _rows_of(self, shallow: Shallow, chosen: Tensor | None = None) -> tuple[Rows, Rotary, Tensor | None]:
+        """Where the tokens marked in chosen (n,) stand, by default all: rows of the sequences that have any of them.
+
+        Returns:
+            The rows (b, q), their rotary factors (b, 1, q, d/2), and the sequences (b,) if they are few.
+        """
+        mask, positions, of = shallow.mask, shallow.positions, None
+        if chosen is None or bool(chosen.all()):
+            rows = Rows(positions, mask, packed=True, newest=True) if shallow.together else None
+        else:
+            mask = mask.clone()
+            mask[shallow.mask] = chosen
+            used = mask.any(dim=1)
+            few = FEW * int(used.sum()) <= len(used)
+            if few:
+                of = used.nonzero()[:, 0]  # (b,)
+                mask, positions = mask[of], positions[of]
+            alone = shallow.together and mask.shape[1] == 1
+            rows = Rows(positions, mask, packed=few, newest=True) if alone else None
+        if rows is None:
+            rows = Rows.of(mask)
+            rows = Rows(positions.gather(1, rows.positions), rows.taken)
+        return rows, self.model.layer(1).self_attn.rotary(rows.positions.unsqueeze(1)), of
+
+    def _make_room(self, slots: int, filled: bool) -> None:
+        """Doubles the cache where it is too short, so that decoding copies it a logarithmic number of times.
+
+        Args:
+            slots: wanted.
+            filled: every slot is written before it is read; else what masks hide must be finite.
+        """
+        have = self.cache.shape[4]
+        if slots <= have:
+            return
+        shape = (*self.cache.shape[:4], max(slots, 2 * have), self.cache.shape[5])
+        if not have and filled:
+            self.cache = self.cache.new_empty(shape)
+            return
+        old, self.cache = self.cache, self.cache.new_zeros(shape)
+        self.cache[:, :, :, :, :have] = old
+
+
+@torch.no_grad()
+def evaluate(
+    model: BaseTransformer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    threshold: float | None,
+    device: str | torch.device,
+    criterion: Criterion = max_prob,
+) -> dict[str, float]:
+    """Accuracy, perplexity, shallow_ratio and compute_cost of the routed model, with no logits of a whole batch.
+
+    Args:
+        model: with two blocks.
+        batches: (x, y) of token ids (B, T).
+        threshold, criterion: see RoutedDecoder.
+        device: where the model runs.
+
+    Raises:
+        ValueError: there are no batches.
+    """
+    model.to(device)
+    k, nll, right, easy, tokens = model.exit_layer, 0.0, 0, 0, 0
+    for x, y in batches:
+        y = y.to(device).flatten()  # (n,)
+        decoder = RoutedDecoder(model, threshold, len(x))
+        shallow = decoder.shallow(x.to(device))
+        deep = torch.ones_like(y, dtype=torch.bool)
+        losses, correct = torch.zeros(len(y), device=device), torch.zeros_like(deep)
+        if threshold is not None:
+            losses, correct, _, score = model.read_at(shallow.states, k, y, [criterion])
+            deep = score < threshold
+        if deep.any():
+            losses[deep], correct[deep] = model.read_at(decoder.deep_states(shallow, deep), model.num_layers, y[deep])[
+                :2
+            ]
+        nll += losses.cpu().double().sum().item()  # not every device has float64
+        right += int(correct.sum())
+        easy += int((~deep).sum())
+        tokens += len(y)
+    return read_result(nll, right, easy, tokens, k, model.num_layers)

@@ -1,0 +1,303 @@
+"""Text from a routed model: each token at its own depth, or exactly as the full model would write it.
+
+python -m lego.generate data/routed "def main(" --max-new-tokens 64 --show-exits
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lego.base.artifacts import ArtifactError
+from lego.model.checkpoint import load_routed
+from lego.model.exit_criteria import Criterion, max_prob
+from lego.model.transformer import BaseTransformer
+from lego.routing.decoder import RoutedDecoder
+from lego.routing.results import Shallow
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Args:
+        temperature: divides the logits; 0.0 is greedy.
+        top_k: only the k most probable tokens; 0 = all.
+        top_p: only the most probable tokens that together have at least this probability.
+
+    Raises:
+        ValueError: a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"need temperature >= 0, top_k >= 0 and top_p in (0, 1], got {self}")
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """The distribution (..., V) that is sampled from; greedy is all on the best token."""
+        if self.temperature == 0:
+            return torch.zeros_like(logits).scatter(-1, logits.argmax(-1, keepdim=True), 1.0)
+        logits = logits.float()
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature  # no overflow however cold
+        if self.top_k:
+            least = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]
+            logits = logits.masked_fill(logits < least, float("-inf"))
+        p = logits.softmax(-1)
+        if self.top_p < 1:
+            ordered, order = p.sort(descending=True, dim=-1)
+            before = ordered.cumsum(-1) - ordered  # the probability of all that is more probable
+            p = p.masked_fill(torch.zeros_like(p, dtype=torch.bool).scatter(-1, order, before >= self.top_p), 0.0)
+            p = p / p.sum(-1, keepdim=True)
+        return p
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token of one sequence: its number in the batch, its id, and whether block 2 had a part in it."""
+
+    sequence: int
+    id: int
+    deep: bool
+
+
+def _draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.multinomial(p, 1, generator=generator).squeeze(-1)
+
+
+def _checked(prompts: Sequence[Sequence[int]], sizes: dict[str, Any]) -> None:
+    vocab_size, context = sizes["vocab_size"], sizes["context"]
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {number} is empty; give at least one token, such as the end-of-text token")
+        if not all(0 <= token < vocab_size for token in prompt):
+            raise ValueError(f"prompt {number} holds a token outside the vocabulary of {vocab_size}")
+        if context is not None and len(prompt) > context:
+            raise ValueError(
+                f"prompt {number} has {len(prompt)} tokens, the model was trained on {context}; shorten it"
+            )
+
+
+@torch.no_grad()
+def generate(
+    model: BaseTransformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    threshold: float | None,
+    *,
+    criterion: Criterion = max_prob,
+    sampling: Sampling = Sampling(),
+    stop: Collection[int] = (),
+    generator: torch.Generator | None = None,
+) -> Iterator[Token]:
+    """New tokens as they come, each from the depth at which the token before it left.
+
+    Args:
+        model: on its device.
+        prompts: token ids of each sequence, of any lengths.
+        max_new_tokens: at most this many for each.
+        threshold, criterion: see RoutedDecoder.
+        sampling: how a token is chosen.
+        stop: a sequence ends after one of these ids.
+        generator: of the sampling.
+
+    Raises:
+        ValueError: a prompt that is empty or longer than the trained context, or a token outside the vocabulary.
+    """
+    _checked(prompts, model.sizes)
+    device = model.embedding.weight.device
+    longest = max(map(len, prompts), default=0)
+    ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for number, prompt in enumerate(prompts):
+        ids[number, : len(prompt)] = torch.tensor(prompt)
+        mask[number, : len(prompt)] = True
+    decoder = RoutedDecoder(model, threshold, len(prompts), criterion)
+    alive = mask.any(dim=1)  # (B,)
+    for _ in range(max_new_tokens):
+        if not alive.any():
+            return
+        logits, deep = decoder.read(ids, mask, last_only=True).last()
+        chosen = _draw(sampling.probabilities(logits), generator)  # (B,)
+        for number in alive.nonzero().flatten().tolist():
+            yield Token(number, int(chosen[number]), bool(deep[number]))
+        ended = torch.tensor([int(token) in stop for token in chosen], device=device)
+        alive = alive & ~ended
+        ids, mask = chosen.unsqueeze(1), alive.unsqueeze(1)
+
+
+@torch.no_grad()
+def generate_lossless(
+    model: BaseTransformer,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    drafts: int = 4,
+    sampling: Sampling = Sampling(),
+    stop: Collection[int] = (),
+    generator: torch.Generator | None = None,
+) -> Iterator[Token]:
+    """New tokens exactly as the full model would write them: block 1 drafts, block 2 verifies several at once.
+
+    Greedy output is the full model's; sampled output has its distribution (speculative sampling, Leviathan et al.
+    2023). What block 1 computed for its drafts serves the full model: only block 2 and the heads are run to verify.
+
+    Args:
+        model: on its device.
+        prompt: token ids.
+        max_new_tokens: at most this many.
+        drafts: tokens drafted before each verification.
+        sampling, stop, generator: as in `generate`.
+
+    Yields:
+        Tokens; `deep` is false for a draft that was accepted, true where the full model chose.
+
+    Raises:
+        ValueError: as `generate`, or no draft.
+    """
+    _checked([prompt], model.sizes)
+    if drafts < 1:
+        raise ValueError(f"drafts must be at least 1, got {drafts}")
+    device = model.embedding.weight.device
+    decoder = RoutedDecoder(model, None)
+    if len(prompt) > 1:
+        decoder.read(torch.tensor([list(prompt[:-1])], device=device), last_only=True)
+    last, left = int(prompt[-1]), max_new_tokens
+    while left > 0:
+        start = decoder.lengths.clone()
+        drafted, read, q = _draft(decoder, last, min(drafts, left), sampling, generator)
+        everything = torch.ones(len(drafted), dtype=torch.bool, device=device)
+        verified = model.logits_at(decoder.deep_states(read, everything), model.num_layers)
+        p = sampling.probabilities(verified)  # (drafts, V)
+        accepted, chosen = _verify(p, q, drafted, generator)
+        new = [Token(0, token, False) for token in drafted[:accepted]]
+        if chosen is not None:
+            new.append(Token(0, chosen, True))
+        for token in new:
+            yield token
+            left -= 1
+            if token.id in stop:
+                return
+        last = new[-1].id
+        decoder.forget(start + len(new))  # all that was read up to the token before `last`
+
+
+def _draft(
+    decoder: RoutedDecoder, last: int, count: int, sampling: Sampling, generator: torch.Generator | None
+) -> tuple[list[int], Shallow, Tensor]:
+    """Ids that block 1 writes after `last`, what it made of the tokens read, and its distributions (count, V)."""
+    model, parts, drafted, q = decoder.model, [], [], []
+    for _ in range(count):
+        parts.append(decoder.shallow(torch.tensor([[last]], device=decoder.lengths.device)))
+        q.append(sampling.probabilities(model.logits_at(parts[-1].states, model.exit_layer)))  # (1, V)
+        last = int(_draw(q[-1], generator))
+        drafted.append(last)
+    return drafted, Shallow.joined(parts), torch.cat(q)
+
+
+def _verify(p: Tensor, q: Tensor, drafted: list[int], generator: torch.Generator | None) -> tuple[int, int | None]:
+    """How many drafts stand, and the token that replaces the first that does not."""
+    for number, token in enumerate(drafted):
+        chance = torch.rand((), generator=generator, device=p.device)
+        if chance * q[number, token] >= p[number, token]:
+            rest = (p[number] - q[number]).clamp(min=0)
+            rest = rest if rest.sum() > 0 else p[number]  # the two differ by rounding alone
+            return number, int(_draw(rest / rest.sum(), generator))
+    return len(drafted), None
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m lego.generate", description="Writes text with a routed model.")
+    parser.add_argument("folder", help="a model folder with its tokenizer, such as data/routed")
+    parser.add_argument("prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--threshold", type=float, help="score from which a token leaves early")
+    how.add_argument("--lossless", action="store_true", help="exactly as the full model; block 1 drafts")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show-exits", action="store_true", help="yellow: needed block 2; green: did not")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return parser.parse_args(argv)
+
+
+def _write(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Text and measures of the routed model, and the full model's speed for the same prompt."""
+    from transformers import AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    if not 0 <= arguments.seed < 2**63:
+        raise ValueError(f"--seed must be in [0, 2^63), got {arguments.seed}")
+    if any("\ud800" <= letter <= "\udfff" for letter in arguments.prompt):
+        raise ValueError("the prompt is not UTF-8")
+    routed = load_routed(arguments.folder)
+    model = routed.model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{arguments.folder}: has no tokenizer ({str(error).splitlines()[0]})") from None
+    prompt = tokenizer(arguments.prompt)["input_ids"]
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    count, stop = arguments.max_new_tokens, {tokenizer.eos_token_id}
+    threshold = arguments.threshold if arguments.threshold is not None else routed.threshold
+
+    def run(exits: bool) -> Iterator[Token]:
+        drawn = torch.Generator().manual_seed(arguments.seed)
+        if exits and arguments.lossless:
+            return generate_lossless(model, prompt, count, sampling=sampling, stop=stop, generator=drawn)
+        at, by = threshold if exits else None, routed.criterion
+        return generate(model, [prompt], count, at, criterion=by, sampling=sampling, stop=stop, generator=drawn)
+
+    list(generate(model, [prompt], 2, None))  # the first steps of a process are slow
+    started = time.perf_counter()
+    tokens = list(run(exits=True))
+    between = time.perf_counter()
+    full = list(run(exits=False))
+    speed, full_speed = len(tokens) / (between - started), len(full) / (time.perf_counter() - between)
+    return {
+        "prompt": arguments.prompt,
+        "text": tokenizer.decode([token.id for token in tokens]),
+        "tokens": [{"id": token.id, "text": tokenizer.decode([token.id]), "deep": token.deep} for token in tokens],
+        "shallow_ratio": sum(not token.deep for token in tokens) / max(1, len(tokens)),
+        "tokens_per_second": speed,
+        "full_tokens_per_second": full_speed,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    try:
+        result = _write(arguments)
+    except (ArtifactError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        print(json.dumps(result))
+        return 0
+    if arguments.show_exits:
+        colours = {True: "\033[33m", False: "\033[32m"}
+        shown = "".join(f"{colours[token['deep']]}{token['text']}" for token in result["tokens"]) + "\033[0m"
+    else:
+        shown = result["text"]
+    print(result["prompt"] + shown)
+    print(
+        f"{len(result['tokens'])} tokens, {100 * result['shallow_ratio']:.1f} % shallow, "
+        f"{result['tokens_per_second']:.1f} tokens/s; full model {result['full_tokens_per_second']:.1f} tokens/s",
+        file=sys.stderr,
+    )
+    return 0

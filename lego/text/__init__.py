@@ -1,0 +1,1 @@
+"""From a source of text to tokens: readers, sources, corpus, tokenizers, n-gram references."""

@@ -1,0 +1,83 @@
+"""Text of a source to packed blocks of token ids, split by split: what a tokenize stage does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lego.base.artifacts import write_json
+from lego.base.progress import track
+from lego.base.sections import DataParams, pretrained_tokenizer
+from lego.text.corpus import SPLITS, Corpus, NearDuplicates
+from lego.text.sources import documents
+from lego.text.tokenizer import TextEncoder, fit_bpe, fit_words, write_tokens
+from lego.tokens.blocks import BlockWriter
+
+BYTES_PER_TOKEN = 8  # when streaming: so much text surely gives a token, whatever the tokenizer
+WRITE_ORDER = ("test", "calibration", "validation", "train")  # near-duplicates give way to earlier ones
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """What a folder of tokens holds.
+
+    Args:
+        encoder: the tokenizer.
+        facts: documents, tokens, bytes and digests by split, as `write_tokens` counts them.
+        ids: first ids (n,) by split, at most data.max_ngram_tokens of each.
+        dropped: documents left out, by reason.
+    """
+
+    encoder: TextEncoder
+    facts: dict[str, dict[str, Any]]
+    ids: dict[str, np.ndarray]
+    dropped: dict[str, int]
+
+
+def gather(data: DataParams, path: Path) -> Corpus:
+    """The source's documents by split, in a file; of a stream no more than the token limits can use."""
+    enough = {split: BYTES_PER_TOKEN * getattr(data, f"max_{split}_tokens") for split in SPLITS}
+    streaming = data.source == "hub" and data.streaming
+    read = track(documents(data), None, "reading", "document")
+    return Corpus(read, path, data.held_out_shares, enough if streaming else None)
+
+
+def text_encoder(data: DataParams, init_from: str | None, corpus: Corpus) -> TextEncoder:
+    """The pretrained tokenizer that the parameters name, or one fitted on train text."""
+    if pretrained := pretrained_tokenizer(data, init_from):
+        return TextEncoder.load(*pretrained)
+    fit = fit_bpe if data.tokenizer == "bpe" else fit_words
+    return TextEncoder.fitted(fit(corpus.texts("train"), data.vocab_size, data.max_tokenizer_bytes))
+
+
+def write_splits(data: DataParams, seq_len: int, init_from: str | None, folder: Path) -> Tokenized:
+    """Writes the tokenizer, each split's blocks and corpus.json into a folder.
+
+    Args:
+        data: the section of the parameters.
+        seq_len: tokens per block.
+        init_from: model whose tokenizer is taken, if any.
+        folder: exists and is empty.
+
+    Raises:
+        CorpusError: text that cannot be read or is too little.
+    """
+    spool = folder / ".documents.arrow"
+    corpus = gather(data, spool)
+    encoder = text_encoder(data, init_from, corpus)
+    encoder.save(folder / "tokenizer")
+    near = NearDuplicates(data.near_duplicate_similarity) if data.near_duplicates == "drop" else None
+    facts, ids = {}, {}
+    for split in WRITE_ORDER:
+        texts = corpus.texts(split) if near is None else near.novel(corpus.texts(split), remember=split != "train")
+        writer, limit = BlockWriter(folder / split, seq_len), getattr(data, f"max_{split}_tokens")
+        encoded = track(encoder.encode(texts), limit, f"tokenizing {split}", "token", size=lambda one: len(one[0]))
+        facts[split], ids[split] = write_tokens(encoded, encoder, writer, limit, data.max_ngram_tokens)
+    spool.unlink()
+    sizes = {"vocab_size": encoder.vocab_size, "seq_len": seq_len, "end_of_text": encoder.end}
+    write_json(folder / "corpus.json", sizes | {"splits": facts})
+    dropped = {"duplicates": corpus.duplicates, "near_duplicates": near.dropped if near else 0}
+    return Tokenized(encoder, facts, ids, dropped)

@@ -1,0 +1,1 @@
+"""What models read: packed blocks of token ids, and batches of them."""

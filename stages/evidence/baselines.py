@@ -1,0 +1,92 @@
+"""Models that ASHEM is compared with and whose layers all learn from all tokens: what each starts as, and its cost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lego.base.sections import JointParams
+from lego.model.checkpoint import grow_model
+from lego.model.cost import SIZES, Ledger
+from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
+from lego.training.trainer import StageConfig, TrainingConfig, create_standard_config
+
+
+def middle_depth(exit_layer: int, num_layers: int, hard_ratio: float) -> int:
+    """The whole number of layers nearest to what a routed token passes on average; the larger of two as near."""
+    return exit_layer + int(hard_ratio * (num_layers - exit_layer) + 0.5)
+
+
+def resized(sizes: dict[str, Any], dim: int) -> dict[str, Any]:
+    """Sizes of a model of about this width: a whole number of rotary pairs for each head, ffn_dim in proportion."""
+    step = 2 * sizes["num_heads"]
+    dim = step * max(1, round(dim / step))
+    return sizes | {"dim": dim, "ffn_dim": max(1, round(sizes["ffn_dim"] * dim / sizes["dim"]))}
+
+
+def widened(sizes: dict[str, Any], seq_len: int, macs: float) -> dict[str, Any]:
+    """Sizes of the model of the same depth whose inference comes nearest to this many MACs per token.
+
+    Args:
+        sizes: of a BaseTransformer; heads stay as many and grow wider, ffn_dim keeps its proportion.
+        seq_len: tokens per sequence.
+        macs: mean cost of a token.
+    """
+
+    def cost(wide: dict[str, Any]) -> int:
+        return Ledger(**{name: wide[name] for name in SIZES}, exit_layer=wide["num_layers"], seq_len=seq_len).full
+
+    step = 2 * sizes["num_heads"]
+    dim = step
+    while cost(resized(sizes, dim)) < macs:
+        dim += step
+    return min((resized(sizes, dim), resized(sizes, dim - step)), key=lambda wide: abs(cost(wide) - macs))
+
+
+def start_joint(
+    entry: JointParams, block1: BaseTransformer, ledger: Ledger, hard_ratio: float
+) -> DeepSupervisionTransformer:
+    """The untrained or grown model that a baseline begins with.
+
+    Args:
+        entry: of the section baselines.joint.
+        block1: the model of phase 1.
+        ledger: costs of the routed model that grows from it.
+        hard_ratio: share of its tokens that go deep.
+    """
+    k, full = ledger.exit_layer, ledger.num_layers
+    depth = {"shallow": k, "middle": middle_depth(k, full, hard_ratio), "full": full}[entry.depth]
+    if entry.start == "scratch":
+        sizes = block1.sizes | {"num_layers": depth, "own_head": False}
+        if entry.widened:
+            sizes = widened(sizes, ledger.seq_len, ledger.routed(1 - hard_ratio))
+        return DeepSupervisionTransformer(**sizes, exit_layer=k if entry.exits == "both" else depth)
+    if depth > k:
+        model = grow_model(block1, depth, init="copy")
+    else:
+        model = DeepSupervisionTransformer(**block1.sizes, exit_layer=k)
+        model.load_state_dict(block1.state_dict())
+    model.requires_grad_(True)
+    model.exit_layer = k if entry.exits == "both" else depth
+    return model
+
+
+def losses_of(entry: JointParams, model: BaseTransformer) -> TrainingConfig:
+    """Where a baseline's loss is computed."""
+    return create_standard_config(model.num_layers) if entry.exits == "last" else exits_config(model)
+
+
+def exits_config(model: BaseTransformer) -> TrainingConfig:
+    """The loss at both exits, with equal weight."""
+    layers = (model.exit_layer, model.num_layers)
+    return TrainingConfig([StageConfig((layer, layer), 1 / len(layers)) for layer in layers])
+
+
+def joint_macs(entry: JointParams, model: BaseTransformer, seq_len: int, tokens: int) -> int:
+    """What training it on `tokens` tokens costs."""
+    return Ledger.of(model, seq_len).train_joint(tokens, exits=2 if entry.exits == "both" else 1)
+
+
+def small_reference(block1: BaseTransformer, dim: int, num_layers: int) -> DeepSupervisionTransformer:
+    """An untrained model of block 1's vocabulary and heads, of about this width, and of this depth."""
+    sizes = resized(block1.sizes, dim) | {"num_layers": num_layers, "own_head": False}
+    return DeepSupervisionTransformer(**sizes, exit_layer=num_layers)

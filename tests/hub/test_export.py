@@ -1,0 +1,419 @@
+"""transformers' classes: the original's logits bit for bit, our decoder's routing, and what users do with a model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+    set_seed,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from lego import DeepSupervisionTransformer, grow_model, load_model
+from lego.base.artifacts import ArtifactError, read_json, write_json
+from lego.hf import LegoConfig, LegoForCausalLM, model_card, save_routed, to_hf
+from lego.model.checkpoint import load_routed
+from lego.model.exit_criteria import LOGIT_CRITERIA, StateCriterion
+from lego.model.llama import load_llama, require_fit
+from lego.routing.decoder import RoutedDecoder
+from lego.routing.generation import generate
+from lego.text.tokenizer import TextEncoder, fit_bpe
+from tests.conftest import SOURCE, VOCAB, logits_close, train_llama
+
+CONTEXTS = ["sequence", "token", "full"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    train_llama(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    TextEncoder.fitted(fit_bpe([SOURCE], 300, 10**6)).save(folder)
+    return folder
+
+
+def text_ids(folder, count: int, length: int) -> Tensor:
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(SOURCE[20_000:40_000])["input_ids"])
+    return ids[: count * length].view(count, length)
+
+
+def with_trained_top(model: DeepSupervisionTransformer) -> DeepSupervisionTransformer:
+    """New layers that change the answers, as after phase 2."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            mean = 1.0 if "norm" in name else 0.0
+            torch.nn.init.normal_(parameter, mean=mean, std=0.1)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def extended(checkpoint, tokenizer_folder, tmp_path_factory):
+    """The whole way: checkpoint, block 1, new layers, a folder."""
+    folder = tmp_path_factory.mktemp("routed")
+    model = with_trained_top(grow_model(load_llama(str(checkpoint)), 5, init="zero", block2_context="sequence"))
+    x = text_ids(checkpoint, 6, 24)
+    threshold = model.compute_confidence(model.forward_to_hidden(x)).median().item()
+    converted = to_hf(model, threshold, eos_token_id=0, pad_token_id=0, bos_token_id=None)
+    save_routed(converted, folder, tokenizer_folder, model_card(converted, {"ppl": 1.5}))
+    return folder
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_easy_tokens_have_the_original_models_logits_bit_for_bit(checkpoint, extended, attention, dtype):
+    options = {"dtype": dtype, "attn_implementation": attention}
+    llama = AutoModelForCausalLM.from_pretrained(checkpoint, **options)
+    routed = AutoModelForCausalLM.from_pretrained(extended, **options)
+    assert routed.dtype == dtype
+    x = text_ids(checkpoint, 6, 24)
+    mask = torch.ones_like(x)
+    mask[0, :7] = mask[3, :2] = 0
+    for padding in (None, mask):
+        answer, original = routed(x, attention_mask=padding), llama(x, attention_mask=padding).logits
+        easy = ~answer.went_deep
+        assert 10 < easy.sum() < easy.numel() - 10
+        assert torch.equal(answer.logits[easy], original[easy])
+        assert not torch.equal(answer.logits[~easy], original[~easy])
+    cache, original_cache, seen = None, None, []
+    for step in range(24):  # token by token
+        answer = routed(x[:, step : step + 1], past_key_values=cache, use_cache=True)
+        original = llama(x[:, step : step + 1], past_key_values=original_cache, use_cache=True)
+        cache, original_cache = answer.past_key_values, original.past_key_values
+        easy = ~answer.went_deep
+        assert torch.equal(answer.logits[easy], original.logits[easy])
+        seen.append(easy)
+    assert 10 < torch.cat(seen).sum() < 134
+
+
+@pytest.mark.parametrize("easy", [1, 3, 17])
+@torch.no_grad()
+def test_few_easy_tokens_have_the_same_bits_without_the_exits_head(checkpoint, easy):
+    """A head of fewer rows would round otherwise."""
+    block1 = grow_model(load_llama(str(checkpoint)), 5, init="random", block2_context="sequence")
+    routed = to_hf(block1, 0.5, "probe", StateCriterion(48, 0))
+    x = text_ids(checkpoint, 4, 32)
+    routed.config.exit_threshold = routed(x).exit_scores.flatten().sort().values[-easy].item()
+    answer, original = routed(x), LlamaForCausalLM.from_pretrained(checkpoint)(x).logits
+    assert (~answer.went_deep).sum() == easy
+    assert torch.equal(answer.logits[~answer.went_deep], original[~answer.went_deep])
+    half = routed.to(torch.bfloat16)(x)
+    assert half.logits.dtype == torch.bfloat16
+    assert half.exit_scores.dtype == torch.float32
+
+
+def lego_model(context: str, own_head: bool) -> DeepSupervisionTransformer:
+    torch.manual_seed(2)
+    model = DeepSupervisionTransformer(
+        VOCAB, 32, 4, 4, exit_layer=2, block2_context=context, num_kv_heads=2, own_head=own_head, tie_embeddings=True
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("criterion", ["max_prob", "entropy", "gain"])
+@torch.no_grad()
+def test_the_transformers_model_routes_as_our_decoder_does(context, criterion, tmp_path, tokenizer_folder):
+    model = lego_model(context, own_head=criterion == "entropy")
+    scorer = StateCriterion(32, 4).requires_grad_(False) if criterion == "gain" else None
+    chosen = scorer or LOGIT_CRITERIA[criterion]
+    x = torch.randint(0, VOCAB, (3, 11))
+    h = model.forward_to_hidden(x).flatten(0, 1)
+    threshold = chosen(h, model.logits_at(h, 2)).sort().values[14:16].mean().item()
+    expected = RoutedDecoder(model, threshold, 3, chosen).read(x)
+    save_routed(to_hf(model, threshold, criterion, scorer), tmp_path, tokenizer_folder, "a card")
+    routed = AutoModelForCausalLM.from_pretrained(tmp_path)
+    answer = routed(x)
+    logits_close(answer.logits.flatten(0, 1), expected.logits)
+    assert torch.equal(answer.went_deep.flatten(), expected.deep)
+    pieces, cache = [], None
+    for start in range(0, 11, 3):
+        part = routed(x[:, start : start + 3], past_key_values=cache, use_cache=True)
+        cache = part.past_key_values
+        pieces.append(part.logits)
+    logits_close(torch.cat(pieces, dim=1), answer.logits)
+    logits_close(routed(x, logits_to_keep=2).logits, answer.logits[:, -2:])
+    for value, full in ((None, model(x)), (2.0, model(x)), (0.0, model.logits_at(model.forward_to_hidden(x), 2))):
+        routed.config.exit_threshold = value
+        logits_close(routed(x).logits, full)
+    again = load_routed(tmp_path)  # and back
+    assert again.threshold == threshold
+    logits_close(RoutedDecoder(again.model, threshold, 3, again.criterion).read(x).logits, expected.logits)
+    logits_close(load_model(tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@torch.no_grad()
+def test_generate_equals_our_generation_and_padding_changes_nothing(context):
+    model = lego_model(context, own_head=False)
+    routed = to_hf(model, 0.3, eos_token_id=None, pad_token_id=0, bos_token_id=None)
+    prompts = [[5, 9, 2, 11], [17], [3, 3, 8]]
+    ids, mask = torch.zeros(3, 4, dtype=torch.long), torch.zeros(3, 4, dtype=torch.long)
+    for row, prompt in enumerate(prompts):  # on the left, as generate wants it
+        ids[row, 4 - len(prompt) :], mask[row, 4 - len(prompt) :] = torch.tensor(prompt), 1
+    ours: list[list[int]] = [[], [], []]
+    for token in generate(model, prompts, 12, 0.3):
+        ours[token.sequence].append(token.id)
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    assert routed.generate(ids, **options)[:, 4:].tolist() == ours
+    beams = {**options, "num_beams": 3, "length_penalty": 0.5}
+    assert torch.equal(routed.generate(ids, **beams), routed.generate(ids, **beams, use_cache=False))
+    sampled = {**options, "do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 1.3, "repetition_penalty": 1.2}
+    set_seed(0)
+    drawn = routed.generate(ids, **sampled)
+    set_seed(0)
+    assert torch.equal(routed.generate(ids, **sampled, use_cache=False), drawn)
+    static = routed.generate(ids, **options, cache_implementation="static")
+    assert static[:, 4:].tolist() == ours
+    whole = torch.randint(0, VOCAB, (2, 7))  # without padding there is no mask
+    options = {"max_new_tokens": 12, "do_sample": False}
+    for threshold in (None, 0.3, 2.0):
+        routed.config.exit_threshold = threshold
+        static = routed.generate(whole, **options, cache_implementation="static")
+        assert torch.equal(static, routed.generate(whole, **options))
+
+
+class Collected(BaseStreamer):
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.tokens.append(-1)
+
+
+def test_stop_strings_streamer_and_pipeline(extended):
+    tokenizer, model = AutoTokenizer.from_pretrained(extended), AutoModelForCausalLM.from_pretrained(extended)
+    inputs, streamer = tokenizer("def _get_", return_tensors="pt"), Collected()
+    whole = model.generate(**inputs, max_new_tokens=30, do_sample=False, streamer=streamer)
+    assert streamer.tokens == [*whole[0].tolist(), -1]
+    written = tokenizer.decode(whole[0])
+    stop = written[len("def _get_") + 3 :][:2]
+    stopped = model.generate(**inputs, max_new_tokens=30, do_sample=False, stop_strings=[stop], tokenizer=tokenizer)
+    assert stop in tokenizer.decode(stopped[0])
+    assert len(stopped[0]) < len(whole[0])
+    writer = pipeline("text-generation", model=str(extended), tokenizer=str(extended))
+    assert isinstance(writer.model, LegoForCausalLM)
+    assert writer("def _get_", max_new_tokens=30, do_sample=False)[0]["generated_text"] == written
+    assert (extended / "generation_config.json").exists()
+    assert "| ppl | 1.5000 |" in (extended / "README.md").read_text()
+
+
+def test_the_loss_is_the_deep_cross_entropy_whatever_the_threshold(extended):
+    model = AutoModelForCausalLM.from_pretrained(extended)
+    x = text_ids(extended, 2, 16)
+    labels = x.clone()
+    labels[0, :5] = -100
+    answer = model(x, labels=labels)
+    deep = load_model(extended)(x)[:, :-1].flatten(0, 1)
+    expected = F.cross_entropy(deep, labels[:, 1:].flatten(), ignore_index=-100)
+    torch.testing.assert_close(answer.loss, expected, rtol=1e-5, atol=1e-5)
+    assert answer.went_deep is None
+
+
+def test_under_the_trainer_the_loss_falls_on_real_text(checkpoint, tmp_path):
+    model = to_hf(grow_model(load_llama(str(checkpoint)), 5, init="zero", block2_context="sequence"), 0.3)
+    rows = [{"input_ids": row, "labels": row} for row in text_ids(checkpoint, 64, 32)]
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=60,
+        per_device_train_batch_size=8,
+        learning_rate=3e-3,
+        logging_steps=10,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0] - 0.3
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_gradient_checkpointing_recomputes_every_layer_and_changes_no_gradient(context):
+    model = to_hf(lego_model(context, own_head=False), None).train()
+    x, calls, gradients = torch.randint(0, VOCAB, (2, 6)), [0, 0, 0, 0], []
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_pre_hook(lambda *_, number=number: calls.__setitem__(number, calls[number] + 1))
+    for switch in (model.gradient_checkpointing_disable, model.gradient_checkpointing_enable):
+        switch()
+        model.zero_grad()
+        model(x, labels=x).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert calls == [3, 3, 3, 3]
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+def test_what_a_routed_model_cannot_do_is_named():
+    model, x = to_hf(lego_model("sequence", own_head=False), 0.3), torch.tensor([[1, 2]])
+    with pytest.raises(ValueError, match="hidden states and attentions are not returned"):
+        model(x, output_hidden_states=True)
+    with pytest.raises(ValueError, match=r"assistant_early_exit is not supported; lego\.generate\.generate_lossless"):
+        model.generate(x, assistant_early_exit=2)
+    with pytest.raises(ValueError, match="give exactly one of input_ids and inputs_embeds"):
+        model()
+    for threshold in (-1.0, float("nan")):
+        model.config.exit_threshold = threshold
+        with pytest.raises(ValueError, match=r"exit_threshold must be None or at least 0\.0, got"):
+            model(x)
+    model.config.exit_threshold, model.config.exit_criterion = 0.3, "probe"
+    with pytest.raises(ValueError, match="exit_criterion probe needs a model that was saved with it"):
+        model(x)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"exit_criterion": "hope"}, "exit_criterion must be one of max_prob, margin, entropy, probe, gain, got hope"),
+        ({"rope_parameters": None}, r"config\.json: describes no model"),
+        ({"rms_norm_eps": "x"}, r"config\.json: describes no model \(rms_norm_eps is no number\)"),
+        ({"model_type": "llama"}, r"is of model_type llama, not lego; to extend a trained Llama set model\.init_from"),
+    ],
+)
+def test_an_edited_configuration_is_named(change, sentence, tmp_path, tokenizer_folder):
+    save_routed(to_hf(lego_model("sequence", own_head=False), 0.3), tmp_path, tokenizer_folder, "a card")
+    write_json(tmp_path / "config.json", read_json(tmp_path / "config.json") | change)
+    with pytest.raises(ArtifactError, match=sentence):
+        load_routed(tmp_path)
+
+
+@torch.no_grad()
+def test_load_model_routes_by_confidence_or_not_at_all(tmp_path, tokenizer_folder):
+    """What it returns knows max_prob alone: another criterion's threshold must not be compared with it."""
+    model, x = lego_model("sequence", own_head=False), torch.randint(0, VOCAB, (2, 9))
+    for criterion, threshold in (("max_prob", 0.3), ("margin", 0.3)):
+        save_routed(to_hf(model, threshold, criterion), tmp_path, tokenizer_folder, "a card")
+        loaded = load_model(tmp_path)
+        assert loaded.routing_threshold == (0.3 if criterion == "max_prob" else 0.0)
+        expected = model.route(x, 2, 0.3)[0] if criterion == "max_prob" else model(x)
+        logits_close(loaded.forward_inference(x)[0], expected)
+
+
+def test_embeddings_are_resized_with_both_heads():
+    model = to_hf(lego_model("sequence", own_head=True), 0.3)
+    model.resize_token_embeddings(VOCAB + 5)
+    x = torch.randint(0, VOCAB, (1, 4))
+    for threshold in (None, 0.0, 0.3):
+        model.config.exit_threshold = threshold
+        assert model(x).logits.shape == (1, 4, VOCAB + 5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "sentence"),
+    [
+        ("exit_layer", 9, r"exit_layer must be in 1\.\.2, got 9"),
+        ("exit_threshold", -0.5, r"exit_threshold must be None or at least 0\.0, got -0\.5"),
+        ("exit_criterion", "hope", "exit_criterion must be one of max_prob, margin, entropy, probe, gain, got 'hope'"),
+        ("block2_context", "all", "block2_context must be one of full, token, sequence, got 'all'"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused(field, value, sentence):
+    with pytest.raises(Exception, match=sentence):
+        LegoConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, **{field: value})
+    with pytest.raises(ValueError, match="exit_criterion gain needs its fitted weights"):
+        to_hf(lego_model("token", own_head=False), 0.3, "gain")
+
+
+ROPES = [
+    {"rope_type": "default", "rope_theta": 5000.0},
+    {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    {
+        "rope_type": "llama3",
+        "rope_theta": 50000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+]
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("layers", [None, 2])
+@torch.no_grad()
+def test_a_checkpoint_as_block_1_computes_what_it_did(tmp_path, rope, layers):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60,
+        hidden_size=64,
+        intermediate_size=50,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        rope_parameters=rope,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=256,
+    )
+    llama = LlamaForCausalLM(config)
+    for parameter in llama.parameters():
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
+    llama.to(torch.bfloat16).save_pretrained(tmp_path)
+    block1 = load_llama(str(tmp_path), layers).eval()
+    llama = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    llama.model.layers = llama.model.layers[:layers]
+    llama.config.num_hidden_layers = len(llama.model.layers)
+    x = torch.randint(0, 60, (2, 200))
+    assert torch.equal(block1(x), llama(x).logits)
+    assert block1.sizes["context"] == 256
+    assert block1.exit_layer == block1.num_layers == (layers or 3)
+
+
+def test_checkpoints_that_are_not_supported_are_named(tmp_path, checkpoint):
+    from transformers import GPT2Config, MistralConfig
+
+    small = {"hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 10}
+    cases = {
+        "model_type gpt2; supported are model_type llama and mistral": GPT2Config(n_layer=1),
+        "sliding_window 4096; supported are": MistralConfig(**small),
+        "attention_bias True": LlamaConfig(**small, attention_bias=True),
+        "hidden_act gelu": LlamaConfig(**small, hidden_act="gelu"),
+        "head_dim 8": LlamaConfig(**small, head_dim=8),
+        "rope_type yarn": LlamaConfig(**small, rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}),
+    }
+    for sentence, config in cases.items():
+        config.save_pretrained(tmp_path)
+        with pytest.raises(ArtifactError, match=rf"params\.yaml: model\.init_from \S+ has {sentence}"):
+            load_llama(str(tmp_path))
+    headless = LlamaForCausalLM(LlamaConfig(**small, intermediate_size=32)).model
+    headless.save_pretrained(tmp_path / "headless")
+    with pytest.raises(ArtifactError, match=r"headless lacks lm_head\.weight; give a whole model, with its head"):
+        load_llama(str(tmp_path / "headless"))
+    whole = LlamaForCausalLM(LlamaConfig(**small, intermediate_size=32))
+    whole.model.layers[0].mlp.up_proj.weight.data[3, 4] = float("nan")
+    whole.save_pretrained(tmp_path / "nan")
+    with pytest.raises(
+        ArtifactError, match=r"nan has a weight in model\.layers\.0\.mlp\.up_proj\.weight that is not f"
+    ):
+        load_llama(str(tmp_path / "nan"))
+    with pytest.raises(ArtifactError, match=r"has 3 layers, ashem\.phase1_layers asks for 4; lower it"):
+        load_llama(str(checkpoint), 4)
+    with pytest.raises(ArtifactError, match="nowhere cannot be loaded as a model"):
+        load_llama(str(tmp_path / "nowhere"))
+    block1 = load_llama(str(checkpoint))
+    with pytest.raises(ArtifactError, match="has a vocabulary of 304, the tokenizer of data/tokens one of 305"):
+        require_fit(block1, 305, 32)
+    with pytest.raises(ArtifactError, match=r"model\.seq_len 65 exceeds the 64 tokens of model\.init_from"):
+        require_fit(block1, 300, 65)

@@ -1,0 +1,422 @@
+"""What each fault gets: one last line on stderr that names key or file and the remedy, no traceback, no lost result.
+
+Files of text that cannot be read stand in test_sources.py, wrong values of params.yaml in test_params.py; here are
+those that a stage's main() meets, in this process, and some that go through dvc.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from lego.base.artifacts import read_json, read_tensors, sha256, write_json, write_tensors
+from lego.base.harness import exit_cleanly
+from tests.conftest import ROOT, Clone, run_in_process
+from tests.stages.test_pipeline import ORDER, outs
+
+RECOVERY = "(earlier results come back with: git checkout params.yaml dvc.lock metrics && dvc checkout)"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Clone:
+    clone = Clone.of_this_tree(tmp_path_factory.mktemp("clone"))
+    run_in_process(clone.folder, ORDER)
+    return clone
+
+
+@pytest.fixture
+def folder(finished, tmp_path, monkeypatch) -> Path:
+    """A copy of a finished run that a test may damage; the working folder."""
+    target = tmp_path / "run"
+    shutil.copytree(finished.folder, target, ignore=shutil.ignore_patterns(".git", ".dvc", "lego", "stages"))
+    monkeypatch.chdir(target)
+    return target
+
+
+def set_key(key: str, value: str) -> None:
+    """`key` with its section; only the value is replaced, comments stay."""
+    section, name = key.split(".")
+    path = Path("params.yaml")
+    head, rest = path.read_text().split(f"\n{section}:\n")
+    rest, count = re.subn(rf"(?m)^(  {name}: )\S+", lambda match: match[1] + value, rest, count=1)
+    assert count == 1, key
+    path.write_text(f"{head}\n{section}:\n{rest}")
+
+
+def results() -> dict[str, str]:
+    return {out: sha256(out) for stage in ORDER for out in outs(stage) if Path(out).exists()}
+
+
+def complaint(stage: str, capsys) -> str:
+    """Runs a stage that must fail; its one line, with all earlier results still in place."""
+    before = results()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        exit_cleanly(importlib.import_module(f"stages.{stage}").main)
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 1
+    assert errors[-1].startswith("error: ")
+    assert errors[-1].endswith(RECOVERY)
+    assert not any("Traceback" in line for line in errors)
+    assert results() == before
+    return errors[-1]
+
+
+KEYS = [  # stage, keys to set, what it says
+    (
+        "tokenize",
+        {"model.seq_len": "90000"},
+        r"model\.seq_len is 90000, but the \w+ split has only \d+ tokens",
+    ),
+    ("tokenize", {"data.vocab_size": "60000"}, r"data\.vocab_size is 60000, but the train text fills only \d+ entries"),
+    (
+        "tokenize",
+        {"data.test_share": "1.0e-09"},
+        r"data\.test_share leaves the test split without a document",
+    ),
+    ("tokenize", {"data.source": "hub"}, r"params\.yaml: data\.hub_name must name a dataset when data\.source is hub"),
+    ("tokenize", {"data.source": "web"}, r"data\.source must be one of 'python-stdlib', 'text' or 'hub', got 'web'"),
+    ("tokenize", {"data.tokenizer": "pretrained"}, r"data\.pretrained must name a tokenizer or its folder"),
+    (
+        "tokenize",
+        {"data.tokenizer": "pretrained", "data.pretrained": "nowhere"},
+        r"params\.yaml: data\.pretrained nowhere cannot be loaded as a tokenizer \(.*give a folder with",
+    ),
+    ("tokenize", {"data.split_on": "(["}, r"data\.split_on must be a regular expression \(.*\), got '\(\['"),
+    ("tokenize", {"data.source": "text", "data.path": "nothing"}, r"error: nothing: holds no text; put files there"),
+    (
+        "tokenize",
+        {"data.source": "text", "data.path": "gone"},
+        r"error: gone: is missing; set .*data\.path",
+    ),
+    ("tokenize", {"data.path": "data/tokens"}, r"data\.path must name a file or folder outside data/ and metrics/"),
+    ("tokenize", {"model.seq_len": "9999999"}, r"model\.seq_len must be at most 1,048,576, got 9999999"),
+    ("tokenize", {"data.split_on": "a{99999999999999999999}"}, r"data\.split_on must be a regular expression"),
+    ("tokenize", {"data.source": "text", "data.path": "text/empty.txt"}, r"text/empty\.txt: is empty"),
+    ("tokenize", {"data.source": "text", "data.path": "text/one.txt"}, r"of 1 different ones.*data\.split_on"),
+    ("tokenize", {"data.source": "text", "data.path": "text/binary.md"}, r"text/binary\.md: holds zero bytes"),
+    ("tokenize", {"data.source": "text", "data.path": "text/cut.parquet"}, r"text/cut\.parquet: cannot be read"),
+    (
+        "tokenize",
+        {"data.source": "hub", "data.hub_name": "nobody/nothing", "data.hub_revision": "v9"},
+        r"data\.hub_name nobody/nothing train v9 cannot be loaded \(.*\); check data\.hub_name, hub_config",
+    ),
+    ("train_phase1", {"model.dim": "30"}, r"model\.dim must be a multiple of 2 \* num_heads = 8"),
+    ("train_phase1", {"ashem.phase1_lr": "1.0e+30"}, r"epoch 1: .* step \d+ of the epoch, learning rate .*lower the"),
+    ("train_phase1", {"train.device": "cuda"}, r"train\.device is cuda, but this machine has none; use auto or cpu"),
+    (
+        "train_phase1",
+        {"train.device": "tpu"},
+        r"train\.device must be one of 'auto', 'cpu', 'cuda' or 'mps'",
+    ),
+    ("train_phase1", {"ashem.phase2_share": "0.9999"}, r"is empty; change params\.yaml: ashem\.phase2_share"),
+    ("train_phase1", {"train.threads": "0"}, r"train\.threads must be at least 1, got 0"),
+    ("collect_hard", {"ashem.store_dtype": "int8"}, r"ashem\.store_dtype must be one of 'float32', 'float16'"),
+    ("train_phase2", {"ashem.phase2_layers": "2"}, r"phase2_layers is the total depth and must be greater than"),
+    ("train_phase2", {"ashem.phase2_lr": "1.0e+30"}, r"learning rate .*(the best epoch|none was better).*; lower the"),
+    ("evaluate_routing", {"evaluation.sweep_points": "1"}, r"evaluation\.sweep_points must be at least \d+, got 1"),
+    ("train_phase1", {"ashem.phase1_epochs": "0"}, r"phase1_epochs must be at least 1 unless model\.init_from names"),
+    ("train_phase1", {"model.init_from": "nowhere"}, r"model\.init_from nowhere cannot be loaded as a model \("),
+    ("tokenize", {"model.init_from": "nowhere"}, r"model\.init_from nowhere cannot be loaded as a tokenizer \("),
+    ("compute_threshold", {"exits.fit_share": "0.0001"}, r"exits\.fit_share 0\.0001 of \d+ blocks of calibration text"),
+    ("evaluate_routing", {"routing.criterion": "hope"}, r"routing\.criterion must be one of 'max_prob', 'margin'"),
+    (
+        "evaluate_routing",
+        {"routing.calibration": "risk"},
+        r"routing\.calibration risk needs 500 blocks of calibration text after exits\.fit_share, got \d+; raise data\.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("stage", "keys", "sentence"), KEYS, ids=lambda value: str(value)[:40])
+def test_a_value_that_cannot_work_names_its_key(folder, capsys, monkeypatch, stage, keys, sentence):
+    if keys.get("train.device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)  # the hub is out of reach
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    Path("text/empty.txt").touch()
+    Path("nothing").mkdir()
+    Path("text/one.txt").write_text("one document")
+    Path("text/binary.md").write_bytes(b"\x00\x01")
+    Path("text/cut.parquet").write_bytes(b"PAR1 and no more")
+    for key, value in keys.items():
+        set_key(key, value)
+    assert re.search(sentence, complaint(stage, capsys))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, r"params\.yaml: cannot be read \(No such file or directory\); run from the repository root"),
+        (b"seed: [", r"params\.yaml: is not valid YAML at line 1"),
+        (b"\xff\xfe\x00", r"params\.yaml: is not valid YAML"),
+        (b"", r"params\.yaml: must hold the sections seed, data"),
+        (b"seed: 0\nseed: 1\n", r"params\.yaml: seed is given twice, again at line 2; remove one"),
+        (b"seed: 0\n", r"params\.yaml: data is missing"),
+    ],
+)
+def test_a_parameter_file_that_cannot_be_read(folder, capsys, content, sentence):
+    Path("params.yaml").unlink()
+    if content is not None:
+        Path("params.yaml").write_bytes(content)
+    assert re.search(sentence, complaint("train_phase2", capsys))
+
+
+def truncate(path: str) -> None:
+    content = Path(path).read_bytes()
+    Path(path).write_bytes(content[: len(content) // 2])
+
+
+def edit_json(path: str, **changes: object) -> None:
+    content = read_json(path)
+    write_json(path, {key: value for key, value in (content | changes).items() if value is not ...})
+
+
+def other_weights() -> None:
+    tensors = read_tensors("data/phase1/model.safetensors")
+    tensors["layers.0.mlp.up_proj.weight"] += 1
+    write_tensors("data/phase1/model.safetensors", tensors, {"format": "pt"})
+
+
+def zero_weights() -> None:
+    tensors = read_tensors("data/phase1/model.safetensors")
+    write_tensors("data/phase1/model.safetensors", {n: t.zero_() for n, t in tensors.items()}, {"format": "pt"})
+
+
+def flip_a_byte(path: str) -> None:
+    content = bytearray(Path(path).read_bytes())
+    content[-1] ^= 1
+    Path(path).write_bytes(content)
+
+
+SHARD, TOKENS = "data/hard/shard-00001.safetensors", "data/tokens/train/data-00000-of-00001.arrow"
+DAMAGES: dict[str, tuple[str, Callable[[], object], str]] = {
+    "no tokens": ("train_phase1", lambda: shutil.rmtree("data/tokens"), r"data/tokens/\S+ cannot be read .*dvc repro"),
+    "no split": ("train_phase1", lambda: shutil.rmtree("data/tokens/validation"), r"data/tokens/validation"),
+    "truncated tokens": ("train_phase1", lambda: truncate(TOKENS), r"data/tokens/train: was changed"),
+    "edited tokens": ("train_phase1", lambda: flip_tokens(), r"data/tokens/train: was changed; run dvc checkout"),
+    "truncated facts": (
+        "train_phase1",
+        lambda: truncate("data/tokens/corpus.json"),
+        r"corpus\.json: is not valid JSON",
+    ),
+    "edited facts": (
+        "train_phase1",
+        lambda: edit_json("data/tokens/corpus.json", splits=...),
+        r"corpus\.json: lacks splits; run dvc checkout",
+    ),
+    "facts of another kind": (
+        "train_phase1",
+        lambda: edit_json("data/tokens/corpus.json", vocab_size="many"),
+        r"corpus\.json: vocab_size is not as it was written; run dvc checkout",
+    ),
+    "no budget of phase 1": (
+        "evaluate_routing",
+        lambda: edit_json("metrics/train_phase1.json", train_macs=...),
+        r"metrics/train_phase1\.json: lacks train_macs; run dvc checkout",
+    ),
+    "mining without its share": (
+        "evaluate_routing",
+        lambda: edit_json("metrics/collect_hard.json", hard_share=...),
+        r"metrics/collect_hard\.json: lacks hard_share",
+    ),
+    "no model": (
+        "compute_threshold",
+        lambda: shutil.rmtree("data/phase1"),
+        r"data/phase1/config\.json: cannot be read",
+    ),
+    "truncated model": (
+        "compute_threshold",
+        lambda: truncate("data/phase1/model.safetensors"),
+        r"data/phase1/model\.safetensors: cannot be read as safetensors",
+    ),
+    "edited model": (
+        "compute_threshold",
+        lambda: edit_json("data/phase1/config.json", hidden_size=64),
+        r"model\.safetensors: does not fit config\.json",
+    ),
+    "no threshold": (
+        "collect_hard",
+        lambda: Path("metrics/compute_threshold.json").unlink(),
+        r"metrics/compute_threshold\.json: cannot be read \(No such file or directory\); run dvc repro",
+    ),
+    "threshold of another kind": (
+        "collect_hard",
+        lambda: edit_json("metrics/compute_threshold.json", threshold="high"),
+        r"metrics/compute_threshold\.json: threshold must be a number in \[0, 1\], got 'high'",
+    ),
+    "nothing is hard": (
+        "collect_hard",
+        lambda: edit_json("metrics/compute_threshold.json", threshold=0.0),
+        r"no hard token: no confidence lies below the threshold 0; raise ashem\.hard_example_ratio",
+    ),
+    "all equally confident": ("compute_threshold", zero_weights, r"all 3,\d+ calibration tokens have the confidence"),
+    "store of another model": ("train_phase2", other_weights, r"data/hard: was made by another block1; run dvc repro"),
+    "store of another tokenizer": (
+        "train_phase2",
+        lambda: edit_json("data/hard/manifest.json", tokenizer_sha256="0"),
+        r"data/hard: was made by another tokenizer",
+    ),
+    "no store": ("train_phase2", lambda: shutil.rmtree("data/hard"), r"data/hard/manifest\.json: cannot be read"),
+    "no shard": ("train_phase2", lambda: Path(SHARD).unlink(), r"shard-00001\.safetensors: is missing"),
+    "truncated shard": ("train_phase2", lambda: truncate(SHARD), r"shard-00001\.safetensors: was changed"),
+    "edited shard": ("train_phase2", lambda: flip_a_byte(SHARD), r"shard-00001\.safetensors: was changed"),
+    "truncated manifest": (
+        "train_phase2",
+        lambda: truncate("data/hard/manifest.json"),
+        r"manifest\.json: is not valid JSON; run dvc checkout",
+    ),
+    "manifest without shards": (
+        "train_phase2",
+        lambda: edit_json("data/hard/manifest.json", shards=[]),
+        r"manifest\.json: its counts disagree",
+    ),
+    "manifest of another kind": (
+        "train_phase2",
+        lambda: edit_json("data/hard/manifest.json", shards=[3]),
+        r"manifest\.json: .*; run dvc checkout or dvc repro",
+    ),
+    "no budget": (
+        "train_shallow_continued",
+        lambda: edit_json("metrics/added_macs.json", added_macs=1),
+        r"metrics/added_macs\.json: the budget pays for no block; raise ashem\.phase2_epochs",
+    ),
+    "budget of another kind": (
+        "train_shallow_continued",
+        lambda: edit_json("metrics/added_macs.json", added_macs="much"),
+        r"metrics/added_macs\.json: added_macs must be a number in \[0, inf\], got 'much'",
+    ),
+    "threshold of another model": (
+        "evaluate_routing",
+        lambda: edit_json("data/exit/exit.json", block1_sha256="0"),
+        r"data/exit: thresholds of another block 1; run dvc repro compute_threshold",
+    ),
+    "no probe": (
+        "evaluate_routing",
+        lambda: Path("data/exit/probe.safetensors").unlink(),
+        r"data/exit/probe\.safetensors: cannot be read",
+    ),
+    "no yardstick": (
+        "evaluate_routing",
+        lambda: Path("metrics/baseline/shallow_continued.json").unlink(),
+        r"metrics/baseline/shallow_continued\.json: cannot be read",
+    ),
+}
+
+
+def flip_tokens() -> None:
+    content = bytearray(Path(TOKENS).read_bytes())
+    content[len(content) // 2] ^= 1
+    Path(TOKENS).write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_input_is_named(folder, capsys, damage):
+    stage, break_it, sentence = DAMAGES[damage]
+    break_it()
+    assert re.search(sentence, complaint(stage, capsys))
+
+
+@contextmanager
+def full_disk(largest_file: int) -> Iterator[None]:
+    """No file may grow beyond this; as on a full disk, writing then fails half-way."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("stage", ["tokenize", "train_phase1", "collect_hard", "train_phase2"])
+def test_a_full_disk_loses_nothing(folder, capsys, stage):
+    with full_disk(20_000):
+        line = complaint(stage, capsys)
+    assert re.search(r"error: \S+: (cannot be written \(.*\); make room|File too large; make room)", line)
+    before = {out: digest for out, digest in results().items() if "timing" not in out}
+    importlib.import_module(f"stages.{stage}").main()  # with room again, it ends as before
+    assert before == {out: digest for out, digest in results().items() if "timing" not in out}
+
+
+@contextmanager
+def unprivileged() -> Iterator[None]:
+    """Root may write everywhere."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+def test_no_write_permission_names_the_folder(folder, capsys):
+    for path in [Path(), *Path().rglob("*")]:
+        path.chmod(path.stat().st_mode | (0o555 if path.is_dir() else 0o444))
+    Path(".scratch/locks/compute_threshold").chmod(0o666)
+    folder.joinpath("metrics").chmod(0o555)
+    try:
+        with unprivileged():
+            line = complaint("compute_threshold", capsys)
+    finally:
+        folder.joinpath("metrics").chmod(0o755)
+    assert re.search(r"error: metrics/\S+: Permission denied; let this user write there", line)
+
+
+def test_a_cache_that_cannot_be_written_is_named(folder, capsys, monkeypatch):
+    (folder / "dataset").mkdir()
+    (folder / "dataset" / "train.jsonl").write_text('{"text": "a"}\n')
+    (folder / "file").touch()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "file" / "cache")  # a file is no folder
+    set_key("data.source", "hub")
+    set_key("data.hub_name", "dataset")
+    line = complaint("tokenize", capsys)
+    assert "data.hub_name dataset train cannot be loaded" in line
+    assert "that the folder HF_HOME names can be written" in line
+
+
+def test_a_python_without_the_packages_says_which_command_is_missing(tmp_path):
+    bare = [sys.executable, "-S", "-m", "stages.tokenize"]  # -S: without the environment's packages
+    done = subprocess.run(bare, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: \S+ lacks torch, .*: run \. \.venv/bin/activate first, then pip .*\n", done.stderr)
+
+
+@pytest.mark.slow
+def test_through_dvc_a_fault_in_the_text_leaves_the_way_back(tmp_path):
+    """Damaged text, then a missing folder: dvc names what it misses, the stage what it cannot read."""
+    clone = Clone.of_this_tree(tmp_path)
+    run_in_process(clone.folder, ORDER)
+    clone.run("dvc", "commit", "-f", "-q", "dvc.yaml")
+    clone.commit("the results")
+    lock = (clone.folder / "dvc.lock").read_bytes()
+    before = sha256(clone.folder / "data")
+    (clone.folder / "text" / "binary.txt").write_bytes(b"\x00")
+    command = ("dvc", "exp", "run", "tokenize", "-S", "data.source=text")
+    output = clone.run(*command, fails=True)
+    assert (
+        f"error: text/binary.txt: holds zero bytes, so it is not text; remove it or convert it to UTF-8 {RECOVERY}"
+        in output
+    )
+    assert "Traceback" not in output
+    output = clone.run(*command, "-S", "data.path=nowhere", fails=True)
+    assert re.search(r"ERROR: failed to reproduce 'tokenize': .*nowhere", output)  # dvc's own sentence
+    (clone.folder / "text" / "binary.txt").unlink()
+    clone.run("git", "checkout", "params.yaml", "dvc.lock", "metrics")
+    clone.run("dvc", "checkout")
+    assert (clone.folder / "dvc.lock").read_bytes() == lock
+    assert sha256(clone.folder / "data") == before
+    assert json.loads(clone.run("dvc", "status", "--json", "dvc.yaml")) == {}

@@ -1,0 +1,303 @@
+"""The real pipeline through real dvc, tiny, in a temporary clone: reruns, experiments, diffs, determinism."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from lego import (
+    DeepSupervisionTransformer,
+    HiddenStateStore,
+    StageConfig,
+    Trainer,
+    TrainingConfig,
+    compute_confidence_threshold,
+    load_model,
+)
+from lego.base.artifacts import read_json, read_tensors, sha256
+from lego.base.params import load_params
+from lego.evaluation.routed import MODEL_KEYS
+from lego.model.checkpoint import same_block1
+from lego.text.corpus import SPLITS, Corpus
+from lego.text.sources import stdlib_documents
+from lego.text.tokenizer import fit_bpe
+from lego.tokens.batches import EvaluationBatches
+from lego.tokens.blocks import PackedBlocks, train_text
+from tests.conftest import TINY, Clone, ran, run_in_process
+from tests.stages.test_pipeline import ORDER, outs, reruns
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Clone:
+    clone = Clone.of_this_tree(tmp_path_factory.mktemp("clone"))
+    output = clone.run("dvc", "repro")
+    assert ran(output) == ORDER
+    clone.output = output
+    clone.commit("the results")
+    return clone
+
+
+def recorded(clone: Clone) -> dict[str, str]:
+    """Digest of every out as dvc.lock holds it, times apart."""
+    import yaml
+
+    lock = yaml.safe_load((clone.folder / "dvc.lock").read_text())["stages"]
+    found = {out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"]}
+    return {path: md5 for path, md5 in found.items() if "timing" not in path}
+
+
+def test_all_outs_are_there_and_the_two_models_report_the_same_keys(clone):
+    for stage in ORDER:
+        for out in outs(stage):
+            assert (clone.folder / out).exists(), out
+    assert [path.name for path in (clone.folder / ".scratch").iterdir()] == ["locks"]
+    routed, yardstick = (clone.json(f"metrics/{n}.json") for n in ("evaluate_routing", "baseline/shallow_continued"))
+    assert set(routed) == set(yardstick) == set(MODEL_KEYS)
+    assert routed["leaky"] is yardstick["leaky"] is False
+    assert len((clone.folder / "metrics/curves/evaluate_routing.csv").read_text().splitlines()) >= 22
+    assert re.search(r"ppl +[\d.]+ +[\d.]+", clone.output)  # printed last, the yardstick beside it
+    assert ran(clone.output)[-1] == "evaluate_routing"
+    timing = clone.json("metrics/timing/train_phase1.json")
+    assert {"python_executable", "torch_version", "seconds", "trained_tokens_per_second"} <= set(timing)
+
+
+def test_the_tables_of_all_tokens_give_the_metrics(clone):
+    table, metrics = (
+        read_tensors(clone.folder / "data/evaluation/test.safetensors"),
+        clone.json("metrics/evaluate_routing.json"),
+    )
+    easy = table["confidence"] >= metrics["threshold"]
+    nll = torch.where(easy, table["nll_shallow"], table["nll_deep"]).double()
+    assert nll.mean().exp().item() == pytest.approx(metrics["ppl"], rel=1e-6)
+    assert torch.where(easy, table["right_shallow"], table["right_deep"]).double().mean() == metrics["acc"]
+    assert table["nll_deep"][~easy].double().mean().exp().item() == pytest.approx(metrics["hard_ppl_after"], rel=1e-6)
+    assert (clone.folder / "data/evaluation/validation.safetensors").exists()
+
+
+def test_block_1_is_bit_identical_in_the_published_model(clone):
+    block1, model = (load_model(clone.folder / "data" / phase) for phase in ("phase1", "phase2"))
+    assert isinstance(model, DeepSupervisionTransformer)
+    assert same_block1(block1, model)
+    assert clone.json("metrics/train_phase2.json")["block1_unchanged"] is True
+    assert model.routing_threshold == clone.json("metrics/compute_threshold.json")["threshold"]
+    assert model.block2_context == "sequence"
+
+
+def routed_trainer(model: DeepSupervisionTransformer) -> Trainer:
+    n = model.num_layers
+    return Trainer(TrainingConfig([StageConfig((n, n))], model.routing_threshold, model.exit_layer), 300)
+
+
+def test_3_4_phase_2_stops_on_routed_validation_perplexity(clone):
+    """The perplexity that chose the published model is the routed one on validation text, and no other."""
+    model = load_model(clone.folder / "data/phase2")
+    validation = EvaluationBatches(PackedBlocks(clone.folder / "data/tokens", "validation"), 16)
+    stats = routed_trainer(model).evaluate(model, validation)
+    assert clone.json("metrics/train_phase2.json")["val_ppl"] == pytest.approx(stats["ppl"], rel=1e-6)
+    assert stats["shallow_ratio"] not in (0.0, 1.0)
+
+
+def test_the_threshold_is_the_calibration_texts_and_keeps_its_share_after_phase_2(clone):
+    recorded_threshold = clone.json("metrics/compute_threshold.json")
+    assert (recorded_threshold["split"], recorded_threshold["leaky"]) == ("calibration", False)
+    calibration = EvaluationBatches(PackedBlocks(clone.folder / "data/tokens", "calibration"), 16)
+    block1, model = (load_model(clone.folder / "data" / phase) for phase in ("phase1", "phase2"))
+    assert compute_confidence_threshold(block1, calibration, 0.5, "cpu") == recorded_threshold["threshold"]
+    share = routed_trainer(model).evaluate(model, calibration)["shallow_ratio"]
+    assert share == pytest.approx(0.5, abs=1 / calibration.blocks.tokens)
+
+
+def test_the_store_holds_the_part_of_train_that_phase_1_did_not_read_in_another_order(clone):
+    store, ashem = HiddenStateStore(clone.folder / "data/hard"), load_params(clone.folder / "params.yaml").ashem
+    stored = torch.cat([store.read_shard(index)["inputs"] for index in range(len(store.shards))]).tolist()
+    parts = []
+    for phase in (1, 2):
+        blocks = train_text(clone.folder / "data/tokens", phase, ashem.phase2_share, ashem.phase2_split, seed=0)
+        parts.append(blocks.rows(torch.arange(len(blocks)))[:, :-1].tolist())
+    assert sorted(stored) == sorted(parts[1])
+    assert stored != parts[1]
+    whole = PackedBlocks(clone.folder / "data/tokens", "train")
+    assert sorted(parts[0] + stored) == sorted(whole.rows(torch.arange(len(whole)))[:, :-1].tolist())
+    assert clone.json("metrics/train_phase1.json")["train_text_tokens"] == len(parts[0]) * 32
+
+
+def test_the_tokenizer_is_fitted_on_train_alone(clone, tmp_path):
+    corpus = Corpus(stdlib_documents(), tmp_path / "spool", dict(validation=0.1, calibration=0.1, test=0.1))
+    expected = fit_bpe(corpus.texts("train"), TINY["vocab_size"], TINY["max_tokenizer_bytes"])
+    published = Tokenizer.from_file(str(clone.folder / "data/tokens/tokenizer/tokenizer.json"))
+    assert published.get_vocab() == expected.get_vocab()
+
+
+def test_the_yardstick_costs_what_mining_and_phase_2_cost(clone):
+    assert abs(clone.json("metrics/train_shallow_continued.json")["distance_from_budget"]) <= 0.02
+    routed, yardstick = (clone.json(f"metrics/{n}.json") for n in ("evaluate_routing", "baseline/shallow_continued"))
+    assert routed["train_macs"] == pytest.approx(yardstick["train_macs"], rel=0.02)
+    added = clone.json("metrics/added_macs.json")
+    assert added["added_macs"] == added["collect_hard_macs"] + added["train_phase2_macs"]
+    assert added["collect_hard_macs"] == clone.json("metrics/collect_hard.json")["macs"]
+
+
+def test_the_store_is_of_fresh_text_and_the_share_is_near_the_ratio(clone):
+    manifest = clone.json("data/hard/manifest.json")
+    assert (manifest["split"], manifest["text"], len(manifest["shards"])) == ("train", "fresh", 4)
+    assert manifest["tokens"] == clone.json("metrics/collect_hard.json")["n_tokens"]
+    assert 0.3 < manifest["hard_tokens"] / manifest["tokens"] < 0.7
+    assert clone.json("metrics/compute_threshold.json")["hard_share"] == pytest.approx(0.5, abs=0.001)
+
+
+def test_nothing_changed_nothing_runs(clone):
+    assert ran(clone.run("dvc", "repro")) == []
+    assert clone.run("dvc", "status", "dvc.yaml").strip().endswith("Data and pipelines are up to date.")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("ashem.hard_example_ratio", "0.4"), ("ashem.phase2_lr", "3e-3"), ("evaluation.sweep_points", "31")],
+)
+def test_dry_runs_agree_with_the_table(clone, key, value):
+    """dvc names the stages whose key changed, and with --force-downstream also those that may follow."""
+    path = clone.folder / "params.yaml"
+    text = path.read_text()
+    try:
+        path.write_text(re.sub(rf"(?m)^(  {key.split('.')[1]}: )\S+", rf"\g<1>{value}", text))
+        assert path.read_text() != text
+        direct, following = reruns(key)
+        assert ran(clone.run("dvc", "repro", "--dry")) == direct
+        assert ran(clone.run("dvc", "repro", "--dry", "--force-downstream")) == [
+            stage for stage in ORDER if stage in direct + following
+        ]
+    finally:
+        path.write_text(text)
+
+
+@pytest.mark.slow
+def test_phase_2s_rate_leaves_the_yardstick_alone_when_no_step_was_taken_more_or_less(clone):
+    before = recorded(clone)
+    output = clone.run("dvc", "exp", "run", "-S", "ashem.phase2_lr=1e-05")
+    assert ran(output) == ["train_phase2", "evaluate_routing"]
+    changed = {path for path, md5 in recorded(clone).items() if before[path] != md5}
+    assert "data/phase2" in changed
+    assert not changed & {"data/baseline/shallow_continued", "metrics/added_macs.json", "data/hard"}
+    assert "phase2_lr: 1e-05" in (clone.folder / "params.yaml").read_text()  # dvc's spelling, which YAML reads as text
+    clone.run("git", "checkout", "-q", ".")
+    clone.run("dvc", "checkout", "-q")
+
+
+def test_an_experiment_reruns_what_it_affects_and_dvc_shows_the_difference(clone):
+    output = clone.run("dvc", "exp", "run", "-S", "ashem.hard_example_ratio=0.3")
+    direct, following = reruns("ashem.hard_example_ratio")
+    assert ran(output) == [stage for stage in ORDER if stage in direct + following]
+    # its second line says that no file was found of baselines that never ran
+    difference = json.loads(clone.run("dvc", "metrics", "diff", "--json").splitlines()[0])
+    routed = difference["metrics/evaluate_routing.json"]
+    assert routed["shallow_ratio"]["new"] > routed["shallow_ratio"]["old"]
+    assert difference["metrics/compute_threshold.json"]["threshold"]["new"] < 1
+    assert "metrics/train_phase1.json" not in difference
+    assert clone.json("metrics/compute_threshold.json")["hard_share"] == pytest.approx(0.3, abs=0.001)
+    changed = json.loads(clone.run("dvc", "params", "diff", "--json"))["params.yaml"]
+    assert changed.keys() == {"ashem.hard_example_ratio"}
+    assert (changed["ashem.hard_example_ratio"]["old"], changed["ashem.hard_example_ratio"]["new"]) == (0.5, 0.3)
+    clone.run("git", "checkout", "-q", ".")
+    clone.run("dvc", "checkout", "-q")
+    assert ran(clone.run("dvc", "repro")) == []
+
+
+@pytest.mark.slow
+def test_a_baseline_runs_alone_and_again_only_for_its_own_keys(clone):
+    target = "stages/evidence/dvc.yaml:joint@grow_copy"
+    assert f"Running stage '{target}'" in clone.run("dvc", "repro", "-s", target)
+    path = clone.folder / "params.yaml"
+    text = path.read_text()
+    for name, reran in (("dense", False), ("grow_copy", True)):
+        changed = re.sub(rf"(?s)(\n    {name}:.*?      lr: )\S+", r"\g<1>1.0e-05", text, count=1)
+        assert changed != text
+        path.write_text(changed)
+        output = clone.run("dvc", "repro", "-s", target)
+        assert (f"Running stage '{target}'" in output) == reran, name
+    path.write_text(text)
+    assert ran(clone.run("dvc", "repro")) == []
+    clone.run("dvc", "checkout")  # what other baselines never made is not missed
+    assert "ppl" in clone.run(
+        sys.executable, "-m", "lego.compare", "metrics/evaluate_routing.json", "metrics/baseline/grow_copy.json"
+    )
+
+
+def test_data_travels_through_a_remote(clone, tmp_path):
+    clone.run("git", "clone", "-q", str(clone.folder), str(tmp_path / "other"))
+    other = Clone(tmp_path / "other")
+    for one in (clone, other):
+        one.run("dvc", "remote", "add", "--local", "-d", "storage", str(tmp_path / "storage"))
+    clone.run("dvc", "push", "-q", "dvc.yaml")
+    other.run("dvc", "pull", "-q", "dvc.yaml")
+    for folder in ("data/tokens", "data/phase2", "data/routed"):
+        assert sha256(other.folder / folder) == sha256(clone.folder / folder)
+    assert ran(other.run("dvc", "repro")) == []
+
+
+def test_a_bad_parameter_touches_no_result_and_what_dvc_removed_comes_back(clone):
+    results = ("data/phase2/model.safetensors", "metrics/compute_threshold.json", "dvc.lock")
+    before = {path: (clone.folder / path).read_bytes() for path in results}
+    path = clone.folder / "params.yaml"
+    right = path.read_text()
+    for remedy in ("correct it", "checkout"):
+        path.write_text(re.sub(r"(?m)^(  hard_example_ratio: )\S+", r"\g<1>1.5", right))
+        output = clone.run("dvc", "repro", fails=True)
+        reason = "error: params.yaml: ashem.hard_example_ratio must be in (0, 1), got 1.5 (earlier results come back"
+        assert reason in output
+        assert "Traceback" not in output
+        assert not (clone.folder / "metrics/compute_threshold.json").exists()  # dvc removes a stage's outs first
+        if remedy == "checkout":
+            clone.run("git", "checkout", "params.yaml", "dvc.lock", "metrics")
+            clone.run("dvc", "checkout")
+        else:
+            path.write_text(right)
+            assert ran(clone.run("dvc", "repro")) == []  # from dvc's run cache
+        assert before == {path: (clone.folder / path).read_bytes() for path in before}
+
+
+def test_a_second_run_gives_the_same_bytes_and_a_leaky_one_says_so(clone, tmp_path):
+    """In another folder, in this process, without cache or lock: every out but the timing files."""
+    shutil.copy(clone.folder / "params.yaml", tmp_path / "params.yaml")
+    run_in_process(tmp_path, ORDER)
+    compared = 0
+    for out in sorted(set().union(*(outs(stage) for stage in ORDER))):
+        if "timing" not in out:
+            assert sha256(tmp_path / out) == sha256(clone.folder / out), out
+            compared += 1
+    assert compared == len(recorded(clone))
+    digests = {f"{s}_sha256": read_json(tmp_path / "data/tokens/corpus.json")["splits"][s]["sha256"] for s in SPLITS}
+    for stage in ORDER:
+        assert digests.items() <= read_json(tmp_path / f"metrics/timing/{stage}.json").items()
+
+    # the historical protocol: mined, and the threshold taken, where it is scored
+    params = tmp_path / "params.yaml"
+    text = params.read_text().replace("hard_split: train", "hard_split: validation")
+    params.write_text(text.replace("phase2_context: sequence", "phase2_context: token"))
+    run_in_process(tmp_path, ORDER[2:])
+    assert read_json(tmp_path / "metrics/compute_threshold.json")["split"] == "validation"
+    manifest = read_json(tmp_path / "data/hard/manifest.json")
+    validation_tokens = PackedBlocks(tmp_path / "data/tokens", "validation").tokens
+    assert (manifest["split"], manifest["tokens"]) == ("validation", validation_tokens)
+    assert manifest["hard_tokens"] == pytest.approx(0.5 * validation_tokens, abs=1)
+    written = {out for stage in ORDER[2:] for out in outs(stage) if re.fullmatch(r"metrics/(baseline/)?\w+\.json", out)}
+    assert len(written) == 8
+    assert load_model(tmp_path / "data/phase2").block2_context == "token"
+    assert all(read_json(tmp_path / out)["leaky"] is True for out in written)
+
+
+def test_the_lock_check_passes_a_fresh_clone_and_names_changed_code(clone, tmp_path):
+    clone.run("git", "clone", "-q", str(clone.folder), str(tmp_path / "fresh"))
+    fresh = Clone(tmp_path / "fresh")
+    assert not (fresh.folder / "data").exists()
+    fresh.run(sys.executable, ".ci/check_lock.py")
+    with (fresh.folder / "lego/model/cost.py").open("a") as file:
+        file.write("# changed")
+    output = fresh.run(sys.executable, ".ci/check_lock.py", fails=True)
+    assert "dvc.lock: train_phase1 changed deps lego/model/cost.py: modified; run dvc repro and commit" in output
+    assert "tokenize" not in output

@@ -1,0 +1,269 @@
+"""Every kind of file and dataset that text comes from, and the sentence each faulty one gets."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lego.base.artifacts import sha256
+from lego.base.params import load_params
+from lego.base.sections import DataParams
+from lego.text.sources import documents
+from lego.tokens.blocks import CorpusError
+from tests.conftest import ROOT
+
+TEXTS = ["First one.\nSecond line, naïve ☕\n", 'with "quotes", commas\r\nand a carriage return', "日本語 = text ="]
+DEFAULTS = load_params(ROOT / "params.yaml").data
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+
+
+def source(path: Path | str, **changes: object) -> DataParams:
+    key = {"path": str(path), "source": "text"} if "hub_name" not in changes else {"source": "hub"}
+    return DEFAULTS.model_copy(update=key | changes)
+
+
+def read(path: Path | str = "", **changes: object) -> list[str]:
+    return [document.text for document in documents(source(path, **changes))]
+
+
+def table_bytes(kind: str, texts: list, column: str = "text") -> bytes:
+    rows = [{"id": i, column: text} for i, text in enumerate(texts)]
+    if kind == "jsonl":
+        return "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if kind == "parquet":
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows), sink)
+        return sink.getvalue().to_pybytes()
+    import io
+
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, ["id", column])
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue().encode()
+
+
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("kind", ["txt", "md", "jsonl", "csv", "parquet"])
+def test_every_kind_and_compression_gives_the_texts_as_they_are(tmp_path, kind, compression):
+    if kind in ("txt", "md"):
+        for i, text in enumerate(TEXTS):
+            (tmp_path / f"{i}.{kind}{compression}").write_bytes(COMPRESS[compression](text.encode()))
+    else:
+        content = table_bytes(kind, TEXTS, column="body")
+        (tmp_path / f"all.{kind}{compression}").write_bytes(COMPRESS[compression](content))
+    assert read(tmp_path, column="body") == TEXTS
+
+
+def test_one_file_a_byte_order_mark_hidden_files_and_files_of_other_kinds(tmp_path, capsys):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.TXT").write_bytes(b"\xef\xbb\xbfwith a mark")
+    (tmp_path / "a.md").write_text("first")
+    (tmp_path / ".hidden.txt").write_text("unseen")
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    assert read(tmp_path) == ["first", "with a mark"]
+    assert "1 of 3 files are of another kind and not read" in capsys.readouterr().out
+    assert read(tmp_path / "a.md") == ["first"]
+
+
+def test_a_document_is_named_by_its_content(tmp_path):
+    (tmp_path / "a.txt").write_text("same")
+    (tmp_path / "b.jsonl").write_text('{"text": "same"}\n{"text": null}\n{"text": ""}\n{"text": "other"}\n')
+    first, second, third = documents(source(tmp_path))
+    assert first == second
+    assert first.name == first.group != third.name
+
+
+def test_cells_are_text_whatever_they_look_like_and_json_lines_may_differ(tmp_path):
+    cells = ["NA", "null", "3", "2026-01-01", "text"]
+    (tmp_path / "a.csv").write_bytes(table_bytes("csv", cells))
+    assert read(tmp_path) == cells
+    (tmp_path / "a.csv").unlink()
+    (tmp_path / "a.jsonl").write_text('{"other": [1]}\n{"text": "a", "other": {}}\n\n{"text": "b"}\n')
+    assert read(tmp_path) == ["a", "b"]
+
+
+def test_all_frames_of_a_zstandard_file_are_read(tmp_path):
+    (tmp_path / "a.txt.ZST").write_bytes(zstandard.compress(b"one ") + zstandard.compress(b"two") + LONG_ZSTD)
+    (text,) = read(tmp_path)
+    assert text.startswith("one twoline 0\n")
+    assert text.endswith("line 399999\n")
+
+
+def test_half_a_surrogate_pair_becomes_a_character(tmp_path):
+    (tmp_path / "a.csv").write_text("text\nfine\n")
+    assert read(tmp_path) == ["fine"]
+    from lego.text.sources import _named_by_content
+
+    assert _named_by_content("a\ud800b").text == "a?b"
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_split_on_begins_a_document_at_each_matching_line(tmp_path, kind):
+    lines = [" = One = \n", "text\n", " = = Part = = \n", "more\n", " = Two = \n", "end\n"]
+    if kind == "txt":
+        (tmp_path / "big.txt").write_text("".join(lines))
+    else:  # a row a line, as WikiText has it
+        (tmp_path / "big.jsonl").write_bytes(table_bytes("jsonl", [lines[0], "", *lines[1:]]))
+    assert read(tmp_path, split_on=" = [^=]") == ["".join(lines[:4]), "".join(lines[4:])]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    text=st.text(alphabet="ab\n=\r\u2028", min_size=1, max_size=60).filter(str.strip), pattern=st.sampled_from("=a^$")
+)
+def test_cutting_loses_nothing(tmp_path_factory, text, pattern):
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_bytes(text.encode())
+    assert "".join(read(path, split_on=pattern)) == text
+
+
+@pytest.mark.parametrize(
+    "chat",
+    [
+        ["hi", "yo"],
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}],
+        [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "yo"}],
+    ],
+)
+def test_the_turns_of_a_chat_are_joined(tmp_path, chat):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": chat}) + "\n")
+    expected = "hi\n\nyo" if isinstance(chat[0], str) else "user: hi\n\nassistant: yo"
+    assert read(tmp_path) == [expected]
+
+
+def test_turns_without_content_are_left_out_and_parts_of_text_are_read(tmp_path):
+    chats = [
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}],
+        [{"role": "user", "content": None}],
+        [{"role": "assistant", "tool_calls": []}, {"role": "tool", "content": "42"}],
+        [{"role": "user", "content": [{"type": "text", "text": "look"}, {"type": "image", "url": "x"}]}],
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": chat}) + "\n" for chat in chats))
+    assert read(tmp_path) == ["user: hi", "tool: 42", "user: look"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_a_name_that_looks_like_a_pattern_names_one_file(tmp_path, kind):
+    (tmp_path / "[2024]").mkdir()
+    (tmp_path / "[2024]" / f"data[1].{kind}").write_bytes(table_bytes(kind, ["right"]))
+    (tmp_path / "[2024]" / f"data1.{kind}").write_bytes(table_bytes(kind, ["other"]))
+    (tmp_path / f"a::b*.{kind}").write_bytes(table_bytes(kind, ["third"]))
+    assert sorted(read(tmp_path)) == ["other", "right", "third"]
+    assert read(tmp_path / "[2024]" / f"data[1].{kind}") == ["right"]
+
+
+def test_links_to_folders_are_followed_once_and_odd_names_read(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a.txt").write_text("linked")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "text" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "text" / "loop").symlink_to(tmp_path / "text")
+    (tmp_path / "text" / "broken.txt").symlink_to(tmp_path / "nowhere")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/text/\xff.txt")).write_text("odd")
+    assert sorted(read(tmp_path / "text")) == ["linked", "odd"]
+    assert len(sha256(tmp_path / "text")) == 64
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_dataset_is_read_by_name_configuration_split_and_column(tmp_path, monkeypatch, streaming):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    (folder / "train.jsonl").write_bytes(table_bytes("jsonl", TEXTS, "body"))
+    (folder / "test.jsonl").write_bytes(table_bytes("jsonl", ["held out"], "body"))
+    assert read(hub_name=str(folder), column="body", streaming=streaming) == TEXTS
+    assert read(hub_name=str(folder), column="body", hub_split="test", streaming=streaming) == ["held out"]
+    with pytest.raises(CorpusError, match=r"has no column text; set params\.yaml: data\.column to id, body"):
+        read(hub_name=str(folder), streaming=streaming)
+    with pytest.raises(CorpusError, match=r"dataset valid cannot be loaded \(.*valid.*train.*\); check .*hub_split"):
+        read(hub_name=str(folder), hub_split="valid", streaming=streaming)
+    with pytest.raises(CorpusError, match=r"other train cannot be loaded .*'other' not found.*hub_config"):
+        read(hub_name=str(folder), hub_config="other", streaming=streaming)
+
+
+def test_a_dataset_out_of_reach_names_itself_and_the_remedies(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(CorpusError, match=r"data\.hub_name nobody/nothing train v1 cannot be loaded .*the network"):
+        read(hub_name="nobody/nothing", hub_revision="v1")
+
+
+GOOD_GZIP = gzip.compress(b"some text that is long enough to be cut in the middle")
+_sink = pa.BufferOutputStream()
+pq.write_table(pa.table({"text": pa.array([], pa.string())}), _sink)
+NO_ROWS = _sink.getvalue().to_pybytes()
+LONG_ZSTD = zstandard.compress("".join(f"line {i}\n" for i in range(400_000)).encode())
+FAULTY = {  # file name -> content, what its sentence says
+    "empty.txt": (b"", r"empty\.txt: is empty; put text there or remove the file"),
+    "blank.md": (b" \n\t\n", r"blank\.md: is empty"),
+    "latin.txt": ("naïve".encode("latin-1"), r"latin\.txt: is not UTF-8 \(byte 0xef\); convert it"),
+    "binary.txt": (b"\x00\x01\x02", r"binary\.txt: holds zero bytes, so it is not text"),
+    "cut.txt.gz": (
+        GOOD_GZIP[:30],
+        r"cut\.txt\.gz: cannot be read \(Compressed file ended .*restore or remove the file",
+    ),
+    "fake.txt.gz": (b"no gzip at all", r"fake\.txt\.gz: cannot be read \(Not a gzipped file"),
+    "edited.txt.gz": (GOOD_GZIP[:20] + b"\xff" * 8 + GOOD_GZIP[28:], r"edited\.txt\.gz: cannot be read"),
+    "fake.md.zst": (b"no zstandard", r"fake\.md\.zst: cannot be read"),
+    "cut.parquet": (table_bytes("parquet", TEXTS)[:-20], r"cut\.parquet: cannot be read"),
+    "fake.parquet": (b"no parquet", r"fake\.parquet: cannot be read"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": \n', r"broken\.jsonl: cannot be read"),
+    "empty.jsonl": (b"", r"empty\.jsonl: (is empty|cannot be read)"),
+    "empty.csv": (b"", r"empty\.csv: (is empty|cannot be read)"),
+    "other.jsonl": (
+        b'{"body": "a"}\n',
+        r"other\.jsonl: has no column text; set params\.yaml: data\.column to body",
+    ),
+    "other.csv": (b"id,body\n1,a\n", r"other\.csv: has no column text; .* to id, body"),
+    "comma.csv": (b"id,text\n1,a\n2,b,c\n", r"comma\.csv: cannot be read \(line 3: more cells than the header has"),
+    "quote.csv": (b'id,text\n1,"a\n2,b\n', r"quote\.csv: cannot be read \(line \d: unexpected end of data"),
+    "list.jsonl": (b'["a"]\n', r"list\.jsonl: cannot be read \(line 1 is no JSON object\)"),
+    "number.jsonl": (b'{"text": 3}\n', r"number\.jsonl: text holds int, not text"),
+    "cut.txt.zst": (LONG_ZSTD[: len(LONG_ZSTD) // 2], r"cut\.txt\.zst: cannot be read \(the file is cut short\)"),
+    "cut.jsonl.zst": (LONG_ZSTD[:-1], r"cut\.jsonl\.zst: cannot be read \(the file is cut short\)"),
+    "nested.jsonl": (b'{"text": {"deep": 1}}\n', r"nested\.jsonl: text holds dict, not text"),
+    "nothing.jsonl": (b'{"text": ""}\n{"text": null}\n', r"nothing\.jsonl: is empty"),
+    "norows.parquet": (NO_ROWS, r"norows\.parquet: is empty"),
+    "picture.png": (b"\x89PNG", r"picture\.png: is of no kind that can be read; params\.yaml: data\.path takes \.txt"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTY)
+def test_a_faulty_file_is_named_with_what_is_wrong(tmp_path, name):
+    content, sentence = FAULTY[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CorpusError, match=sentence) as caught:
+        read(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_without_text_and_a_missing_one_are_named(tmp_path):
+    with pytest.raises(CorpusError, match=r"holds no text; put files there \(\.txt, .*\) or set .*data\.path"):
+        read(tmp_path)
+    with pytest.raises(CorpusError, match=r"nowhere: is missing; set params\.yaml: data\.path"):
+        read(tmp_path / "nowhere")
+
+
+def test_a_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+
+    def refused(self, *args, **options):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refused)  # the tests may run as root, who may read everything
+    with pytest.raises(CorpusError, match=r"a\.txt: cannot be read \(\[Errno 13\] Permission denied\)"):
+        read(tmp_path)
