@@ -1,6 +1,6 @@
 """Two metrics files of one revision side by side; lego/evaluation/compare.py does it.
 
-python -m lego.compare metrics/evaluate_routing.json metrics/baseline/dense.json
+python -m lego.compare metrics/details/ashem.json metrics/details/dense.json
 """
 
 from lego.evaluation.compare import comparison, main, rows_of

@@ -25,7 +25,7 @@ def main() -> None:
         if ashem.hard_split == "validation":
             blocks = PackedBlocks("data/tokens", "validation")
         model = load_model("data/phase1")
-        threshold = read_number("metrics/compute_threshold.json", "threshold", high=1.0)
+        threshold = read_number("data/facts/compute_threshold.json", "threshold", high=1.0)
         writer = StoreWriter(folder, threshold, ashem.store_dtype, ashem.shard_tokens)
         # shuffled, so that each shard, which phase 2 reads one after another, is a sample of all the text
         batches = EvaluationBatches(blocks, params.evaluation.batch_size, writer.blocks, shuffle_seed=stage.seed)
@@ -35,7 +35,7 @@ def main() -> None:
         device = resolve_device(params.train.device)
         for batch in track(exit_states(model, batches, device), len(batches), "mining", "batch"):
             writer.add(*batch)
-        calibrated = read_number("metrics/compute_threshold.json", "tokens")  # read once for the threshold
+        calibrated = read_number("data/facts/compute_threshold.json", "tokens")  # read once for the threshold
         macs = Ledger.of(model, blocks.seq_len).mine(blocks.tokens + round(calibrated))
         manifest = writer.close(
             split=ashem.hard_split,
@@ -46,7 +46,7 @@ def main() -> None:
         )
         hard, tokens = manifest["hard_tokens"], manifest["tokens"]
         write_json(
-            "metrics/collect_hard.json",
+            "data/facts/collect_hard.json",
             {
                 "n_hard": hard,
                 "n_tokens": tokens,

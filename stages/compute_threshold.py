@@ -43,7 +43,7 @@ def main() -> None:
         confidences = collect_confidences(model, batches, resolve_device(params.train.device), fit)
         if confidences.min() == confidences.max():
             raise StageError(
-                f"metrics/compute_threshold.json: all {confidences.numel():,} {split} tokens have the confidence "
+                f"data/facts/compute_threshold.json: all {confidences.numel():,} {split} tokens have the confidence "
                 f"{confidences[0]:g}, so none is hard; block 1 has "
                 "learned nothing: change ashem.phase1_lr or phase1_epochs"
             )
@@ -55,7 +55,7 @@ def main() -> None:
             "mean_confidence": confidences.double().mean().item(),
             "leaky": leaky,
         }
-        write_json("metrics/compute_threshold.json", found | counted)
+        write_json("data/facts/compute_threshold.json", found | counted)
         with atomic_folder("data/exit") as folder:
             probe.solve(params.exits.probe_l2).save(folder / "probe.safetensors")
             write_json(folder / "exit.json", found | {"block1_sha256": block1_sha256(model), "fit_tokens": fit_tokens})

@@ -4,12 +4,13 @@ dvc repro evaluate_routing      (python -m stages.evaluate_routing)
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 
-from lego.base.artifacts import atomic_folder, read_json, read_number, write_csv, write_json
+from lego.base.artifacts import atomic_folder, read_json, read_number, write_csv, write_json, write_metrics
 from lego.base.harness import Stage, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
 from lego.base.progress import share
@@ -33,6 +34,7 @@ from lego.evaluation.routed import (
     comparison_lines,
     routed_metrics,
     save_tables,
+    summary,
     threshold_sweep,
     token_table,
 )
@@ -45,6 +47,16 @@ from lego.tokens.batches import EvaluationBatches, split_batches
 from lego.tokens.blocks import PackedBlocks, corpus_facts, data_digests
 
 SCORED = ("test", "validation")
+FACTS = (
+    "data/facts/tokenize.json",
+    "data/facts/train_phase1.json",
+    "data/facts/compute_threshold.json",
+    "data/facts/collect_hard.json",
+    "data/facts/train_phase2.json",
+    "data/facts/added_macs.json",
+    "data/facts/train_shallow_continued.json",
+)
+"""What the stages before this one counted and found."""
 
 
 @dataclass(frozen=True)
@@ -117,18 +129,24 @@ def report(params: Params, routing: Routing, tables: dict[str, TokenTable], ledg
         realised = realised_risk(tables["test"], routing.chosen, of_test, params.routing.risk_clip)
         promise = vars(routing.promise) | realised
         print("risk on test text: " + ", ".join(f"{key} {value:.4f}" for key, value in realised.items()))
-    write_json("metrics/criteria.json", quality | {"risk": promise, "leaky": leaky})
+    write_json("metrics/details/criteria.json", quality | {"risk": promise, "leaky": leaky})
     print("\n".join(["exit criteria on validation text, where one is chosen:", *quality_lines(quality["validation"])]))
     print(payment_sentence(routing.chosen.criterion, quality["test"]))
+
+
+def stage_facts() -> dict[str, Any]:
+    """What earlier stages counted and found, gathered for git; digests apart, which stay in data/facts."""
+    found = {Path(file).stem: read_json(file) for file in FACTS}
+    return {stage: {key: facts[key] for key in facts if not key.endswith("sha256")} for stage, facts in found.items()}
 
 
 def write_documents(table: TokenTable, routing: Routing) -> None:
     """Losses by test document: of the routed model, and of block 1, which every later gain is counted from."""
     hard, of_test = ~table.easy(routing.mining), documents(PackedBlocks("data/tokens", "test"))
     routed = table.routed_nll(routing.chosen.threshold, routing.chosen.criterion)
-    write_csv("metrics/documents/ashem.csv", document_rows(routed, table.nll_deep, hard, of_test))
+    write_csv("data/documents/ashem.csv", document_rows(routed, table.nll_deep, hard, of_test))
     shallow = table.nll_shallow
-    write_csv("metrics/documents/shallow.csv", document_rows(shallow, shallow, hard, of_test))
+    write_csv("data/documents/shallow.csv", document_rows(shallow, shallow, hard, of_test))
 
 
 def write_routed(model: DeepSupervisionTransformer, routing: Routing, metrics: dict[str, Any]) -> None:
@@ -151,12 +169,12 @@ def write_routed(model: DeepSupervisionTransformer, routing: Routing, metrics: d
 def main() -> None:
     params = load_params()
     with Stage("evaluate_routing", params.seed, params.train.threads) as stage:
-        mined = read_json("metrics/collect_hard.json", "n_hard", "hard_share", "leaky")
-        converged = read_json("metrics/train_phase1.json", "phase1_converged")["phase1_converged"]
-        trained = read_json("metrics/train_phase2.json", "lr")
-        phase1_macs = read_number("metrics/train_phase1.json", "train_macs")
-        added_macs = read_number("metrics/added_macs.json", "added_macs")
-        yardstick = read_json("metrics/baseline/shallow_continued.json")
+        mined = read_json("data/facts/collect_hard.json", "n_hard", "hard_share", "leaky")
+        converged = read_json("data/facts/train_phase1.json", "phase1_converged")["phase1_converged"]
+        trained = read_json("data/facts/train_phase2.json", "lr")
+        phase1_macs = read_number("data/facts/train_phase1.json", "train_macs")
+        added_macs = read_number("data/facts/added_macs.json", "added_macs")
+        yardstick = read_json("metrics/details/shallow_continued.json")
         model, device = cast(DeepSupervisionTransformer, load_model("data/phase2")), resolve_device(params.train.device)
         routing = decide(params, model, stage.seed, device)
         texts = {name: split_batches("data/tokens", name, params.evaluation.batch_size) for name in SCORED}
@@ -172,9 +190,11 @@ def main() -> None:
         with atomic_folder("data/evaluation") as folder:
             save_tables(folder, **tables)
         write_routed(model, routing, metrics)
-        write_json("metrics/evaluate_routing.json", metrics)
+        write_json("metrics/details/ashem.json", metrics)
+        write_metrics("metrics/summary.json", summary(metrics))
+        write_json("metrics/details/stages.json", stage_facts())
         sweep = threshold_sweep(tables["test"], ledger, params.evaluation.sweep_points, chosen.criterion, chosen.macs)
-        write_csv("metrics/curves/evaluate_routing.csv", sweep)
+        write_csv("data/curves/evaluate_routing.csv", sweep)
         report(params, routing, tables, ledger, mined["leaky"])
         easy = int(tables["test"].easy(chosen.threshold, chosen.criterion).sum())
         known = "not known, it was given" if converged is None else converged

@@ -19,7 +19,7 @@ def main() -> None:
         per_byte = {split: facts[split]["tokens"] / facts[split]["bytes"] for split in facts}
         held_out = {split: done.ids[split] for split in ("validation", "test")}
         metrics |= references(done.ids["train"], held_out, done.encoder.vocab_size, per_byte)
-        write_json("metrics/tokenize.json", metrics | done.dropped)
+        write_json("data/facts/tokenize.json", metrics | done.dropped)
         stage.record |= {f"{split}_sha256": fact["sha256"] for split, fact in facts.items()}
         stage.record |= {"counts": {"tokens": sum(fact["tokens"] for fact in facts.values())}}
 

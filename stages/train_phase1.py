@@ -76,10 +76,10 @@ def main() -> None:
         ]
         macs = Ledger.of(model, blocks.seq_len).train_block1(tokens)
         seen = batches.seen(result["total_epochs"])
-        write_csv("metrics/curves/train_phase1.csv", epoch_rows(result, seen, macs) or untrained)
+        write_csv("data/curves/train_phase1.csv", epoch_rows(result, seen, macs) or untrained)
         facts = corpus_facts("data/tokens")["splits"]
         write_json(
-            "metrics/train_phase1.json",
+            "data/facts/train_phase1.json",
             {
                 "val_ppl": best["ppl"],
                 "val_bits_per_byte": bits_per_byte(best["ppl"], facts["validation"]),

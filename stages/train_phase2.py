@@ -52,9 +52,9 @@ def report(params: Params, found: Search, batches: Batches, store: HiddenStateSt
     seen, streamed = batches.seen(result["total_epochs"]), batches.streamed(result["total_epochs"])
     macs = Ledger.of(model, facts["seq_len"]).train_block2(seen[-1], params.ashem.head != "shared", streamed)
     budget = {"collect_hard_macs": store.manifest["macs"], "train_phase2_macs": macs}
-    before = read_number("metrics/train_phase1.json", "train_macs") + store.manifest["macs"]
-    write_csv("metrics/curves/train_phase2.csv", epoch_rows(result, seen, macs, before))
-    write_json("metrics/added_macs.json", budget | {"added_macs": sum(budget.values()), "leaky": leaky})
+    before = read_number("data/facts/train_phase1.json", "train_macs") + store.manifest["macs"]
+    write_csv("data/curves/train_phase2.csv", epoch_rows(result, seen, macs, before))
+    write_json("data/facts/added_macs.json", budget | {"added_macs": sum(budget.values()), "leaky": leaky})
     return {
         "val_ppl": history.best["ppl"],
         "val_bits_per_byte": bits_per_byte(history.best["ppl"], facts["splits"]["validation"]),
@@ -83,7 +83,9 @@ def main() -> None:
         with atomic_folder("data/phase2") as folder:
             save_model(found.best.model, folder, tokenizer="data/tokens/tokenizer")
         metrics = report(params, found, batches, store)
-        write_json("metrics/train_phase2.json", metrics | {"block1_unchanged": same_block1(block1, found.best.model)})
+        write_json(
+            "data/facts/train_phase2.json", metrics | {"block1_unchanged": same_block1(block1, found.best.model)}
+        )
         seen = metrics["hard_tokens_seen"] * len(found.tried)
         stage.record |= data_digests("data/tokens") | {"counts": {"trained_tokens": seen}}
 

@@ -5,10 +5,11 @@ It reads the part of train that phase 2 mines (ashem.phase2_text), also where ha
 dvc repro train_shallow_continued      (python -m stages.train_shallow_continued)
 """
 
-from lego.base.artifacts import atomic_folder, read_json, read_number, write_csv, write_json
+from lego.base.artifacts import atomic_folder, read_json, read_number, write_csv, write_json, write_metrics
 from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
 from lego.evaluation.plain import Comparison
+from lego.evaluation.routed import summary
 from lego.model.checkpoint import load_model, save_model
 from lego.model.cost import Ledger
 from lego.tokens.batches import TrainingBatches, split_batches
@@ -50,12 +51,12 @@ def main() -> None:
     with Stage("train_shallow_continued", params.seed, train.threads) as stage:
         blocks = train_text("data/tokens", 2, ashem.phase2_share, ashem.phase2_split, params.seed, ashem.phase2_text)
         ledger = Ledger.of(block1, blocks.seq_len)
-        budget = read_number("metrics/added_macs.json", "added_macs")
+        budget = read_number("data/facts/added_macs.json", "added_macs")
         affordable = round(budget / ledger.train_block1(blocks.seq_len))
-        before = read_number("metrics/train_phase1.json", "train_macs")
-        leaky = read_json("metrics/added_macs.json", "leaky")["leaky"]
+        before = read_number("data/facts/train_phase1.json", "train_macs")
+        leaky = read_json("data/facts/added_macs.json", "leaky")["leaky"]
         if not affordable:
-            raise StageError("metrics/added_macs.json: the budget pays for no block; raise ashem.phase2_epochs")
+            raise StageError("data/facts/added_macs.json: the budget pays for no block; raise ashem.phase2_epochs")
         tokens, per_epoch = affordable * blocks.seq_len, -(-train.tokens_per_epoch // blocks.seq_len)
         print(f"block 1 trains on: {tokens:,} tokens for {budget:.3e} MACs", flush=True)
         batches = TrainingBatches(blocks, train.batch_size, per_epoch, stage.seed, total_blocks=affordable)
@@ -64,20 +65,22 @@ def main() -> None:
         with atomic_folder("data/baseline/shallow_continued") as folder:
             save_model(model, folder, tokenizer="data/tokens/tokenizer")
         seen = batches.seen(len(history.evaluations))
-        write_csv("metrics/curves/shallow_continued.csv", epoch_rows(history.as_result(), seen, macs, before))
+        write_csv("data/curves/shallow_continued.csv", epoch_rows(history.as_result(), seen, macs, before))
         spent = Budget(budget, before).spent(macs, found.best.lr)
         unmined = {"n_hard": None, "hard_share": None, "leaky": leaky}  # it learns from every token
-        threshold = read_number("metrics/compute_threshold.json", "threshold", high=1.0)
+        threshold = read_number("data/facts/compute_threshold.json", "threshold", high=1.0)
         device = resolve_device(train.device)
         routed = ledger.grown(block1.num_layers + ashem.new_layers, ashem.phase2_context)
         size = params.evaluation.batch_size
         metrics, documents = Comparison.on("data/tokens", size, block1, threshold, routed, device).judge(model)
-        write_csv("metrics/documents/shallow_continued.csv", documents)
-        write_json("metrics/baseline/shallow_continued.json", metrics | spent | unmined)
+        write_csv("data/documents/shallow_continued.csv", documents)
+        metrics |= spent | unmined
+        write_json("metrics/details/shallow_continued.json", metrics)
+        write_metrics("metrics/yardstick.json", summary(metrics))
         trained = {"best_epoch": history.best_epoch, "total_epochs": len(history.evaluations), "leaky": leaky}
         validation = corpus_facts("data/tokens")["splits"]["validation"]
         reached = {"val_ppl": found.best.ppl, "val_bits_per_byte": bits_per_byte(found.best.ppl, validation)}
-        write_json("metrics/train_shallow_continued.json", spent | found.facts | trained | reached)
+        write_json("data/facts/train_shallow_continued.json", spent | found.facts | trained | reached)
         counted = {"trained_tokens": tokens * len(found.tried)}
         stage.record |= data_digests("data/tokens") | {"counts": counted}
 

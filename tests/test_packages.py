@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.stages.test_pipeline import imported_files
+from tests.stages.conftest import imported_files
 
 ORDER = ["base", "tokens", "text", "model", "training", "mining", "routing", "growing", "evaluation", "hub", "report"]
 """Packages of lego/, each importing only itself and those before it."""

@@ -28,12 +28,12 @@ dvc exp run --queue -S 'ashem.hard_example_ratio=0.1,0.3,0.5,0.7,0.9'
 dvc queue start -j 2
 dvc queue status
 dvc exp show --only-changed --drop '{SHOWN}' --md
-dvc metrics diff baseline harder --targets metrics/evaluate_routing.json
+dvc metrics diff baseline harder --targets metrics/details/ashem.json
 dvc params diff baseline harder
 dvc exp apply harder
 dvc metrics diff baseline
 dvc repro -s stages/evidence/dvc.yaml:joint@dense
-python -m lego.compare metrics/evaluate_routing.json metrics/baseline/dense.json
+python -m lego.compare metrics/details/ashem.json metrics/details/dense.json
 dvc plots diff baseline --out plots
 git add -A
 git commit -m harder

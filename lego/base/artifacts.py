@@ -19,6 +19,8 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+DIGITS = 5  # of declared metrics
+
 
 class ArtifactError(RuntimeError):
     """A file of an earlier stage that is missing, damaged or made by another run; the message names it."""
@@ -58,6 +60,19 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
         ValueError: a value is not finite; JSON has no spelling for it.
     """
     write_text(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_metrics(path: str | Path, content: dict[str, Any]) -> None:
+    """Writes what people compare day by day, rounded: so another processor's last digits do not show as a change.
+
+    Args:
+        path: a file that `metrics:` of a dvc.yaml names.
+        content: few numbers; each keeps DIGITS significant digits.
+    """
+    rounded = {
+        key: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value for key, value in content.items()
+    }
+    write_json(path, rounded)
 
 
 def read_json(path: str | Path, *required: str) -> dict[str, Any]:

@@ -66,7 +66,7 @@ class Stage:
     """Context of one stage: `with Stage("tokenize", seed=0, threads=2) as stage: ...`
 
     On entry it takes the stage's lock and fixes the number of threads, the seed and deterministic kernels. On success
-    it removes the scratch folder and writes `metrics/timing/<name>.json`, the only file that holds times, rates and
+    it removes the scratch folder and writes `data/timing/<name>.json`, the only file that holds times, rates and
     the environment; no stage depends on it.
 
     Args:
@@ -134,7 +134,7 @@ class Stage:
             **{f"{package}_version": version(package) for package in RECORDED_PACKAGES},
         }
         folder, slash, name = self.name.rpartition("/")
-        file = f"metrics/timing/{folder}{slash}{name.split('@')[-1]}.json"
+        file = f"data/timing/{folder}{slash}{name.split('@')[-1]}.json"
         write_json(file, {"seconds": seconds, **rates, **environment, **self.record})
         if os.getppid() == self.parent:  # else dvc was killed and will run this again: from here, in no time
             shutil.rmtree(SCRATCH / self.name, ignore_errors=True)

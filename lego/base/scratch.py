@@ -22,8 +22,8 @@ import torch
 import yaml
 
 from lego.base.artifacts import sha256
+from lego.base.code import ROOT, code_of
 
-ROOT = Path(__file__).resolve().parents[2]  # where the code and dvc.yaml are; data lies in the working folder
 SCRATCH = Path(".scratch")
 
 
@@ -77,8 +77,10 @@ def fingerprint(stage: str) -> str:
     for dep in entry["deps"]:
         if "${data.path}" in dep:
             dep = dep.replace("${data.path}", values["data"]["path"])
-        path = ROOT / dep if dep.endswith(".py") else Path(dep)
-        inputs[dep] = sha256(path) if path.exists() else None  # the stage will say what it misses
+        if not (ROOT / dep).is_relative_to(ROOT / "lego") and not dep.endswith(".py"):
+            inputs[dep] = sha256(dep) if Path(dep).exists() else None  # the stage will say what it misses
+    for file in code_of(entry["cmd"].split()[2]):
+        inputs[file.relative_to(ROOT).as_posix()] = sha256(file)
     versions = {"python": platform.python_version(), "torch": version("torch"), "cuda": torch.cuda.is_available()}
     everything = json.dumps([stage, params, inputs, versions], sort_keys=True)
     return hashlib.sha256(everything.encode()).hexdigest()[:32]

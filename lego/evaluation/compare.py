@@ -1,6 +1,6 @@
 """Two metrics files of one revision side by side, as `dvc metrics diff` shows one file of two revisions.
 
-python -m lego.compare metrics/evaluate_routing.json metrics/baseline/dense.json
+python -m lego.compare metrics/details/ashem.json metrics/details/dense.json
 """
 
 from __future__ import annotations

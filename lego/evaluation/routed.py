@@ -46,8 +46,10 @@ MODEL_KEYS = (
     "oracle_ppl",
     "leaky",
 )
-"""Keys of every model's metrics file, so that `dvc metrics diff` and tables line up; null where one has no meaning."""
+"""Keys of every model's metrics file, so that comparisons and tables line up; null where one has no meaning."""
 
+SUMMARY_KEYS = ("acc", "bits_per_byte", "deep_ppl", "flops_ratio", "ppl", "shallow_ppl", "shallow_ratio")
+"""Those that people compare day by day; `dvc metrics` shows them and no other."""
 
 PRINTED_KEYS = (
     "ppl",
@@ -257,6 +259,12 @@ def routed_metrics(
         "oracle_ppl": perplexity(np.minimum(test.nll_shallow, test.nll_deep)),
     }
     return {key: None if math.isnan(value) else value for key, value in metrics.items()}
+
+
+def summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """The few keys of a model's metrics that `dvc metrics` shows, and `leaky` where that must be said."""
+    leaky = {"leaky": True} if metrics["leaky"] else {}
+    return {key: metrics[key] for key in SUMMARY_KEYS} | leaky
 
 
 def comparison_lines(ashem: Mapping[str, float | None], yardstick: Mapping[str, float | None]) -> list[str]:

@@ -64,7 +64,7 @@ def model_card(model: LegoForCausalLM, metrics: Mapping[str, Any]) -> str:
 
     Args:
         model: with its routing.
-        metrics: as in metrics/evaluate_routing.json.
+        metrics: as in metrics/details/ashem.json.
     """
     config = model.config
     threshold = "none: always deep" if config.exit_threshold is None else f"{config.exit_threshold:.6g}"

@@ -1,7 +1,7 @@
 """What the specification asks of digits (section 11): the targets of `sound`, and what the original measured.
 
 Each is judged on means over seeds; `stages/satipatthana/report.py` writes them on the page. Not among them: seconds of
-training, which are no metric (metrics/timing/satipatthana has them). "Monotone, calibrated" trust has no number there:
+training, which are no metric (data/timing/satipatthana has them). "Monotone, calibrated" trust has no number there:
 it is read as trust that falls from clean over augmented to drunk and mismatched rows, and as a calibration error, once
 calibrated, of at most what is asked of the decoder's.
 """

@@ -5,7 +5,7 @@ dvc repro stages/cvfp/dvc.yaml:evaluate          (python -m stages.cvfp.evaluate
 
 from typing import Any
 
-from lego.base.artifacts import read_json, write_csv, write_json, write_text
+from lego.base.artifacts import read_json, write_csv, write_json, write_metrics, write_text
 from lego.base.harness import Stage, exit_cleanly
 from lego.cvfp.evaluation import critical_checks, mandatory, ranks, worth
 from lego.cvfp.reports import report
@@ -13,6 +13,9 @@ from lego.cvfp.run import fixed_text, telling
 from lego.cvfp.sections import WRITTEN, load
 from lego.cvfp.store import load_network, parameter_counts
 from lego.cvfp.text import LABELS, SPLITS, read_text_ids
+
+SUMMARY_KEYS = ("acc", "bits_per_byte", "ppl", "val_rank")
+"""What `dvc metrics` shows: of test text, and the effective rank of contexts of validation text."""
 
 
 def main() -> None:
@@ -34,7 +37,9 @@ def main() -> None:
             "parameters": sum(parameter_counts(model).values()),
             "validation_is": LABELS.get(text.validation, text.validation),
         }
-        write_json("metrics/cvfp/evaluate.json", metrics | rank | checks | {"updates": phase1["updates"]})
+        metrics |= rank | checks | {"updates": phase1["updates"]}
+        write_json("metrics/cvfp/evaluate.json", metrics)
+        write_metrics("metrics/cvfp/summary.json", {key: metrics[key] for key in SUMMARY_KEYS})
         write_csv(
             "metrics/cvfp/curves/convergence.csv",
             [{"pass": n, "l2": one} for n, one in enumerate(still.differences, 2)],

@@ -23,9 +23,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from lego.base.artifacts import sha256
+from lego.base.code import ROOT, code_of
 from lego.base.harness import StageError
 from lego.base.params import Params
-from lego.base.scratch import ROOT, pipeline_entry
+from lego.base.scratch import pipeline_entry
 from lego.base.sections import DataParams
 from lego.text.sources import documents
 
@@ -177,7 +178,7 @@ class _Builder:
         facts = {
             "stage": stage,
             "params": {key: _value(values, key) for key in entry["params"]},
-            "code": {dep: code_digest(dep) for dep in entry["deps"] if dep.endswith(".py")},
+            "code": {file.relative_to(ROOT).as_posix(): code_digest(file) for file in code_of(entry["cmd"].split()[2])},
             "inputs": {file: task.fingerprint for file, task in inputs},
             "versions": {package: version(package) for package in PACKAGES} | {"cuda": torch.cuda.is_available()},
             "text": text_digest(json.dumps(text_keys(values["data"]))) if stage == "tokenize" else None,
@@ -212,9 +213,9 @@ def producers() -> dict[str, str]:
 
 
 @cache
-def code_digest(file: str) -> str:
+def code_digest(file: Path) -> str:
     """SHA-256 of a source file's syntax tree without docstrings."""
-    tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+    tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             continue

@@ -63,7 +63,7 @@ def criterion_rows(
     """One row a criterion, on test text.
 
     Args:
-        criteria: metrics/criteria.json.
+        criteria: metrics/details/criteria.json.
         validation, test: token tables; temperatures are fitted on the first.
         ledger: costs of the routed model.
         promised: share that was to leave early; None if no share was promised.

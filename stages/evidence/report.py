@@ -34,8 +34,8 @@ PICTURES = Path("metrics/pictures")
 
 def draw(folder: Path, suites: dict[str, Suite], table: TokenTable, criterion: str) -> dict[str, Figure]:
     """All pictures that there are numbers for, by name; `table` is of test text, `criterion` routes the sample."""
-    mining = float(read_json("metrics/compute_threshold.json", "threshold")["threshold"])
-    routed = float(read_json("metrics/evaluate_routing.json", "threshold")["threshold"])
+    mining = float(read_json("data/facts/compute_threshold.json", "threshold")["threshold"])
+    routed = float(read_json("metrics/details/ashem.json", "threshold")["threshold"])
     core = suites["core"]
     tokenizer = Tokenizer.from_file("data/tokens/tokenizer/tokenizer.json")
     targets = PackedBlocks("data/tokens", "test").targets()
@@ -62,7 +62,7 @@ def router_rows(params: Params, ledger: Ledger, test: TokenTable) -> list[dict[s
     promised = 1 - ratio if params.routing.calibration == "quantile" else None
     width = params.routing.gain_width
     gain_macs = ledger.dim * width + width if width else ledger.dim
-    return criterion_rows(read_json("metrics/criteria.json"), validation, test, ledger, promised, gain_macs)
+    return criterion_rows(read_json("metrics/details/criteria.json"), validation, test, ledger, promised, gain_macs)
 
 
 def parameters(params: Params) -> list[str]:

@@ -80,21 +80,20 @@ def table(file: Path) -> dict[str, list[float]]:
 def record(one: Wanted) -> dict[str, Any]:
     """What is kept of a finished model."""
     by_stage = {task.stage: STORE / task.label for task in one.task.ancestors()}
-    folder = by_stage[one.task.stage] / "metrics"
+    folder = by_stage[one.task.stage]
     if one.model == "ashem":
-        curve = table(by_stage["train_phase2"] / "metrics/curves/train_phase2.csv")
+        curve = table(by_stage["train_phase2"] / "data/curves/train_phase2.csv")
         extra = {
-            "shallow_documents": table(folder / "documents/shallow.csv"),
-            "phase1": read_json(by_stage["train_phase1"] / "metrics/train_phase1.json"),
-            "phase1_curve": _drawn(table(by_stage["train_phase1"] / "metrics/curves/train_phase1.csv")),
-            "criteria": read_json(folder / "criteria.json"),
-            "sweep": table(folder / "curves/evaluate_routing.csv"),
+            "shallow_documents": table(folder / "data/documents/shallow.csv"),
+            "phase1": read_json(by_stage["train_phase1"] / "data/facts/train_phase1.json"),
+            "phase1_curve": _drawn(table(by_stage["train_phase1"] / "data/curves/train_phase1.csv")),
+            "criteria": read_json(folder / "metrics/details/criteria.json"),
+            "sweep": table(folder / "data/curves/evaluate_routing.csv"),
         }
-        metrics = read_json(folder / "evaluate_routing.json")
     else:
-        curve, extra = table(folder / f"curves/{one.model}.csv"), {}
-        metrics = read_json(folder / f"baseline/{one.model}.json")
-    documents = table(folder / f"documents/{one.model}.csv")
+        curve, extra = table(folder / f"data/curves/{one.model}.csv"), {}
+    metrics = read_json(folder / f"metrics/details/{one.model}.json")
+    documents = table(folder / f"data/documents/{one.model}.csv")
     trained = by_stage["train_phase2"] if one.model == "ashem" else by_stage[one.task.stage]
     tried = searched_rates((trained / "log.txt").read_text(errors="replace"))
     return {"metrics": metrics, "documents": documents, "curve": _drawn(curve), "tried": tried, **extra}

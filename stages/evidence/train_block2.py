@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from lego.base.artifacts import atomic_folder, read_number, sha256, write_csv, write_json
+from lego.base.artifacts import atomic_folder, read_number, sha256, write_csv, write_json, write_metrics
 from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
 from lego.base.sections import AshemParams
 from lego.evaluation.calibration import GainFit
 from lego.evaluation.plain import Comparison
-from lego.evaluation.routed import evaluate_at_share, token_table
+from lego.evaluation.routed import evaluate_at_share, summary, token_table
 from lego.growing import selection
 from lego.growing.phase2 import grown, hard_batches, steps_for, train_block2
 from lego.mining.ashem import exit_states
@@ -182,7 +182,9 @@ def search(one: Baseline) -> Search:
             spent.macs += macs
             steps = steps_for(share * (frozen * one.budget.macs - mined) - macs, batches, ledger, head_trains)
             if steps < 1:
-                raise StageError(f"metrics/added_macs.json: pays for no step of {one.name}; raise ashem.phase2_epochs")
+                raise StageError(
+                    f"data/facts/added_macs.json: pays for no step of {one.name}; raise ashem.phase2_epochs"
+                )
             batches.total_steps, epochs = steps, -(-steps // batches.steps)
             state_file = one.stage.scratch / f"state-{lr:g}-{number}.safetensors"
             history, continued = train_block2(
@@ -234,14 +236,15 @@ def evaluate(one: Baseline, model: BaseTransformer) -> tuple[dict[str, Any], lis
         confidences = collect_confidences(model, one.text("calibration"), one.device)
         leaves = quantile_threshold(confidences, one.params.ashem.hard_example_ratio)
     ledger = Ledger.of(model, corpus_facts("data/tokens")["seq_len"])
-    threshold = read_number("metrics/compute_threshold.json", "threshold", high=1.0)
+    threshold = read_number("data/facts/compute_threshold.json", "threshold", high=1.0)
     return Comparison.on("data/tokens", size, one.block1, threshold, ledger, one.device).judge(model, leaves)
 
 
 def prepare(name: str, params: Params, stage: Stage) -> Baseline:
     block1 = load_model("data/phase1")
     budget = Budget(
-        read_number("metrics/added_macs.json", "added_macs"), read_number("metrics/train_phase1.json", "train_macs")
+        read_number("data/facts/added_macs.json", "added_macs"),
+        read_number("data/facts/train_phase1.json", "train_macs"),
     )
     if params.baselines.block2[name].protocol == "historic":
         store = mine_validation(params, stage, block1)
@@ -263,12 +266,14 @@ def main(name: str = "") -> None:
         metrics, documents = evaluate(one, model)
         with atomic_folder(f"data/baseline/{name}") as folder:
             save_model(model, folder, tokenizer="data/tokens/tokenizer")
-        write_csv(f"metrics/curves/{name}.csv", spent.rows)
-        write_csv(f"metrics/documents/{name}.csv", documents)
+        write_csv(f"data/curves/{name}.csv", spent.rows)
+        write_csv(f"data/documents/{name}.csv", documents)
         leaky = one.store.manifest["split"] == "validation"
         mined = {"n_hard": one.n_hard, "hard_share": one.n_hard / one.store.manifest["tokens"], "leaky": leaky}
         cost, distance = one.budget.spent(spent.macs, found.best.lr), 100 * (spent.macs / one.budget.macs - 1)
-        write_json(f"metrics/baseline/{name}.json", metrics | cost | mined)
+        metrics |= cost | mined
+        write_json(f"metrics/details/{name}.json", metrics)
+        write_metrics(f"metrics/baseline/{name}.json", summary(metrics))
         print(f"{name}: test ppl {metrics['ppl']:.3f}, {distance:+.2f} % of its budget")
         stage.record |= data_digests("data/tokens") | {"counts": {"trained_tokens": spent.tokens * len(found.tried)}}
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from lego.base.artifacts import atomic_folder, read_json, read_number, write_csv, write_json
+from lego.base.artifacts import atomic_folder, read_json, read_number, write_csv, write_json, write_metrics
 from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
 from lego.base.sections import JointParams
 from lego.evaluation.plain import Comparison
-from lego.evaluation.routed import evaluate_at_share
+from lego.evaluation.routed import evaluate_at_share, summary
 from lego.mining.thresholds import collect_confidences, quantile_threshold
 from lego.model.checkpoint import load_model, save_model
 from lego.model.cost import Ledger
@@ -62,8 +62,8 @@ def threshold_macs(model: BaseTransformer, calibration: PackedBlocks) -> int:
 
 
 def budget_of(name: str, entry: JointParams) -> Budget:
-    phase1 = read_number("metrics/train_phase1.json", "train_macs")
-    added = read_number("metrics/added_macs.json", "added_macs")
+    phase1 = read_number("data/facts/train_phase1.json", "train_macs")
+    added = read_number("data/facts/added_macs.json", "added_macs")
     if entry.budget == "added":
         return Budget(added, phase1)
     if not phase1:
@@ -92,7 +92,9 @@ def plan(name: str, params: Params, seed: int) -> Plan:
     training = budget.macs - threshold_macs(model, PackedBlocks("data/tokens", "calibration"))
     affordable = round(training / joint_macs(entry, model, blocks.seq_len, blocks.seq_len))
     if affordable < 1:
-        raise StageError(f"metrics/added_macs.json: the budget of {name} pays for no block; raise ashem.phase2_epochs")
+        raise StageError(
+            f"data/facts/added_macs.json: the budget of {name} pays for no block; raise ashem.phase2_epochs"
+        )
     per_epoch = -(-params.train.tokens_per_epoch // blocks.seq_len)
     batches = TrainingBatches(blocks, params.train.batch_size, per_epoch, seed, total_blocks=affordable)
     return Plan(name, entry, block1, ledger, budget, batches, start)
@@ -126,7 +128,10 @@ def search(params: Params, stage: Stage, planned: Plan) -> Search:
 
 def evaluate(params: Params, model: BaseTransformer, planned: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The keys of a model file that follow from what the model says of text, and its losses by document."""
-    device, threshold = resolve_device(params.train.device), read_number("metrics/compute_threshold.json", "threshold")
+    device, threshold = (
+        resolve_device(params.train.device),
+        read_number("data/facts/compute_threshold.json", "threshold"),
+    )
     size, leaves = params.evaluation.batch_size, None
     if model.exit_layer < model.num_layers:  # its own exit routes, at the same share
         confidences = collect_confidences(model, split_batches("data/tokens", "calibration", size), device)
@@ -149,12 +154,14 @@ def main(name: str = "") -> None:
             save_model(found.best.model, folder, tokenizer="data/tokens/tokenizer")
         result = found.best.history.as_result()
         seen = planned.batches.seen(result["total_epochs"])
-        write_csv(f"metrics/curves/{name}.csv", epoch_rows(result, seen, macs, planned.budget.before or 0))
-        write_csv(f"metrics/documents/{name}.csv", documents)
+        write_csv(f"data/curves/{name}.csv", epoch_rows(result, seen, macs, planned.budget.before or 0))
+        write_csv(f"data/documents/{name}.csv", documents)
         spent = planned.budget.spent(macs, found.best.lr)
-        leaky = read_json("metrics/added_macs.json", "leaky")["leaky"]  # whether its budget is that of a leaky run
+        leaky = read_json("data/facts/added_macs.json", "leaky")["leaky"]  # whether its budget is that of a leaky run
         unmined = {"n_hard": None, "hard_share": None, "leaky": leaky}  # it learns from every token
-        write_json(f"metrics/baseline/{name}.json", metrics | spent | unmined)
+        metrics |= spent | unmined
+        write_json(f"metrics/details/{name}.json", metrics)
+        write_metrics(f"metrics/baseline/{name}.json", summary(metrics))
         print(f"{name}: test ppl {metrics['ppl']:.3f}, {100 * (macs / planned.budget.macs - 1):+.2f} % of its budget")
         stage.record |= data_digests("data/tokens") | {"counts": {"trained_tokens": tokens * len(found.tried)}}
 

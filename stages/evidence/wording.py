@@ -54,7 +54,7 @@ THREATS = (
     "The search of the learning rate is over three values on one seed; where the best lies at an end, which the tables "
     "say, a wider search could find a better one, and a rate that suits the first seed may not suit the others.",
     "Selections that use the loss at the exit are not charged for computing it: the mining pass could have kept it.",
-    "Cost is counted in MACs of matrix products; time differs (metrics/timing and docs/results.md have it).",
+    "Cost is counted in MACs of matrix products; time differs (data/timing and docs/results.md have it).",
     "Early stopping and learning rates were chosen on validation text, which all models share.",
     "There are many verdicts, and no correction for their number.",
 )

@@ -162,7 +162,7 @@ def main() -> None:
     root = root.model_copy(update={"routing": root.routing.model_copy(update={"calibration": "quantile"})})
     with Stage("satipatthana/ashem/bridge", params.seed, params.threads) as stage:
         model = cast(DeepSupervisionTransformer, load_model("data/phase2"))
-        leaky = read_json("metrics/collect_hard.json", "leaky")["leaky"]
+        leaky = read_json("data/facts/collect_hard.json", "leaky")["leaky"]
         facts, _ = load_exit("data/exit", model)
         states, right = fitted_tokens(model, root.evaluation.batch_size, facts["split"], facts["fit_tokens"])
         task = task_of(states, right, params.bridge.rows, derived_seed(params.seed, "bridge"))

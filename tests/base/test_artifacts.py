@@ -116,7 +116,7 @@ def test_a_stage_records_time_and_versions_apart_from_its_results(tmp_path, monk
     with Stage("demo", seed=3, threads=2) as stage:
         (stage.keep("best") / "x").write_text("kept until success")
         stage.record["counts"] = {"tokens": 10}
-    record = read_json("metrics/timing/demo.json")
+    record = read_json("data/timing/demo.json")
     assert record["threads"] == 2
     assert record["torch_version"] == torch.__version__
     assert record["tokens_per_second"] == pytest.approx(10 / record["seconds"])

@@ -24,7 +24,7 @@ import torch
 from lego.base.artifacts import read_json, read_tensors, sha256, write_json, write_tensors
 from lego.base.harness import exit_cleanly
 from tests.conftest import ROOT, Clone, run_in_process
-from tests.stages.test_pipeline import ORDER, outs
+from tests.stages.conftest import ORDER, outs
 
 RECOVERY = "(earlier results come back with: git checkout params.yaml dvc.lock metrics && dvc checkout)"
 
@@ -224,13 +224,13 @@ DAMAGES: dict[str, tuple[str, Callable[[], object], str]] = {
     ),
     "no budget of phase 1": (
         "evaluate_routing",
-        lambda: edit_json("metrics/train_phase1.json", train_macs=...),
-        r"metrics/train_phase1\.json: lacks train_macs; run dvc checkout",
+        lambda: edit_json("data/facts/train_phase1.json", train_macs=...),
+        r"data/facts/train_phase1\.json: lacks train_macs; run dvc checkout",
     ),
     "mining without its share": (
         "evaluate_routing",
-        lambda: edit_json("metrics/collect_hard.json", hard_share=...),
-        r"metrics/collect_hard\.json: lacks hard_share",
+        lambda: edit_json("data/facts/collect_hard.json", hard_share=...),
+        r"data/facts/collect_hard\.json: lacks hard_share",
     ),
     "no model": (
         "compute_threshold",
@@ -249,17 +249,17 @@ DAMAGES: dict[str, tuple[str, Callable[[], object], str]] = {
     ),
     "no threshold": (
         "collect_hard",
-        lambda: Path("metrics/compute_threshold.json").unlink(),
-        r"metrics/compute_threshold\.json: cannot be read \(No such file or directory\); run dvc repro",
+        lambda: Path("data/facts/compute_threshold.json").unlink(),
+        r"data/facts/compute_threshold\.json: cannot be read \(No such file or directory\); run dvc repro",
     ),
     "threshold of another kind": (
         "collect_hard",
-        lambda: edit_json("metrics/compute_threshold.json", threshold="high"),
-        r"metrics/compute_threshold\.json: threshold must be a number in \[0, 1\], got 'high'",
+        lambda: edit_json("data/facts/compute_threshold.json", threshold="high"),
+        r"data/facts/compute_threshold\.json: threshold must be a number in \[0, 1\], got 'high'",
     ),
     "nothing is hard": (
         "collect_hard",
-        lambda: edit_json("metrics/compute_threshold.json", threshold=0.0),
+        lambda: edit_json("data/facts/compute_threshold.json", threshold=0.0),
         r"no hard token: no confidence lies below the threshold 0; raise ashem\.hard_example_ratio",
     ),
     "all equally confident": ("compute_threshold", zero_weights, r"all 3,\d+ calibration tokens have the confidence"),
@@ -290,13 +290,13 @@ DAMAGES: dict[str, tuple[str, Callable[[], object], str]] = {
     ),
     "no budget": (
         "train_shallow_continued",
-        lambda: edit_json("metrics/added_macs.json", added_macs=1),
-        r"metrics/added_macs\.json: the budget pays for no block; raise ashem\.phase2_epochs",
+        lambda: edit_json("data/facts/added_macs.json", added_macs=1),
+        r"data/facts/added_macs\.json: the budget pays for no block; raise ashem\.phase2_epochs",
     ),
     "budget of another kind": (
         "train_shallow_continued",
-        lambda: edit_json("metrics/added_macs.json", added_macs="much"),
-        r"metrics/added_macs\.json: added_macs must be a number in \[0, inf\], got 'much'",
+        lambda: edit_json("data/facts/added_macs.json", added_macs="much"),
+        r"data/facts/added_macs\.json: added_macs must be a number in \[0, inf\], got 'much'",
     ),
     "threshold of another model": (
         "evaluate_routing",
@@ -310,8 +310,8 @@ DAMAGES: dict[str, tuple[str, Callable[[], object], str]] = {
     ),
     "no yardstick": (
         "evaluate_routing",
-        lambda: Path("metrics/baseline/shallow_continued.json").unlink(),
-        r"metrics/baseline/shallow_continued\.json: cannot be read",
+        lambda: Path("metrics/details/shallow_continued.json").unlink(),
+        r"metrics/details/shallow_continued\.json: cannot be read",
     ),
 }
 

@@ -30,7 +30,7 @@ from lego.text.tokenizer import fit_bpe
 from lego.tokens.batches import EvaluationBatches
 from lego.tokens.blocks import PackedBlocks, train_text
 from tests.conftest import TINY, Clone, ran, run_in_process
-from tests.stages.test_pipeline import ORDER, outs, reruns
+from tests.stages.conftest import ORDER, outs, reruns
 
 
 @pytest.fixture(scope="module")
@@ -57,20 +57,20 @@ def test_all_outs_are_there_and_the_two_models_report_the_same_keys(clone):
         for out in outs(stage):
             assert (clone.folder / out).exists(), out
     assert [path.name for path in (clone.folder / ".scratch").iterdir()] == ["locks"]
-    routed, yardstick = (clone.json(f"metrics/{n}.json") for n in ("evaluate_routing", "baseline/shallow_continued"))
+    routed, yardstick = (clone.json(f"metrics/details/{n}.json") for n in ("ashem", "shallow_continued"))
     assert set(routed) == set(yardstick) == set(MODEL_KEYS)
     assert routed["leaky"] is yardstick["leaky"] is False
-    assert len((clone.folder / "metrics/curves/evaluate_routing.csv").read_text().splitlines()) >= 22
+    assert len((clone.folder / "data/curves/evaluate_routing.csv").read_text().splitlines()) >= 22
     assert re.search(r"ppl +[\d.]+ +[\d.]+", clone.output)  # printed last, the yardstick beside it
     assert ran(clone.output)[-1] == "evaluate_routing"
-    timing = clone.json("metrics/timing/train_phase1.json")
+    timing = clone.json("data/timing/train_phase1.json")
     assert {"python_executable", "torch_version", "seconds", "trained_tokens_per_second"} <= set(timing)
 
 
 def test_the_tables_of_all_tokens_give_the_metrics(clone):
     table, metrics = (
         read_tensors(clone.folder / "data/evaluation/test.safetensors"),
-        clone.json("metrics/evaluate_routing.json"),
+        clone.json("metrics/details/ashem.json"),
     )
     easy = table["confidence"] >= metrics["threshold"]
     nll = torch.where(easy, table["nll_shallow"], table["nll_deep"]).double()
@@ -84,8 +84,8 @@ def test_block_1_is_bit_identical_in_the_published_model(clone):
     block1, model = (load_model(clone.folder / "data" / phase) for phase in ("phase1", "phase2"))
     assert isinstance(model, DeepSupervisionTransformer)
     assert same_block1(block1, model)
-    assert clone.json("metrics/train_phase2.json")["block1_unchanged"] is True
-    assert model.routing_threshold == clone.json("metrics/compute_threshold.json")["threshold"]
+    assert clone.json("data/facts/train_phase2.json")["block1_unchanged"] is True
+    assert model.routing_threshold == clone.json("data/facts/compute_threshold.json")["threshold"]
     assert model.block2_context == "sequence"
 
 
@@ -99,12 +99,12 @@ def test_3_4_phase_2_stops_on_routed_validation_perplexity(clone):
     model = load_model(clone.folder / "data/phase2")
     validation = EvaluationBatches(PackedBlocks(clone.folder / "data/tokens", "validation"), 16)
     stats = routed_trainer(model).evaluate(model, validation)
-    assert clone.json("metrics/train_phase2.json")["val_ppl"] == pytest.approx(stats["ppl"], rel=1e-6)
+    assert clone.json("data/facts/train_phase2.json")["val_ppl"] == pytest.approx(stats["ppl"], rel=1e-6)
     assert stats["shallow_ratio"] not in (0.0, 1.0)
 
 
 def test_the_threshold_is_the_calibration_texts_and_keeps_its_share_after_phase_2(clone):
-    recorded_threshold = clone.json("metrics/compute_threshold.json")
+    recorded_threshold = clone.json("data/facts/compute_threshold.json")
     assert (recorded_threshold["split"], recorded_threshold["leaky"]) == ("calibration", False)
     calibration = EvaluationBatches(PackedBlocks(clone.folder / "data/tokens", "calibration"), 16)
     block1, model = (load_model(clone.folder / "data" / phase) for phase in ("phase1", "phase2"))
@@ -124,7 +124,7 @@ def test_the_store_holds_the_part_of_train_that_phase_1_did_not_read_in_another_
     assert stored != parts[1]
     whole = PackedBlocks(clone.folder / "data/tokens", "train")
     assert sorted(parts[0] + stored) == sorted(whole.rows(torch.arange(len(whole)))[:, :-1].tolist())
-    assert clone.json("metrics/train_phase1.json")["train_text_tokens"] == len(parts[0]) * 32
+    assert clone.json("data/facts/train_phase1.json")["train_text_tokens"] == len(parts[0]) * 32
 
 
 def test_the_tokenizer_is_fitted_on_train_alone(clone, tmp_path):
@@ -135,20 +135,20 @@ def test_the_tokenizer_is_fitted_on_train_alone(clone, tmp_path):
 
 
 def test_the_yardstick_costs_what_mining_and_phase_2_cost(clone):
-    assert abs(clone.json("metrics/train_shallow_continued.json")["distance_from_budget"]) <= 0.02
-    routed, yardstick = (clone.json(f"metrics/{n}.json") for n in ("evaluate_routing", "baseline/shallow_continued"))
+    assert abs(clone.json("data/facts/train_shallow_continued.json")["distance_from_budget"]) <= 0.02
+    routed, yardstick = (clone.json(f"metrics/details/{n}.json") for n in ("ashem", "shallow_continued"))
     assert routed["train_macs"] == pytest.approx(yardstick["train_macs"], rel=0.02)
-    added = clone.json("metrics/added_macs.json")
+    added = clone.json("data/facts/added_macs.json")
     assert added["added_macs"] == added["collect_hard_macs"] + added["train_phase2_macs"]
-    assert added["collect_hard_macs"] == clone.json("metrics/collect_hard.json")["macs"]
+    assert added["collect_hard_macs"] == clone.json("data/facts/collect_hard.json")["macs"]
 
 
 def test_the_store_is_of_fresh_text_and_the_share_is_near_the_ratio(clone):
     manifest = clone.json("data/hard/manifest.json")
     assert (manifest["split"], manifest["text"], len(manifest["shards"])) == ("train", "fresh", 4)
-    assert manifest["tokens"] == clone.json("metrics/collect_hard.json")["n_tokens"]
+    assert manifest["tokens"] == clone.json("data/facts/collect_hard.json")["n_tokens"]
     assert 0.3 < manifest["hard_tokens"] / manifest["tokens"] < 0.7
-    assert clone.json("metrics/compute_threshold.json")["hard_share"] == pytest.approx(0.5, abs=0.001)
+    assert clone.json("data/facts/compute_threshold.json")["hard_share"] == pytest.approx(0.5, abs=0.001)
 
 
 def test_nothing_changed_nothing_runs(clone):
@@ -183,7 +183,7 @@ def test_phase_2s_rate_leaves_the_yardstick_alone_when_no_step_was_taken_more_or
     assert ran(output) == ["train_phase2", "evaluate_routing"]
     changed = {path for path, md5 in recorded(clone).items() if before[path] != md5}
     assert "data/phase2" in changed
-    assert not changed & {"data/baseline/shallow_continued", "metrics/added_macs.json", "data/hard"}
+    assert not changed & {"data/baseline/shallow_continued", "data/facts/added_macs.json", "data/hard"}
     assert "phase2_lr: 1e-05" in (clone.folder / "params.yaml").read_text()  # dvc's spelling, which YAML reads as text
     clone.run("git", "checkout", "-q", ".")
     clone.run("dvc", "checkout", "-q")
@@ -195,11 +195,10 @@ def test_an_experiment_reruns_what_it_affects_and_dvc_shows_the_difference(clone
     assert ran(output) == [stage for stage in ORDER if stage in direct + following]
     # its second line says that no file was found of baselines that never ran
     difference = json.loads(clone.run("dvc", "metrics", "diff", "--json").splitlines()[0])
-    routed = difference["metrics/evaluate_routing.json"]
+    routed = difference["metrics/summary.json"]
     assert routed["shallow_ratio"]["new"] > routed["shallow_ratio"]["old"]
-    assert difference["metrics/compute_threshold.json"]["threshold"]["new"] < 1
-    assert "metrics/train_phase1.json" not in difference
-    assert clone.json("metrics/compute_threshold.json")["hard_share"] == pytest.approx(0.3, abs=0.001)
+    assert set(difference) <= {"metrics/summary.json", "metrics/yardstick.json"}
+    assert clone.json("data/facts/compute_threshold.json")["hard_share"] == pytest.approx(0.3, abs=0.001)
     changed = json.loads(clone.run("dvc", "params", "diff", "--json"))["params.yaml"]
     assert changed.keys() == {"ashem.hard_example_ratio"}
     assert (changed["ashem.hard_example_ratio"]["old"], changed["ashem.hard_example_ratio"]["new"]) == (0.5, 0.3)
@@ -224,7 +223,7 @@ def test_a_baseline_runs_alone_and_again_only_for_its_own_keys(clone):
     assert ran(clone.run("dvc", "repro")) == []
     clone.run("dvc", "checkout")  # what other baselines never made is not missed
     assert "ppl" in clone.run(
-        sys.executable, "-m", "lego.compare", "metrics/evaluate_routing.json", "metrics/baseline/grow_copy.json"
+        sys.executable, "-m", "lego.compare", "metrics/details/ashem.json", "metrics/details/grow_copy.json"
     )
 
 
@@ -241,7 +240,7 @@ def test_data_travels_through_a_remote(clone, tmp_path):
 
 
 def test_a_bad_parameter_touches_no_result_and_what_dvc_removed_comes_back(clone):
-    results = ("data/phase2/model.safetensors", "metrics/compute_threshold.json", "dvc.lock")
+    results = ("data/phase2/model.safetensors", "data/facts/compute_threshold.json", "dvc.lock")
     before = {path: (clone.folder / path).read_bytes() for path in results}
     path = clone.folder / "params.yaml"
     right = path.read_text()
@@ -251,7 +250,7 @@ def test_a_bad_parameter_touches_no_result_and_what_dvc_removed_comes_back(clone
         reason = "error: params.yaml: ashem.hard_example_ratio must be in (0, 1), got 1.5 (earlier results come back"
         assert reason in output
         assert "Traceback" not in output
-        assert not (clone.folder / "metrics/compute_threshold.json").exists()  # dvc removes a stage's outs first
+        assert not (clone.folder / "data/facts/compute_threshold.json").exists()  # dvc removes a stage's outs first
         if remedy == "checkout":
             clone.run("git", "checkout", "params.yaml", "dvc.lock", "metrics")
             clone.run("dvc", "checkout")
@@ -273,14 +272,14 @@ def test_a_second_run_gives_the_same_bytes_and_a_leaky_one_says_so(clone, tmp_pa
     assert compared == len(recorded(clone))
     digests = {f"{s}_sha256": read_json(tmp_path / "data/tokens/corpus.json")["splits"][s]["sha256"] for s in SPLITS}
     for stage in ORDER:
-        assert digests.items() <= read_json(tmp_path / f"metrics/timing/{stage}.json").items()
+        assert digests.items() <= read_json(tmp_path / f"data/timing/{stage}.json").items()
 
     # the historical protocol: mined, and the threshold taken, where it is scored
     params = tmp_path / "params.yaml"
     text = params.read_text().replace("hard_split: train", "hard_split: validation")
     params.write_text(text.replace("phase2_context: sequence", "phase2_context: token"))
     run_in_process(tmp_path, ORDER[2:])
-    assert read_json(tmp_path / "metrics/compute_threshold.json")["split"] == "validation"
+    assert read_json(tmp_path / "data/facts/compute_threshold.json")["split"] == "validation"
     manifest = read_json(tmp_path / "data/hard/manifest.json")
     validation_tokens = PackedBlocks(tmp_path / "data/tokens", "validation").tokens
     assert (manifest["split"], manifest["tokens"]) == ("validation", validation_tokens)

@@ -16,7 +16,7 @@ from lego.base.harness import exit_cleanly
 from lego.model.checkpoint import load_routed
 from stages import evaluate_routing
 from tests.conftest import Clone, run_in_process, train_llama
-from tests.stages.test_pipeline import ORDER
+from tests.stages.conftest import ORDER
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def run(tmp_path_factory) -> Path:
 
 
 def test_nothing_of_the_given_model_was_trained(run):
-    phase1, phase2 = (read_json(run / f"metrics/train_phase{n}.json") for n in (1, 2))
+    phase1, phase2 = (read_json(run / f"data/facts/train_phase{n}.json") for n in (1, 2))
     assert (phase1["train_tokens"], phase1["train_macs"], phase1["phase1_converged"]) == (0, 0, None)
     assert phase2["block1_unchanged"] is True
     assert phase2["best_epoch"] > 0  # hard tokens taught block 2 something
@@ -70,8 +70,8 @@ def test_easy_tokens_keep_the_given_models_answers(run):
 
 
 def test_the_promise_stands_beside_what_came_of_it(run):
-    report = read_json(run / "metrics/criteria.json")
-    risk, metrics = report["risk"], read_json(run / "metrics/evaluate_routing.json")
+    report = read_json(run / "metrics/details/criteria.json")
+    risk, metrics = report["risk"], read_json(run / "metrics/details/ashem.json")
     assert (risk["epsilon"], risk["delta"]) == (0.2, 0.1)
     assert risk["units"] >= 500
     assert 0 < risk["best_epsilon"] <= risk["smallest_epsilon"]
@@ -88,13 +88,13 @@ def test_the_promise_stands_beside_what_came_of_it(run):
     assert report["test"]["probe"]["ppl"] == metrics["ppl"]
     even = {name: report["test"][name]["break_even_shallow_ratio"] for name in ("probe", "max_prob")}
     assert even["probe"] < even["max_prob"]
-    timing = read_json(run / "metrics/timing/evaluate_routing.json")
+    timing = read_json(run / "data/timing/evaluate_routing.json")
     assert all(timing[f"latency_ratio_batch_{size}"] > 0 for size in (1, 8, 32))
 
 
 def test_the_folder_routes_as_the_metrics_say(run):
     routed = load_routed(run / "data/routed")
-    metrics = read_json(run / "metrics/evaluate_routing.json")
+    metrics = read_json(run / "metrics/details/ashem.json")
     assert routed.threshold == metrics["threshold"]
     config = read_json(run / "data/routed/config.json")
     assert (config["exit_criterion"], config["exit_layer"], config["num_hidden_layers"]) == ("probe", 3, 5)
@@ -112,11 +112,11 @@ def test_a_promise_that_cannot_be_kept_stops_unless_told_otherwise(run, tmp_path
         exit_cleanly(evaluate_routing.main)
     error = r"error: params\.yaml: routing\.epsilon 0\.0001 cannot be certified with probe on 5\d\d units at routing\."
     assert re.search(error + r"delta 0\.1, the smallest here is 0\.\d+; raise it, or", capsys.readouterr().err)
-    assert read_json("metrics/evaluate_routing.json") == read_json(run / "metrics/evaluate_routing.json")
+    assert read_json("metrics/details/ashem.json") == read_json(run / "metrics/details/ashem.json")
     Path("params.yaml").write_text(text)
     evaluate_routing.main()
     assert "it cannot be kept: always deep" in capsys.readouterr().out
-    metrics = read_json("metrics/evaluate_routing.json")
+    metrics = read_json("metrics/details/ashem.json")
     assert (metrics["shallow_ratio"], metrics["ppl"]) == (0.0, metrics["deep_ppl"])
     assert load_routed("data/routed").threshold > 1
 

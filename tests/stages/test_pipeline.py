@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -11,64 +12,25 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lego.base.params import Params
+from lego.evaluation.routed import SUMMARY_KEYS
 from tests.conftest import ROOT
+from tests.stages.conftest import (
+    KEYS,
+    ORDER,
+    PIPELINE,
+    SECTIONS,
+    code_deps,
+    code_lines,
+    declared_keys,
+    is_property,
+    keys_behind,
+    outs,
+    reruns,
+)
+from tests.test_packages import GUESTS
+from tests.test_packages import ORDER as PACKAGES
 
-PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-ORDER = [
-    "tokenize",
-    "train_phase1",
-    "compute_threshold",
-    "collect_hard",
-    "train_phase2",
-    "train_shallow_continued",
-    "evaluate_routing",
-]
-SECTIONS = {name: set(field.annotation.model_fields) for name, field in Params.model_fields.items() if name != "seed"}
-KEYS = ["seed", *(f"{section}.{key}" for section, keys in SECTIONS.items() for key in sorted(keys))]
-
-
-def imported_files(path: Path) -> set[Path]:
-    """Files of this repository that a module imports by name, packages' __init__ included."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{path}: relative import"
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            parts = name.split(".")
-            candidates = [ROOT.joinpath(*parts[:n], "__init__.py") for n in range(1, len(parts) + 1)]
-            candidates.append(ROOT.joinpath(*parts).with_suffix(".py"))
-            found |= {file for file in candidates if file.exists()}
-    return found
-
-
-def transitive_imports(stage: str) -> set[str]:
-    """Of a stage's script: `tokenize`, or `evidence/train_joint`."""
-    script = ROOT / "stages" / f"{stage}.py"
-    todo, seen = [script, script.parent / "__init__.py", ROOT / "stages" / "__init__.py"], set()
-    while todo:
-        path = todo.pop()
-        if path not in seen:
-            seen.add(path)
-            todo += imported_files(path)
-    return {path.relative_to(ROOT).as_posix() for path in seen}
-
-
-def names(entries: list) -> list[str]:
-    """DVC entries are a path, or a path with options."""
-    return [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
-
-
-def outs(stage: str) -> set[str]:
-    return {name for kind in ("outs", "metrics", "plots") for name in names(PIPELINE[stage].get(kind, []))}
-
-
-def code_deps(stage: str) -> set[str]:
-    return {dep for dep in PIPELINE[stage]["deps"] if dep.endswith(".py")}
+DVC_FILES = [ROOT / "dvc.yaml", *sorted((ROOT / "stages").rglob("dvc.yaml"))]
 
 
 def test_the_stages_are_these_and_each_has_its_script():
@@ -80,7 +42,75 @@ def test_the_stages_are_these_and_each_has_its_script():
 
 @pytest.mark.parametrize("stage", ORDER)
 def test_deps_equal_the_transitive_imports(stage):
-    assert code_deps(stage) == transitive_imports(stage)
+    assert code_deps(PIPELINE[stage]) == code_lines(stage)
+
+
+def test_a_changed_package_reruns_the_stages_that_use_it():
+    found = {
+        package: [stage for stage in ORDER if f"lego/{package}" in PIPELINE[stage]["deps"]] for package in PACKAGES
+    }
+    trained = ["train_phase1", "train_phase2", "train_shallow_continued"]
+    assert found == {
+        "base": ORDER,
+        "tokens": ORDER,
+        "text": ["tokenize"],
+        "model": ORDER[1:],
+        "training": trained,
+        "mining": ["compute_threshold", "collect_hard", "train_phase2", "evaluate_routing"],
+        "routing": ["train_phase2", "train_shallow_continued", "evaluate_routing"],
+        "growing": ["train_phase2"],
+        "evaluation": ["train_shallow_continued", "evaluate_routing"],
+        "hub": ["evaluate_routing"],
+        "report": [],
+    }
+    for entry in PIPELINE.values():
+        assert not any(f"lego/{guest}" in entry["deps"] for guest in GUESTS)
+
+
+def test_pipelines_are_short_enough_to_read():
+    lines = {file: len(file.read_text().splitlines()) for file in DVC_FILES}
+    assert lines[ROOT / "dvc.yaml"] <= 200
+    assert sum(lines.values()) <= 1100
+
+
+def test_metrics_and_plots_are_declared_once_at_the_top_and_are_few():
+    declared = {}
+    for file in DVC_FILES:
+        pipeline = yaml.safe_load(file.read_text())
+        entries = [entry.get("do", entry) for entry in pipeline["stages"].values()]
+        assert not any(kind in entry for entry in entries for kind in ("metrics", "plots")), file
+        for plot in pipeline.get("plots", []):
+            (options,) = plot.values()
+            assert {"title", "x", "y", "y_label"} <= set(options), plot
+        declared[file.parent.relative_to(ROOT).as_posix()] = pipeline.get("metrics", [])
+    assert {place: found for place, found in declared.items() if found} == {
+        ".": ["metrics/summary.json", "metrics/yardstick.json"],
+        "stages/evidence": ["../../metrics/baseline"],
+        "stages/cvfp": ["../../metrics/cvfp/summary.json"],
+        "stages/satipatthana": ["../../metrics/satipatthana/summary.json"],
+    }
+
+
+def test_what_is_declared_has_few_keys_of_five_digits_and_no_times():
+    """As committed: a run rewrites the work tree."""
+    shown = subprocess.run(["git", "ls-files", "metrics"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    files = shown.split()
+    assert not [file for file in files if "timing" in file]
+    baselines = [file for file in files if file.startswith("metrics/baseline/")]
+    keys = {}
+    for file in [
+        "metrics/summary.json",
+        "metrics/yardstick.json",
+        *baselines,
+        *(f"metrics/{g}/summary.json" for g in GUESTS),
+    ]:
+        said = subprocess.run(["git", "show", f"HEAD:{file}"], cwd=ROOT, capture_output=True, text=True, check=True)
+        values = json.loads(said.stdout)
+        keys[file] = set(values)
+        assert len(values) <= 8
+        for value in values.values():
+            assert value == float(f"{value:.5g}"), file
+    assert all(keys[file] - {"leaky"} == set(SUMMARY_KEYS) for file in keys if file.split("/")[1] not in GUESTS)
 
 
 @pytest.mark.parametrize("stage", ORDER)
@@ -91,26 +121,10 @@ def test_every_file_read_is_a_dep_and_every_file_written_an_out(stage):
     known = deps | outs(stage)
     for path in mentioned:
         assert any(path == entry or path.startswith(entry + "/") for entry in known), f"{path} is not in dvc.yaml"
-    for entry in known - {f"metrics/timing/{stage}.json"}:
+    for entry in known - {f"data/timing/{stage}.json"}:
         assert any(path == entry or path.startswith(entry + "/") for path in mentioned), f"{entry} is never mentioned"
     earlier = {out for other in ORDER[: ORDER.index(stage)] for out in outs(other)}
     assert deps <= earlier
-
-
-def is_property(section: str, name: str) -> bool:
-    return isinstance(getattr(Params.model_fields[section].annotation, name, None), property)
-
-
-def keys_behind(section: str, name: str) -> set[str]:
-    """Keys of a section that a property of it reads, or a function of lego.growing.phase2 that takes it whole."""
-    file = "base/sections" if name != "grown" else "growing/phase2"
-    tree = ast.parse((ROOT / f"lego/{file}.py").read_text())
-    function = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name)
-    keys = set()
-    for node in ast.walk(function):
-        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", section):
-            keys |= {f"{section}.{node.attr}"} if node.attr in SECTIONS[section] else keys_behind(section, node.attr)
-    return keys
 
 
 def read_keys(stage: str) -> set[str]:
@@ -149,13 +163,6 @@ def read_keys(stage: str) -> set[str]:
     return keys
 
 
-def declared_keys(stage: str) -> set[str]:
-    keys = set()
-    for entry in PIPELINE[stage]["params"]:
-        keys |= {f"{entry}.{key}" for key in SECTIONS[entry]} if entry in SECTIONS else {entry}
-    return keys
-
-
 READ_BY_NAME = {  # what the scripts reach through getattr or model_dump
     "tokenize": {f"data.max_{split}_tokens" for split in ("train", "validation", "calibration", "test")},
 }
@@ -170,18 +177,6 @@ def test_declared_params_equal_those_read(stage):
     read = read_keys(stage) | READ_BY_NAME.get(stage, set())
     assert read - declared_keys(stage) == set()
     assert declared_keys(stage) - read - UNUSED_IN_GROUP.get(stage, set()) == set()
-
-
-def reruns(key: str) -> tuple[list[str], list[str]]:
-    """Stages that name the key, and those that may follow because an input of theirs may change."""
-    direct = [stage for stage in ORDER if key in declared_keys(stage)]
-    changed: set[str] = set()
-    following = []
-    for stage in ORDER:  # topological
-        if stage in direct or changed & set(PIPELINE[stage]["deps"]):
-            changed |= outs(stage)
-            following += [stage] if stage not in direct else []
-    return direct, following
 
 
 def test_the_order_is_topological():
@@ -201,7 +196,7 @@ def test_phase_2s_rate_reruns_phase_2_and_the_evaluation_and_can_reach_the_yards
     direct, following = reruns("ashem.phase2_lr")
     assert direct == ["train_phase2"]
     assert following == ["train_shallow_continued", "evaluate_routing"]
-    assert set(PIPELINE["train_shallow_continued"]["deps"]) & outs("train_phase2") == {"metrics/added_macs.json"}
+    assert set(PIPELINE["train_shallow_continued"]["deps"]) & outs("train_phase2") == {"data/facts/added_macs.json"}
 
 
 def test_the_readme_table_says_what_dvc_yaml_does():
@@ -223,7 +218,7 @@ def test_the_readme_table_says_what_dvc_yaml_does():
 def test_timing_files_are_dependencies_of_no_stage():
     for stage in ORDER:
         assert not any("timing" in dep for dep in PIPELINE[stage]["deps"])
-        assert f"metrics/timing/{stage}.json" in outs(stage)
+        assert f"data/timing/{stage}.json" in outs(stage)
 
 
 def test_every_dvc_yaml_of_the_tree_parses():

@@ -26,7 +26,7 @@ from lego.mining.hidden_states import StoreWriter
 from lego.training.epochs import TrainingState
 from lego.training.steps import build_training
 from tests.conftest import ROOT, VOCAB, Clone, ran, random_batches, run_in_process
-from tests.stages.test_pipeline import ORDER, outs
+from tests.stages.conftest import ORDER, outs
 
 PARAMS = load_params(ROOT / "params.yaml").train.model_copy(update={"warmup_steps": 3})
 
@@ -176,7 +176,7 @@ def test_a_stage_killed_half_way_ends_with_the_same_bytes(clone, monkeypatch, ca
     assert re.search(r"continues after (epoch 1/|\d+\.\d %)", capsys.readouterr().out)
     assert digests(stage) == expected
     assert not (clone.folder / ".scratch" / stage).exists()
-    timing = read_json(f"metrics/timing/{stage}.json")
+    timing = read_json(f"data/timing/{stage}.json")
     assert timing["continued"] is True
     assert not any("per_second" in key for key in timing)  # of a part, over the time of another
 

@@ -14,7 +14,7 @@ from lego.cvfp.sections import WRITTEN, load
 
 def spent(name: str) -> dict[str, float]:
     """Seconds of a run and the most memory that its process held, which are no metrics: they differ by machine."""
-    record = read_json(f"metrics/timing/cvfp/baselines/{name}.json", "seconds_a_run", "peak_mib")
+    record = read_json(f"data/timing/cvfp/baselines/{name}.json", "seconds_a_run", "peak_mib")
     return {"seconds": record["seconds_a_run"], "peak_mib": record["peak_mib"]}
 
 

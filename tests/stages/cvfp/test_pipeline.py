@@ -25,7 +25,7 @@ from lego.cvfp.sections import PARAMS, CvfpParams, changed, load, with_profile
 from lego.cvfp.store import build
 from lego.cvfp.text import SPLITS, Text, digest, stream
 from tests.conftest import ROOT, Clone
-from tests.stages.test_pipeline import names, transitive_imports
+from tests.stages.conftest import code_deps, code_lines, names
 
 STAGES = yaml.safe_load((ROOT / "stages/cvfp/dvc.yaml").read_text())["stages"]
 BESIDES = {
@@ -69,8 +69,7 @@ def declared(entry: dict) -> list[str]:
 
 @pytest.mark.parametrize("stage", ENTRIES)
 def test_deps_equal_the_transitive_imports(stage):
-    found = {dep for dep in ENTRIES[stage]["deps"] if dep.endswith(".py")}
-    assert found == transitive_imports(stage)
+    assert code_deps(ENTRIES[stage]) == code_lines(stage, guest=True)
     assert ENTRIES[stage]["cmd"].removesuffix(" ${key}") == f"python -m stages.{stage.replace('/', '.')}"
 
 
@@ -98,19 +97,14 @@ def test_what_a_stage_reads_an_earlier_one_writes_and_timing_is_no_dependency():
         data = {dep for dep in entry["deps"] if dep.startswith(("data/", "metrics/"))}
         assert data <= made | {f"metrics/cvfp/{name}.json" for name in ("contest", "scaling", "trials")}
         assert not any("timing" in dep for dep in data)
-        made |= {name for kind in ("outs", "metrics", "plots") for name in names(entry.get(kind, []))}
+        made |= set(names(entry["outs"]))
 
 
 def test_what_no_stage_makes_is_in_git():
     tracked = set(subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split())
-    made = {
-        name
-        for entry in STAGES.values()
-        for kind in ("outs", "metrics", "plots")
-        for name in names(entry.get(kind, []))
-    }
+    made = {name for entry in STAGES.values() for name in names(entry["outs"])}
     read = {dep for entry in STAGES.values() for dep in entry["deps"]}
-    assert {dep for dep in read - made if not dep.startswith(("data/", "${"))} <= tracked
+    assert {dep for dep in read - made if Path(dep).suffix and not dep.startswith(("data/", "${"))} <= tracked
 
 
 def reruns(key: str) -> list[str]:
@@ -203,7 +197,7 @@ def test_a5_the_same_bytes_twice(clone, monkeypatch):
 
 @pytest.mark.slow
 def test_the_command_line_check_and_bad_input(clone, tmp_path):
-    timing = clone.folder / "metrics/timing/cvfp/check_val_convergence.json"
+    timing = clone.folder / "data/timing/cvfp/check_val_convergence.json"
     before = timing.read_bytes()
     said = clone.run("python", "-m", "stages.cvfp.check_val_convergence", "--num-trials", "4")
     assert timing.read_bytes() == before  # by hand: the pipeline's files stay
@@ -366,5 +360,5 @@ def test_the_contest_runs_goes_on_after_a_kill_and_reaches_the_page(clone):
 
 
 def fingerprint_in(clone: Clone, stage: str) -> str:
-    script = f"from lego.scratch import fingerprint; print(fingerprint({stage!r}))"
+    script = f"from lego.base.scratch import fingerprint; print(fingerprint({stage!r}))"
     return clone.run("python", "-c", script).strip().splitlines()[-1]

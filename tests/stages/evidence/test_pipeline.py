@@ -21,7 +21,7 @@ from stages.evidence import graph, run
 from stages.evidence.graph import task_of
 from stages.evidence.records import Records
 from tests.conftest import ROOT, Clone, run_in_process
-from tests.stages.test_pipeline import ORDER, SECTIONS, is_property, keys_behind, names, outs, transitive_imports
+from tests.stages.conftest import ORDER, SECTIONS, code_deps, code_lines, is_property, keys_behind, names, outs
 
 ENTRIES = yaml.safe_load((ROOT / "stages/evidence/dvc.yaml").read_text())["stages"]
 SCRIPTS = {"joint": "evidence/train_joint", "block2": "evidence/train_block2", "report": "evidence/report"}
@@ -38,8 +38,7 @@ def entry_of(group: str) -> dict:
 
 @pytest.mark.parametrize("group", SCRIPTS)
 def test_deps_equal_the_transitive_imports(group):
-    code = {dep for dep in entry_of(group)["deps"] if dep.endswith(".py")}
-    assert code == transitive_imports(SCRIPTS[group])
+    assert code_deps(entry_of(group)) == code_lines(SCRIPTS[group])
     assert entry_of(group)["wdir"] == "../.."
 
 
@@ -48,9 +47,9 @@ def test_every_file_a_baseline_reads_or_writes_is_declared(group):
     source = (ROOT / "stages" / f"{SCRIPTS[group]}.py").read_text()
     mentioned = {path.replace("{name}", "${key}") for path in re.findall(r'f?"((?:data|metrics)/[\w./{}]+)"', source)}
     entry = entry_of(group)
-    written = {name for kind in ("outs", "metrics", "plots") for name in names(entry[kind])}
+    written = set(names(entry["outs"]))
     read = {dep for dep in entry["deps"] if dep.startswith(("data/", "metrics/"))}
-    assert written - {"metrics/timing/${key}.json"} <= mentioned
+    assert written - {"data/timing/${key}.json"} <= mentioned
     for path in mentioned:
         assert any(path == known or path.startswith(known + "/") for known in read | written), path
 
@@ -98,7 +97,11 @@ def ran(tmp_path_factory) -> Path:
 
 
 def test_every_model_reports_the_same_keys_and_keeps_its_budget(ran):
-    for file in [ran / "metrics/evaluate_routing.json", *sorted((ran / "metrics/baseline").glob("*.json"))]:
+    tables = [
+        file for file in sorted((ran / "metrics/details").glob("*.json")) if file.stem not in ("criteria", "stages")
+    ]
+    assert len(tables) == 2 + sum(map(len, RUN_HERE.values()))
+    for file in tables:
         metrics = read_json(file)
         assert set(metrics) == set(MODEL_KEYS), file
         assert abs(metrics["distance_from_budget"]) <= 0.02, file
@@ -106,46 +109,45 @@ def test_every_model_reports_the_same_keys_and_keeps_its_budget(ran):
 
 
 def test_the_two_budgets_are_kept_apart(ran):
-    phase1 = read_json(ran / "metrics/train_phase1.json")["train_macs"]
-    added = read_json(ran / "metrics/added_macs.json")["added_macs"]
+    phase1 = read_json(ran / "data/facts/train_phase1.json")["train_macs"]
+    added = read_json(ran / "data/facts/added_macs.json")["added_macs"]
     for name in ("deep_supervision", "shallow_wide"):
-        metrics = read_json(ran / f"metrics/baseline/{name}.json")
+        metrics = read_json(ran / f"metrics/details/{name}.json")
         assert metrics["budget_macs"] == phase1 + added
         assert metrics["train_macs"] == pytest.approx(phase1 + added, rel=0.02)
         assert metrics["added_macs"] is None
     for name in ("grow_copy", *RUN_HERE["block2"]):
-        metrics = read_json(ran / f"metrics/baseline/{name}.json")
+        metrics = read_json(ran / f"metrics/details/{name}.json")
         assert metrics["budget_macs"] == added
         assert metrics["added_macs"] == metrics["train_macs"] - phase1 == pytest.approx(added, rel=0.02)
 
 
 def test_selections_leave_block_1_as_it_was_and_the_historical_protocol_does_not(ran):
-    ashem = read_json(ran / "metrics/evaluate_routing.json")
+    ashem = read_json(ran / "metrics/details/ashem.json")
     for name in ("frozen_all", "random", "reducible_loss", "expected_gain"):
-        metrics = read_json(ran / f"metrics/baseline/{name}.json")
+        metrics = read_json(ran / f"metrics/details/{name}.json")
         assert metrics["shallow_ppl"] == pytest.approx(ashem["shallow_ppl"], rel=1e-6)
         assert metrics["shallow_ratio"] == ashem["shallow_ratio"]
-    unfrozen = read_json(ran / "metrics/baseline/unfrozen_end.json")
+    unfrozen = read_json(ran / "metrics/details/unfrozen_end.json")
     assert unfrozen["hard_ppl_before"] == pytest.approx(ashem["hard_ppl_before"], rel=1e-6)  # the same tokens
-    spent = run.table(ran / "metrics/curves/unfrozen_end.csv")["macs"]
+    spent = run.table(ran / "data/curves/unfrozen_end.csv")["macs"]
     assert 0.05 < (spent[-1] - spent[-2]) / unfrozen["budget_macs"] < 0.12  # the end, less the pass for its threshold
-    leaky = read_json(ran / "metrics/baseline/leaky_validation.json")
+    leaky = read_json(ran / "metrics/details/leaky_validation.json")
     assert leaky["shallow_ppl"] != pytest.approx(ashem["shallow_ppl"], rel=1e-3)
     claimed = leaky["val_hard_ppl_after"] / leaky["val_hard_ppl_before"]
     true = leaky["hard_ppl_after"] / leaky["hard_ppl_before"]
     assert claimed < 0.6 * true  # it was trained on the tokens it is scored on
-    shares = {name: read_json(ran / f"metrics/baseline/{name}.json")["hard_share"] for name in RUN_HERE["block2"]}
+    shares = {name: read_json(ran / f"metrics/details/{name}.json")["hard_share"] for name in RUN_HERE["block2"]}
     assert shares["frozen_all"] == 1.0
     assert shares["random"] == shares["reducible_loss"] == ashem["hard_share"]
 
 
 def test_losses_by_document_add_up_to_the_perplexity(ran):
     for name in ("ashem", "shallow_continued", "deep_supervision", "random", "leaky_validation"):
-        rows = run.table(ran / f"metrics/documents/{name}.csv")
-        file = "evaluate_routing" if name == "ashem" else f"baseline/{name}"
-        metrics = read_json(ran / f"metrics/{file}.json")
+        rows = run.table(ran / f"data/documents/{name}.csv")
+        metrics = read_json(ran / f"metrics/details/{name}.json")
         tokens = sum(rows["tokens"])
-        assert tokens == read_json(ran / "metrics/tokenize.json")["test_tokens"]
+        assert tokens == read_json(ran / "data/facts/tokenize.json")["test_tokens"]
         assert 2.718281828 ** (sum(rows["nll"]) / tokens) == pytest.approx(metrics["ppl"], rel=1e-4)
         after = 2.718281828 ** (sum(rows["nll_hard"]) / sum(rows["hard_tokens"]))
         if name in ("shallow_continued", "random"):  # all of block 1's hard tokens go deep
@@ -154,9 +156,9 @@ def test_losses_by_document_add_up_to_the_perplexity(ran):
 
 def test_the_curve_ends_at_what_training_cost(ran):
     for name in ("deep_supervision", "grow_copy", "random", "expected_gain", "unfrozen_end"):
-        macs = run.table(ran / f"metrics/curves/{name}.csv")["macs"]
+        macs = run.table(ran / f"data/curves/{name}.csv")["macs"]
         assert macs == sorted(macs)
-        assert macs[-1] == pytest.approx(read_json(ran / f"metrics/baseline/{name}.json")["train_macs"], rel=1e-6)
+        assert macs[-1] == pytest.approx(read_json(ran / f"metrics/details/{name}.json")["train_macs"], rel=1e-6)
 
 
 def test_unknown_baselines_and_given_models_are_refused_in_one_sentence(ran, monkeypatch):
@@ -166,7 +168,7 @@ def test_unknown_baselines_and_given_models_are_refused_in_one_sentence(ran, mon
         for name in ("", "nonsense", "../x"):
             with pytest.raises(StageError, match=rf"baselines\.{group} must have"):
                 module.main(name)
-    phase1 = Path("metrics/train_phase1.json")
+    phase1 = Path("data/facts/train_phase1.json")
     before = phase1.read_text()
     phase1.write_text(json.dumps(read_json(phase1) | {"train_macs": 0}))
     try:

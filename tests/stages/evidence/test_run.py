@@ -60,8 +60,7 @@ def test_a_fingerprint_changes_with_what_a_result_follows_from_and_with_nothing_
     assert digest("joint@dense") != task_of("joint@dense", values, {}).inputs[0][1].fingerprint
 
 
-def test_code_counts_by_what_it_does(tmp_path, monkeypatch):
-    monkeypatch.setattr(graph, "ROOT", tmp_path)
+def test_code_counts_by_what_it_does(tmp_path):
     texts = {
         "a": '"""Doc."""\nx = 1  # why\n\n\ndef f():\n    """Doc."""\n    return x\n',
         "b": "x = 1\ndef f():\n    return x\n",
@@ -69,7 +68,8 @@ def test_code_counts_by_what_it_does(tmp_path, monkeypatch):
     }
     for name, text in texts.items():
         (tmp_path / f"{name}.py").write_text(text)
-    assert graph.code_digest("a.py") == graph.code_digest("b.py") != graph.code_digest("c.py")
+    a, b, c = (graph.code_digest(tmp_path / f"{name}.py") for name in "abc")
+    assert a == b != c
 
 
 @pytest.mark.slow
@@ -82,7 +82,7 @@ def test_the_runner_makes_what_is_missing_reuses_what_is_current_and_goes_on_aft
     for room in (run, wanted):
         monkeypatch.setattr(room, "load_suites", lambda: {"small": suite, "other": suite})
     monkeypatch.setitem(graph.PIPELINE_MODELS, "block1", "train_phase1")  # the shortest way to a model
-    monkeypatch.setattr(run, "record", lambda one: made(run.STORE / one.task.label / "metrics/train_phase1.json"))
+    monkeypatch.setattr(run, "record", lambda one: made(run.STORE / one.task.label / "data/facts/train_phase1.json"))
     asked, execute = ["--suite", "small", "--workers", "2"], run.execute
 
     def made(file: Path) -> dict:
