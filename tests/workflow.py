@@ -16,9 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.conftest import Clone
 
-SHOWN = "^(?!Experiment|ashem|.*evaluate_routing.json:(ppl|shallow_ratio|flops_ratio)$)"
-COLUMNS = ["Experiment", "flops_ratio", "ppl", "shallow_ratio", "ashem.hard_example_ratio"]  # of what exp show prints
-LINES = f"""
+MOST_COLUMNS = 16  # of exp show, besides the changed parameter
+LINES = """
 dvc repro
 git add -A
 git commit -m baseline
@@ -27,8 +26,8 @@ dvc exp run -S ashem.hard_example_ratio=0.3 -n harder
 dvc exp run --queue -S 'ashem.hard_example_ratio=0.1,0.3,0.5,0.7,0.9'
 dvc queue start -j 2
 dvc queue status
-dvc exp show --only-changed --drop '{SHOWN}' --md
-dvc metrics diff baseline harder --targets metrics/details/ashem.json
+dvc exp show --only-changed --drop '^data/' --md
+dvc metrics diff baseline harder
 dvc params diff baseline harder
 dvc exp apply harder
 dvc metrics diff baseline
@@ -55,9 +54,10 @@ def finished(clone: Clone) -> bool:
 
 
 def check_table(markdown: str) -> None:
-    """The table of experiments has the wanted columns alone, and a row for each experiment."""
+    """The table of experiments has few columns, the changed parameter last, and a row for each experiment."""
     head, _, *rows = [line.strip("| ").split("|") for line in markdown.splitlines() if line.startswith("|")]
-    assert [name.strip().rpartition(":")[2] for name in head] == COLUMNS, head
+    assert head[-1].strip() == "ashem.hard_example_ratio", head
+    assert len(head) - 1 <= MOST_COLUMNS, head
     ratios = {row[-1].strip() for row in rows}
     assert {"0.1", "0.3", "0.5", "0.7", "0.9"} <= ratios, rows
 
