@@ -15,7 +15,7 @@ from lego.satipatthana import jobs, metrics
 from lego.satipatthana.introspect import velocity
 from lego.satipatthana.log import SantanaLog
 from lego.satipatthana.paths import Way, damaged
-from lego.satipatthana.sections import Job, Stage2Params
+from lego.satipatthana.settings import Job, Stage2Params
 from lego.satipatthana.specs import diversity
 from lego.satipatthana.stages import distinct_share, mean_cosine
 from lego.satipatthana.system import Output, Satipatthana

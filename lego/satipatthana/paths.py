@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lego.satipatthana.log import SantanaLog
-from lego.satipatthana.sections import PATHS, Stage2Params
+from lego.satipatthana.settings import PATHS, Stage2Params
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.void import VoidSource, derangement
 

@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from lego.satipatthana import jobs, metrics
 from lego.satipatthana.nets import perceptron
 from lego.satipatthana.reject import fit_temperature
-from lego.satipatthana.sections import PeersParams, VoidParams
+from lego.satipatthana.sections import PeersParams
+from lego.satipatthana.settings import VoidParams
 from lego.satipatthana.tasks import Split, Task
 from lego.satipatthana.void import VoidSource
 

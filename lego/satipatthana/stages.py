@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lego.base.harness import StageError
 from lego.base.progress import track
-from lego.satipatthana.sections import StageParams
+from lego.satipatthana.settings import StageParams
 from lego.satipatthana.system import Satipatthana
 
 TRAINABLE = {

@@ -14,7 +14,8 @@ from torch.nn import functional
 from lego.satipatthana import tasks
 from lego.satipatthana.curriculum import advance, begin
 from lego.satipatthana.paths import Rows, Way, allocate, damaged
-from lego.satipatthana.sections import PATHS, changed
+from lego.satipatthana.sections import changed
+from lego.satipatthana.settings import PATHS
 from lego.satipatthana.specs import guided, spec_of
 from lego.satipatthana.stages import StageCheckError, batches, run_stage
 from lego.satipatthana.system import Satipatthana

@@ -18,7 +18,7 @@ from lego.satipatthana.introspect import Vipassana, dynamics2, grounded8, veloci
 from lego.satipatthana.log import SantanaLog
 from lego.satipatthana.paths import Rows, Way, allocate, by_path, damaged, floor, floors, losses
 from lego.satipatthana.reject import fit_temperature, fit_trust, threshold
-from lego.satipatthana.sections import PATHS
+from lego.satipatthana.settings import PATHS
 from lego.satipatthana.specs import spec_of
 from lego.satipatthana.void import VoidError, VoidSource, acceptance, derangement, derangements
 from tests.satipatthana.conftest import COMPAT, PARAMS, clusters, small, system
