@@ -21,7 +21,8 @@ from lego.satipatthana.stages import finished, run_stage
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.targets import AHEAD, AT_LEAST, AT_MOST, FAR, REFERENCE, targets
 from lego.satipatthana.tasks import Split, Task
-from stages.satipatthana.report import asked, over_seeds
+from stages.satipatthana.report import asked
+from stages.satipatthana.wording import over_seeds
 from tests.conftest import ROOT
 from tests.satipatthana.conftest import COMPAT, PARAMS, clusters, small, system
 
