@@ -14,9 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lego.satipatthana import metrics
 from lego.satipatthana.introspect import TrustHead
+from lego.satipatthana.merit import deserved
 from lego.satipatthana.paths import Way
 from lego.satipatthana.sections import SatipatthanaParams
-from lego.satipatthana.specs import batches_of, deserved
+from lego.satipatthana.specs import batches_of
+from lego.satipatthana.stages import dealt
 from lego.satipatthana.system import Output, Satipatthana
 from lego.satipatthana.tasks import Task
 from lego.satipatthana.void import VoidSource
@@ -65,10 +67,9 @@ def _rows(system: Satipatthana, task: Task, params: SatipatthanaParams, seed: in
     source = VoidSource.of_task(train, params, task.known, task.strangers)
     right, clean = deserved(train, params, seed), Way.of(system, train.x)
     features, latents, targets = list[Tensor](), list[Tensor](), list[Tensor]()
-    size, left, epochs = params.stage2.batch_size, params.ablations.batches, list[list[Tensor]]()
+    left, least, epochs = params.ablations.batches, len(params.paths.shares()), list[list[Tensor]]()
     while left > 0:
-        parts = torch.randperm(len(train), generator=generator).split(size)
-        epochs.append([part for part in parts if len(part) >= len(params.paths.shares())][:left])
+        epochs.append(dealt(len(train), params.stage2.batch_size, least, generator)[:left])
         left -= len(epochs[-1])
     for rows in chain.from_iterable(
         batches_of(system, clean, right, source, params, epoch, generator) for epoch in epochs

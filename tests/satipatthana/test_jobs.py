@@ -15,8 +15,9 @@ from lego.base.harness import StageError
 from lego.base.params import ParamsError
 from lego.satipatthana import jobs, predict, tasks
 from lego.satipatthana.curriculum import STAGES, advance, begin, how_to_use, judge
+from lego.satipatthana.merit import cross_fitted
 from lego.satipatthana.sections import changed, with_profile
-from lego.satipatthana.specs import cross_fitted, spec_of
+from lego.satipatthana.specs import spec_of
 from lego.satipatthana.stages import StageCheckError
 from lego.satipatthana.store import load, save
 from lego.satipatthana.tables import TaskError

@@ -13,10 +13,11 @@ from torch.nn import functional
 
 from lego.satipatthana import tasks
 from lego.satipatthana.curriculum import advance, begin
+from lego.satipatthana.merit import guided
 from lego.satipatthana.paths import Rows, Way, allocate, damaged
 from lego.satipatthana.sections import changed
 from lego.satipatthana.settings import PATHS
-from lego.satipatthana.specs import guided, spec_of
+from lego.satipatthana.specs import spec_of
 from lego.satipatthana.stages import StageCheckError, batches, run_stage
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Split
@@ -112,7 +113,7 @@ def test_r8_6_the_loss_of_stage_2_falls_by_80_percent_of_its_way_to_the_floor():
         params, one = changed(COMPAT, {"stage2.lr": lr}, "test"), copy.deepcopy(made)
         spec = spec_of(2, one, task.train, params, 0)
         generator = torch.Generator().manual_seed(0)
-        epoch = list(batches(spec, generator))
+        epoch = batches(spec, generator)
         starts = [spec.loss(batch, generator) for batch in spec.draw(epoch, generator)]
         start = {name: torch.stack([one[name] for one in starts]).mean() for name in ("trust", "floor")}
         last = run_stage(one, spec, 0)[-1]
@@ -135,7 +136,7 @@ def test_r8_6_what_the_trust_head_misses_of_its_floor_its_features_do_not_tell()
     spec, fresh = spec_of(2, made, task.train, PARAMS, 0), copy.deepcopy(made.vipassana.trust_head)
     last = run_stage(made, spec, 0)[-1]
     generator = torch.Generator().manual_seed(1)
-    seen = [one for _ in range(15) for one in spec.draw(list(batches(spec, generator)), generator)]
+    seen = [one for _ in range(15) for one in spec.draw(batches(spec, generator), generator)]
     rows, target = read(made, seen)
     twice = np.concatenate([rows.numpy()] * 2)  # a soft target is two rows with its weights
     labels = np.repeat([1, 0], len(rows))

@@ -12,11 +12,12 @@ from lego.report.page import Page
 from lego.satipatthana import tasks
 from lego.satipatthana.curriculum import STAGES, advance, begin, how_to_use, judge
 from lego.satipatthana.evaluation import Protocol, evaluate
+from lego.satipatthana.merit import cross_fitted, deserved
 from lego.satipatthana.paths import Way, damaged
 from lego.satipatthana.peers import judge as judge_peer
 from lego.satipatthana.peers import networks, peer
 from lego.satipatthana.sections import changed
-from lego.satipatthana.specs import cross_fitted, deserved, spec_of
+from lego.satipatthana.specs import spec_of
 from lego.satipatthana.stages import finished, run_stage
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.targets import AHEAD, AT_LEAST, AT_MOST, FAR, REFERENCE, targets
