@@ -22,6 +22,7 @@ from lego.satipatthana.stages import dealt
 from lego.satipatthana.system import Output, Satipatthana
 from lego.satipatthana.tasks import Task
 from lego.satipatthana.void import VoidSource
+from lego.training.steps import run_epoch
 
 FROM_LOG = (0, 3, 4, 6, 7)  # columns of grounded8 that need the way: steps, start, distance gone, last step, energy
 
@@ -86,12 +87,13 @@ def _trained(rows: Tensor, target: Tensor, params: SatipatthanaParams, seed: int
     settings, generator = params.ablations, torch.Generator().manual_seed(seed)
     head = TrustHead(rows.shape[1], params.vipassana.hidden, params.vipassana.trust_limit)
     optimizer = AdamW(head.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
+
+    def loss_of(places: Tensor) -> tuple[Tensor, int]:
+        return functional.binary_cross_entropy_with_logits(head(rows[places])[:, 0], target[places]), len(places)
+
     for _ in range(settings.epochs):
-        for places in torch.randperm(len(rows), generator=generator).split(params.stage2.batch_size):
-            loss = functional.binary_cross_entropy_with_logits(head(rows[places])[:, 0], target[places])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+        epoch = torch.randperm(len(rows), generator=generator).split(params.stage2.batch_size)
+        run_epoch(epoch, loss_of, optimizer, "cpu")
     return head.eval()
 
 

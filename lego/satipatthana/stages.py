@@ -135,7 +135,9 @@ def run_stage(system: Satipatthana, spec: StageSpec, seed: int) -> list[dict[str
     schedule = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / total))
     history = []
     for epoch in range(settings.epochs):
-        sums: dict[str, float] = {}
+        sums: dict[
+            str, float
+        ] = {}  # not by lego.training.steps.run_epoch, which knows of one loss where these are many
         work = spec.draw(batches(spec, generator), generator)
         for batch in track(work, per_epoch, f"stage {spec.number}, epoch {epoch + 1}/{settings.epochs}", "batch"):
             terms = spec.loss(batch, generator)
