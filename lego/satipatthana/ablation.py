@@ -18,9 +18,9 @@ from lego.satipatthana.merit import deserved
 from lego.satipatthana.paths import Way
 from lego.satipatthana.sections import SatipatthanaParams
 from lego.satipatthana.specs import batches_of
-from lego.satipatthana.stages import dealt
 from lego.satipatthana.system import Output, Satipatthana
 from lego.satipatthana.tasks import Task
+from lego.satipatthana.training import dealt
 from lego.satipatthana.void import VoidSource
 from lego.training.steps import run_epoch
 

@@ -14,9 +14,9 @@ from lego.satipatthana import jobs
 from lego.satipatthana.merit import deserved, guided
 from lego.satipatthana.paths import Rows, Way, allocate, by_path, damaged, floors, losses
 from lego.satipatthana.sections import SatipatthanaParams
-from lego.satipatthana.stages import StageCheckError, StageSpec, freeze
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Split
+from lego.satipatthana.training import StageCheckError, StageSpec, freeze
 from lego.satipatthana.void import VoidError, VoidSource, acceptance
 
 VACUOUS = 0.99  # share of uniform rows that a filter keeps, above which it is none

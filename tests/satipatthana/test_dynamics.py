@@ -19,8 +19,8 @@ from lego.satipatthana.dynamics import Drunk, Sati, Vicara, Vitakka, settle
 from lego.satipatthana.log import SantanaLog
 from lego.satipatthana.nets import Adapter, Decoder, Reconstruction, upsampling
 from lego.satipatthana.specs import diversity, spec_of, usage
-from lego.satipatthana.stages import run_stage
 from lego.satipatthana.system import shaken
+from lego.satipatthana.training import run_stage
 from tests.satipatthana.conftest import COMPAT, PARAMS, clusters, small, system
 
 SHAPES = {"mlp": (12,), "cnn": (1, 16, 16), "lstm": (10, 4), "transformer": (10, 4), "identity": (8,)}

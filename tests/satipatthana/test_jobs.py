@@ -18,9 +18,9 @@ from lego.satipatthana.curriculum import STAGES, advance, begin, how_to_use, jud
 from lego.satipatthana.merit import cross_fitted
 from lego.satipatthana.sections import changed, with_profile
 from lego.satipatthana.specs import spec_of
-from lego.satipatthana.stages import StageCheckError
 from lego.satipatthana.store import load, save
 from lego.satipatthana.tables import TaskError
+from lego.satipatthana.training import StageCheckError
 from lego.satipatthana.void import VoidError, VoidSource
 from stages.satipatthana.tasks import page, train
 from tests.conftest import ROOT

@@ -18,10 +18,10 @@ from lego.satipatthana.peers import judge as judge_peer
 from lego.satipatthana.peers import networks, peer
 from lego.satipatthana.sections import changed
 from lego.satipatthana.specs import spec_of
-from lego.satipatthana.stages import finished, run_stage
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.targets import AHEAD, AT_LEAST, AT_MOST, FAR, REFERENCE, targets
 from lego.satipatthana.tasks import Split, Task
+from lego.satipatthana.training import finished, run_stage
 from stages.satipatthana.report import asked
 from stages.satipatthana.wording import over_seeds
 from tests.conftest import ROOT

@@ -11,12 +11,13 @@ import torch
 
 from lego.base.harness import StageError, exit_cleanly
 from lego.base.params import ParamsError
-from lego.satipatthana import stages, tasks
+from lego.satipatthana import tasks, training
 from lego.satipatthana.curriculum import advance, begin
 from lego.satipatthana.peers import OWN, networks, peer
 from lego.satipatthana.peers import judge as judge_peer
 from lego.satipatthana.specs import spec_of, start_probes
-from lego.satipatthana.stages import (
+from lego.satipatthana.tasks import Task
+from lego.satipatthana.training import (
     TRAINABLE,
     StageCheckError,
     StageSpec,
@@ -26,7 +27,6 @@ from lego.satipatthana.stages import (
     run_stage,
     trainable,
 )
-from lego.satipatthana.tasks import Task
 from tests.satipatthana.conftest import COMPAT, ONCE, PARAMS, a_task, clusters, small, system
 
 VOID = PARAMS.void.model_copy(update={"kinds": ["gaussian"]})
@@ -162,8 +162,8 @@ def test_r5_6_a_seed_gives_the_same_bits_twice_and_r4_1_so_does_inference():
 def test_r8_2_every_stage_has_an_optimizer_of_its_own(monkeypatch):
     params, train = small(**ONCE), clusters()
     made, seen = system(params), []
-    real = stages.AdamW
-    monkeypatch.setattr(stages, "AdamW", lambda parameters, **k: seen.append(parameters) or real(parameters, **k))
+    real = training.AdamW
+    monkeypatch.setattr(training, "AdamW", lambda parameters, **k: seen.append(parameters) or real(parameters, **k))
     for number in (0, 1, 1, 2, 3):
         before = state(made)
         run_stage(made, spec_of(number, made, train, params, 0), number)

@@ -1,4 +1,4 @@
-"""The curriculum: four stages, each with a trainable part, data and a loss of its own (specification, 5).
+"""How a stage of the curriculum trains its own part of the system, and when it ends (specification, 5).
 
 `run_stage` builds optimizer and schedule anew for every stage, so that nothing of the stage before is left in them
 (R-8.2), and checks before it begins that what should learn can (R-8.12).

@@ -18,9 +18,9 @@ from lego.satipatthana.paths import Rows, Way, allocate, damaged
 from lego.satipatthana.sections import changed
 from lego.satipatthana.settings import PATHS
 from lego.satipatthana.specs import spec_of
-from lego.satipatthana.stages import StageCheckError, batches, run_stage
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Split
+from lego.satipatthana.training import StageCheckError, batches, run_stage
 from lego.satipatthana.void import VoidError, VoidSource
 from tests.satipatthana.conftest import COMPAT, PARAMS, clusters, small, spied, system
 
