@@ -1,4 +1,4 @@
-"""What stage 2 learns from and is looked at with: rows of an epoch, validation rows, and how far its loss falls."""
+"""What stages learn from: probes apart, rows of an epoch of stage 2, validation rows, how far its loss falls."""
 
 from __future__ import annotations
 
@@ -17,9 +17,8 @@ from lego.satipatthana.merit import guided
 from lego.satipatthana.paths import Rows, Way, allocate, damaged
 from lego.satipatthana.sections import changed
 from lego.satipatthana.settings import PATHS
-from lego.satipatthana.specs import spec_of
+from lego.satipatthana.specs import diversity, spec_of, usage
 from lego.satipatthana.system import Satipatthana
-from lego.satipatthana.tasks import Split
 from lego.satipatthana.training import StageCheckError, batches, run_stage
 from lego.satipatthana.void import VoidError, VoidSource
 from tests.satipatthana.conftest import COMPAT, PARAMS, clusters, small, spied, system
@@ -90,18 +89,6 @@ def test_r5_7_stage_2_is_looked_at_with_validation_rows_that_it_does_not_learn_f
             spec_of(2, made, train, impatient, 0, validation=few)
 
 
-def test_validation_rows_deserve_trust_where_a_guide_of_train_rows_is_right():
-    train, held = clusters(60), clusters(30, seed=5)
-    labels = held.y.clone()
-    labels[[2, 9]] = (labels[[2, 9]] + 1) % 3
-    assert (guided(Split(held.x, labels), train, PARAMS) == 0).nonzero()[:, 0].tolist() == [2, 9]
-    known = Split(held.x, held.y, torch.full((30,), 0.25))
-    assert torch.equal(guided(known, train, PARAMS), known.deserved)  # the task itself knows
-    assert torch.equal(guided(Split(held.x, labels), train, small(stage2__correctness=False)), torch.ones(30))
-    alike = Split(train.x, torch.zeros(60, dtype=torch.long))
-    assert torch.equal(guided(held, alike, PARAMS), torch.ones(30))  # nothing to guide
-
-
 @pytest.mark.slow
 def test_r8_6_the_loss_of_stage_2_falls_by_80_percent_of_its_way_to_the_floor():
     """Of the note's two features, on digits, at the note's rate; at the rate of its successor it does not."""
@@ -162,3 +149,15 @@ def read(made: Satipatthana, drawn: list[Rows]) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         found = [made.view(one.state, one.log, one.recon_error).features for one in drawn]
     return torch.cat(found), torch.cat([one.target for one in drawn])
+
+
+def test_r8_10_squared_cosines_see_a_collapse_that_their_mean_does_not():
+    direction = functional.normalize(torch.randn(1, 8), dim=1)
+    two = torch.cat([direction.expand(5, 8), -direction.expand(5, 8)])
+    spread = functional.normalize(torch.randn(10, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert float(diversity(two, False)) == pytest.approx(-1 / 9, abs=1e-5)  # the lowest that ten can have
+    assert float(diversity(two, False)) < float(diversity(spread, False))
+    assert float(diversity(two, True)) > float(diversity(spread, True))
+    even, one = torch.full((6, 4), 0.25), torch.eye(4)[:1].expand(6, 4)
+    assert float(usage(even)) == pytest.approx(-1)
+    assert float(usage(one)) == pytest.approx(0, abs=1e-6)
