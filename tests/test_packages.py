@@ -19,7 +19,7 @@ FRONTS = {"generate": "routing", "hf": "hub", "params": "base", "compare": "eval
 
 GUESTS = {
     "cvfp": {"base", "tokens", "text", "training/steps", "report"},
-    "satipatthana": {"base", "report"},
+    "satipatthana": {"base", "training/steps", "report"},
 }
 """Systems beside ASHEM, and what of the house they stand on: none of its method."""
 

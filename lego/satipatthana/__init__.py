@@ -1,7 +1,7 @@
 """Satipatthana: a network that settles on what it sees and says how far it trusts it (docs/satipatthana.md).
 
-It stands on lego's ground floor and knows nothing of ASHEM. `evaluate` and `Protocol` score any system with this
-interface; they are loaded when they are asked for, so that no stage depends on them for nothing.
+It stands on lego's ground floor and the steps of training, and knows nothing of ASHEM. `evaluate` and `Protocol` score
+any system with this interface; they are loaded when they are asked for, so that no stage depends on them for nothing.
 """
 
 import importlib

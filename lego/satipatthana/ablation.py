@@ -14,12 +14,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lego.satipatthana import metrics
 from lego.satipatthana.introspect import TrustHead
+from lego.satipatthana.merit import deserved
 from lego.satipatthana.paths import Way
 from lego.satipatthana.sections import SatipatthanaParams
-from lego.satipatthana.specs import batches_of, deserved
+from lego.satipatthana.specs import batches_of
 from lego.satipatthana.system import Output, Satipatthana
 from lego.satipatthana.tasks import Task
+from lego.satipatthana.training import dealt
 from lego.satipatthana.void import VoidSource
+from lego.training.steps import run_epoch
 
 FROM_LOG = (0, 3, 4, 6, 7)  # columns of grounded8 that need the way: steps, start, distance gone, last step, energy
 
@@ -65,10 +68,9 @@ def _rows(system: Satipatthana, task: Task, params: SatipatthanaParams, seed: in
     source = VoidSource.of_task(train, params, task.known, task.strangers)
     right, clean = deserved(train, params, seed), Way.of(system, train.x)
     features, latents, targets = list[Tensor](), list[Tensor](), list[Tensor]()
-    size, left, epochs = params.stage2.batch_size, params.ablations.batches, list[list[Tensor]]()
+    left, least, epochs = params.ablations.batches, len(params.paths.shares()), list[list[Tensor]]()
     while left > 0:
-        parts = torch.randperm(len(train), generator=generator).split(size)
-        epochs.append([part for part in parts if len(part) >= len(params.paths.shares())][:left])
+        epochs.append(dealt(len(train), params.stage2.batch_size, least, generator)[:left])
         left -= len(epochs[-1])
     for rows in chain.from_iterable(
         batches_of(system, clean, right, source, params, epoch, generator) for epoch in epochs
@@ -85,12 +87,13 @@ def _trained(rows: Tensor, target: Tensor, params: SatipatthanaParams, seed: int
     settings, generator = params.ablations, torch.Generator().manual_seed(seed)
     head = TrustHead(rows.shape[1], params.vipassana.hidden, params.vipassana.trust_limit)
     optimizer = AdamW(head.parameters(), lr=settings.lr, weight_decay=0.0, fused=True)
+
+    def loss_of(places: Tensor) -> tuple[Tensor, int]:
+        return functional.binary_cross_entropy_with_logits(head(rows[places])[:, 0], target[places]), len(places)
+
     for _ in range(settings.epochs):
-        for places in torch.randperm(len(rows), generator=generator).split(params.stage2.batch_size):
-            loss = functional.binary_cross_entropy_with_logits(head(rows[places])[:, 0], target[places])
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+        epoch = torch.randperm(len(rows), generator=generator).split(params.stage2.batch_size)
+        run_epoch(epoch, loss_of, optimizer, "cpu")
     return head.eval()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lego.satipatthana.sections import AugmenterParams
+from lego.satipatthana.settings import AugmenterParams
 
 
 class Augmenter(nn.Module):

@@ -14,13 +14,14 @@ from lego.satipatthana import jobs
 from lego.satipatthana.evaluation import Protocol, evaluate
 from lego.satipatthana.metrics import ece
 from lego.satipatthana.reject import TrustMap, fit_temperature, fit_trust, threshold
-from lego.satipatthana.sections import PARAMS, RejectParams, SatipatthanaParams
+from lego.satipatthana.sections import PARAMS, SatipatthanaParams
+from lego.satipatthana.settings import RejectParams
 from lego.satipatthana.specs import spec_of, start_probes
-from lego.satipatthana.stages import TRAINABLE, check_states, run_stage
 from lego.satipatthana.store import Use, restore
 from lego.satipatthana.system import Satipatthana, build
 from lego.satipatthana.tables import TaskError
 from lego.satipatthana.tasks import Split, Task
+from lego.satipatthana.training import TRAINABLE, check_states, run_stage
 
 STAGES = (0, 1, 2, 3)
 

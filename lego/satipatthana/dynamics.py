@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lego.satipatthana.log import SantanaLog
-from lego.satipatthana.sections import SamathaParams, SatiParams, VicaraParams, VitakkaParams
+from lego.satipatthana.settings import SamathaParams, SatiParams, VicaraParams, VitakkaParams
 
 GATE_SLOPE = 10.0  # of the soft gate, a sigmoid of the attention less its threshold
 

@@ -15,11 +15,11 @@ from lego.satipatthana import jobs, metrics
 from lego.satipatthana.introspect import velocity
 from lego.satipatthana.log import SantanaLog
 from lego.satipatthana.paths import Way, damaged
-from lego.satipatthana.sections import Job, Stage2Params
+from lego.satipatthana.settings import Job, Stage2Params
 from lego.satipatthana.specs import diversity
-from lego.satipatthana.stages import distinct_share, mean_cosine
 from lego.satipatthana.system import Output, Satipatthana
 from lego.satipatthana.tasks import Split
+from lego.satipatthana.training import distinct_share, mean_cosine
 
 SWEEP = (1, 2, 5, 20)  # multiples of max_steps of the T-sweep
 ROUNDING = 1e-4  # length of a step, as a share of the state's, below which its ratio to the next is rounding

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lego.satipatthana.log import SantanaLog
-from lego.satipatthana.sections import VipassanaParams
+from lego.satipatthana.settings import VipassanaParams
 
 EXACT = "donot_use_mm_for_euclid_dist"
 SMALLEST = 1e-3  # deviation of a feature that is taken for one

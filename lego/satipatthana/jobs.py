@@ -14,7 +14,8 @@ from torch.nn import functional
 
 from lego.base.harness import StageError
 from lego.satipatthana import metrics
-from lego.satipatthana.sections import PARAMS, Job, SatipatthanaParams
+from lego.satipatthana.sections import PARAMS, SatipatthanaParams
+from lego.satipatthana.settings import Job
 
 FLAGGED = 0.01  # share of normal and strange rows together that is flagged at most
 FIRST = 100  # flags that are looked at

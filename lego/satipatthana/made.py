@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lego.satipatthana.sections import TestParams
+from lego.satipatthana.settings import TestParams
 
 SYNTHETIC = ("gauss_matched", "uniform", "pixel_perm", "inverted", "noisy_0.5")
 FAULTS = ("stuck", "drift", "spikes", "swapped")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from lego.satipatthana.sections import AdapterParams
+from lego.satipatthana.settings import AdapterParams
 
 CHANNELS = (32, 64, 128, 256)  # of the convolutional adapter, a stride of 2 each
 LEAK = 0.2  # slope of its LeakyReLU below 0

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lego.satipatthana.log import SantanaLog
-from lego.satipatthana.sections import PATHS, Stage2Params
+from lego.satipatthana.settings import PATHS, Stage2Params
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.void import VoidSource, derangement
 
@@ -169,11 +169,10 @@ def _mismatched(state: Tensor, path: Tensor, settings: Stage2Params, generator: 
     """Every mismatch row gets the state of another row; where settings say so, one of any, its own not excluded."""
     rows = (path == PATHS.index("mismatch")).nonzero()[:, 0]
     if settings.mismatch == "permutation":
-        changed = state.clone()
-        changed[rows] = state[rows[torch.randperm(len(rows), generator=generator)]]
-        return changed
-    pool = torch.cat([rows, (path == PATHS.index("clean")).nonzero()[:, 0]])
-    order = derangement(len(pool), generator)
+        pool, order = rows, torch.randperm(len(rows), generator=generator)
+    else:
+        pool = torch.cat([rows, (path == PATHS.index("clean")).nonzero()[:, 0]])
+        order = derangement(len(pool), generator)
     changed = state.clone()
     changed[rows] = state[pool[order[: len(rows)]]]
     return changed

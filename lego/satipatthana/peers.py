@@ -18,9 +18,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from lego.satipatthana import jobs, metrics
 from lego.satipatthana.nets import perceptron
 from lego.satipatthana.reject import fit_temperature
-from lego.satipatthana.sections import PeersParams, VoidParams
+from lego.satipatthana.sections import PeersParams
+from lego.satipatthana.settings import VoidParams
 from lego.satipatthana.tasks import Split, Task
 from lego.satipatthana.void import VoidSource
+from lego.training.steps import StepOptions, run_epoch
 
 OWN = ("ensemble", "outlier_exposure")  # peers that train networks of their own; the others read one and the same
 
@@ -56,16 +58,17 @@ def train_plain(task: Task, settings: PeersParams, seed: int, outliers: VoidSour
     generator, rows = torch.Generator().manual_seed(seed), len(task.train)
     steps = settings.epochs * -(-rows // settings.batch_size)
     schedule = LambdaLR(optimizer, lambda step: 1 - step / steps)
+
+    def loss_of(places: Tensor) -> tuple[Tensor, int]:
+        loss = functional.cross_entropy(model(task.train.x[places])[1], task.train.y[places])
+        if outliers is not None:
+            strange = model(outliers.draw(len(places), generator))[1]
+            loss = loss - settings.exposure * functional.log_softmax(strange, dim=1).mean()
+        return loss, len(places)
+
     for _ in range(settings.epochs):
-        for places in torch.randperm(rows, generator=generator).split(settings.batch_size):
-            loss = functional.cross_entropy(model(task.train.x[places])[1], task.train.y[places])
-            if outliers is not None:
-                strange = model(outliers.draw(len(places), generator))[1]
-                loss = loss - settings.exposure * functional.log_softmax(strange, dim=1).mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+        epoch = torch.randperm(rows, generator=generator).split(settings.batch_size)
+        run_epoch(epoch, loss_of, optimizer, "cpu", StepOptions(scheduler=schedule))
     return model.eval()
 
 

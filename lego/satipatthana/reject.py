@@ -58,7 +58,9 @@ def fit_trust(trust: np.ndarray, right: np.ndarray, kind: str) -> TrustMap:
         torch.zeros((), dtype=torch.double, requires_grad=True),
         torch.zeros((), dtype=torch.double, requires_grad=True),
     )
-    optimizer = torch.optim.LBFGS([scale, shift], max_iter=100)
+    optimizer = torch.optim.LBFGS(
+        [scale, shift], max_iter=100
+    )  # two numbers on all rows at once: no epochs, no batches
 
     def step() -> Tensor:
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""What each stage of the curriculum learns from: rows, losses, the trust that rows deserve (specification, 5 and 6)."""
+"""What each stage of the curriculum learns from: rows and losses (specification, 5 and 6)."""
 
 from __future__ import annotations
 
@@ -7,23 +7,20 @@ from functools import partial
 
 import torch
 from sklearn.cluster import KMeans
-from sklearn.linear_model import LogisticRegression, RidgeCV
-from sklearn.model_selection import KFold, StratifiedKFold, cross_val_predict
 from torch import Tensor
 from torch.nn import functional
 
 from lego.satipatthana import jobs
+from lego.satipatthana.merit import deserved, guided
 from lego.satipatthana.paths import Rows, Way, allocate, by_path, damaged, floors, losses
 from lego.satipatthana.sections import SatipatthanaParams
-from lego.satipatthana.stages import StageCheckError, StageSpec, freeze
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Split
+from lego.satipatthana.training import StageCheckError, StageSpec, freeze
 from lego.satipatthana.void import VoidError, VoidSource, acceptance
 
 VACUOUS = 0.99  # share of uniform rows that a filter keeps, above which it is none
 TOGETHER = 4096  # rows of stage 2 that settle in one run, where none looks at another
-FOLDS = 5
-ALPHAS = (0.1, 1.0, 10.0, 100.0)  # of the ridge regression
 POOLED = {"dynamics2": ("clean", "augmented", "mismatch"), "grounded8": ()}  # what a trust head cannot tell apart
 
 
@@ -248,51 +245,3 @@ def _held_out(
         return {"validation": float(found), "validation_floor": lowest}
 
     return judged
-
-
-def guided(rows: Split, train: Split, params: SatipatthanaParams) -> Tensor:
-    """Trust (n,) that rows deserve which no guide has seen: where one that was fitted on train answers rightly."""
-    if rows.deserved is not None:
-        return rows.deserved
-    if not params.stage2.correctness or len(torch.unique(train.y)) < 2:
-        return torch.ones(len(rows))
-    regression = params.task.job == "regression"
-    guide = RidgeCV(ALPHAS) if regression else LogisticRegression(max_iter=500)
-    guide.fit(train.x.flatten(1).double().numpy(), train.y.double().numpy() if regression else train.y.numpy())
-    guess = torch.from_numpy(guide.predict(rows.x.flatten(1).double().numpy()))
-    if regression:
-        return jobs.right("regression", guess[:, None], rows.y, params.reject.tolerance).float()
-    return (guess == rows.y).float()
-
-
-def cross_fitted(train: Split, params: SatipatthanaParams, seed: int) -> Tensor:
-    """Whether a guide that was fitted on other rows answers each train row rightly (n,) of 0 and 1 (R-9.4).
-
-    The guide is a logistic or a ridge regression on inputs: settled states come of a stage 1 that has seen the answers
-    of all rows, so a guide that reads them finds hardly an error. Rows of a class with fewer rows than folds are taken
-    as right, and all rows of so small a regression.
-    """
-    rows, right = train.x.flatten(1).double().numpy(), torch.ones(len(train))
-    if params.task.job == "regression" and len(train) < FOLDS:
-        return right
-    if params.task.job == "regression":
-        folds = KFold(FOLDS, shuffle=True, random_state=seed % 2**32)
-        guess = torch.from_numpy(cross_val_predict(RidgeCV(ALPHAS), rows, train.y.double().numpy(), cv=folds))
-        return jobs.right("regression", guess[:, None], train.y, params.reject.tolerance).float()
-    counts = torch.bincount(train.y)
-    judged = counts[train.y] >= FOLDS  # (n,)
-    if len(torch.unique(train.y[judged])) < 2:
-        print(f"stage 2: no two classes have {FOLDS} rows, so every clean row deserves trust", flush=True)
-        return right
-    parts = StratifiedKFold(FOLDS, shuffle=True, random_state=seed % 2**32)
-    labels = train.y[judged].numpy()
-    guess = cross_val_predict(LogisticRegression(max_iter=500), rows[judged.numpy()], labels, cv=parts)
-    right[judged] = torch.from_numpy(guess == labels).float()
-    return right
-
-
-def deserved(train: Split, params: SatipatthanaParams, seed: int) -> Tensor:
-    """Trust (n,) that clean train rows deserve (R-9.4)."""
-    if train.deserved is not None:
-        return train.deserved
-    return cross_fitted(train, params, seed) if params.stage2.correctness else torch.ones(len(train))

@@ -6,12 +6,12 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
-from pydantic import BaseModel, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
-from lego.base.artifacts import ArtifactError, read_checked, read_tensors, write_json, write_tensors
+from lego.base.artifacts import ArtifactError, read_json, read_tensors, write_json, write_tensors
 from lego.satipatthana.reject import TrustMap
 from lego.satipatthana.sections import SatipatthanaParams
 from lego.satipatthana.system import Satipatthana
@@ -58,7 +58,7 @@ class _Map(BaseModel):
 
 
 class _Facts(BaseModel):
-    """What system.json holds beside the parameters."""
+    """What system.json holds."""
 
     shape: Annotated[list[Size], Field(min_length=1)]
     outputs: Size
@@ -72,7 +72,7 @@ class _Facts(BaseModel):
     answer: Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]
     trust: _Map
     guide: bool
-    parameters: dict[str, Any]
+    parameters: SatipatthanaParams
 
     @model_validator(mode="after")
     def _fit(self) -> _Facts:
@@ -109,24 +109,31 @@ def load(folder: str | Path) -> tuple[Satipatthana, Use]:
         ArtifactError: a file is missing or damaged.
     """
     folder = Path(folder)
-    of_use = ("classes", "columns", "mean", "std", "temperature", "threshold", "answer", "names")
-    facts = _Facts.model_validate(read_checked(folder / "system.json", _Facts)).model_dump()
+    facts = _read_facts(folder / "system.json")
     weights = read_tensors(folder / "system.safetensors")
     try:
-        params = SatipatthanaParams.model_validate(facts["parameters"])
-    except ValueError:
-        raise ArtifactError(f"{folder}/system.json: is not as it was written; run dvc repro") from None
-    try:
-        system = Satipatthana(tuple(facts["shape"]), facts["outputs"], params)
-        if not facts["guide"]:
+        system = Satipatthana(tuple(facts.shape), facts.outputs, facts.parameters)
+        if not facts.guide:
             system.aux = None
         system.load_state_dict(weights)
     except (RuntimeError, ValueError):
         raise ArtifactError(f"{folder}/system.safetensors: does not fit system.json; run dvc repro") from None
     if not all(bool(torch.isfinite(one).all()) for one in system.parameters()):
         raise ArtifactError(f"{folder}/system.safetensors: holds weights that are not finite; run dvc repro")
-    use = {key: facts[key] for key in of_use}
-    return system.eval().requires_grad_(False), Use(**use, trust=TrustMap(facts["trust"]["x"], facts["trust"]["y"]))
+    of_use = ("classes", "columns", "mean", "std", "temperature", "threshold", "answer", "names")
+    use = Use(**{key: getattr(facts, key) for key in of_use}, trust=TrustMap(facts.trust.x, facts.trust.y))
+    return system.eval().requires_grad_(False), use
+
+
+def _read_facts(file: Path) -> _Facts:
+    """Raises:
+    ArtifactError: the file is missing or damaged.
+    """
+    try:
+        return _Facts.model_validate(read_json(file, *_Facts.model_fields))
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise ArtifactError(f"{file}: {key} is not as it was written; run dvc checkout or dvc repro") from None
 
 
 def restore(system: Satipatthana, folder: str | Path, rooms: set[str]) -> None:

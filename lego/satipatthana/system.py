@@ -181,10 +181,9 @@ def _score(logit: Tensor | None) -> Tensor | None:
 
 
 @contextmanager
-def evaluation(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, and after it the modes that each part had."""
+def _modes_kept(module: nn.Module) -> Iterator[None]:
+    """Each part has the mode after it that it had before."""
     modes = {one: one.training for one in module.modules()}
-    module.eval()
     try:
         yield
     finally:
@@ -193,21 +192,26 @@ def evaluation(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def evaluation(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, and after it the modes that each part had."""
+    with _modes_kept(module):
+        module.eval()
+        yield
+
+
+@contextmanager
 def shaken(module: nn.Module, minimum: float, generator: torch.Generator) -> Iterator[None]:
     """Dropout at twice its rate, at least `minimum`, inside alone and with draws of its own (R-6.2)."""
-    drops = [one for one in module.modules() if isinstance(one, nn.Dropout)]
-    layers = [one for one in module.modules() if isinstance(one, nn.TransformerEncoderLayer)]
-    before = [(one, one.training) for one in (*drops, *layers)], [(one, one.p) for one in drops]
-    with torch.random.fork_rng(devices=[]):
+    rates = {one: one.p for one in module.modules() if isinstance(one, nn.Dropout)}
+    with _modes_kept(module), torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
         try:
-            for one in drops:
-                one.p, one.training = max(2 * one.p, minimum), True
-            for layer in layers:  # in evaluation mode its fast path would pass by its dropout
-                layer.training = True
+            for one in module.modules():  # layers too: in evaluation mode their fast path would pass by their dropout
+                if isinstance(one, nn.Dropout | nn.TransformerEncoderLayer):
+                    one.training = True
+            for drop, rate in rates.items():
+                drop.p = max(2 * rate, minimum)
             yield
         finally:
-            for module_, training in before[0]:
-                module_.training = training
-            for one, rate in before[1]:
-                one.p = rate
+            for drop, rate in rates.items():
+                drop.p = rate

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lego.base.artifacts import read_json, read_tensors, write_json, write_tensors
 from lego.satipatthana.made import FAULTS, SYNTHETIC, WAYS, faults, outside_sets, windows
-from lego.satipatthana.sections import PARAMS, Job, TaskParams, TestParams
+from lego.satipatthana.sections import PARAMS
+from lego.satipatthana.settings import Job, TaskParams, TestParams
 from lego.satipatthana.tables import TaskError, features_of, labelled, read_table
 
 NEAR = (8, 9)  # digits that are held back as near-OOD (specification, section 11)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lego.base.harness import StageError
-from lego.satipatthana.sections import SatipatthanaParams, VoidParams
+from lego.satipatthana.sections import SatipatthanaParams
+from lego.satipatthana.settings import VoidParams
 from lego.satipatthana.tasks import Split
 
 LEAST_WARP = 0.3  # power of two, of at most 1: a warp that is hardly one is none

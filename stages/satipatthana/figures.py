@@ -11,8 +11,8 @@ import numpy as np
 from lego.report.page import Figure
 from lego.report.pictures import COLOURS, look, picture
 from lego.report.stats import mean_interval
+from stages.satipatthana.wording import Found
 
-Found = dict[str, dict[str, list[Any]]]
 CLOSEST = 1e-4  # to a perfect AUROC that the picture tells apart
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from lego.base.artifacts import atomic_folder, write_json
 from lego.base.harness import Stage, exit_cleanly
-from lego.satipatthana.sections import WRITTEN, TaskParams, load
+from lego.satipatthana.sections import WRITTEN, load
+from lego.satipatthana.settings import TaskParams
 from lego.satipatthana.tasks import load as load_task
 from lego.satipatthana.tasks import write_task
 

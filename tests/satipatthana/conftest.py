@@ -7,13 +7,15 @@ from typing import Any
 import pytest
 import torch
 
+from lego.satipatthana.log import SantanaLog
 from lego.satipatthana.sections import SatipatthanaParams, changed, load, with_profile
 from lego.satipatthana.system import Satipatthana, build
 from lego.satipatthana.tasks import Split, Task
 from tests.conftest import ROOT
 
 PARAMS = load(ROOT / "stages/satipatthana/params.yaml")
-COMPAT = with_profile(PARAMS, "compat", ROOT / "stages/satipatthana/profiles.yaml")
+PROFILES = ROOT / "stages/satipatthana/profiles.yaml"
+COMPAT = with_profile(PARAMS, "compat", PROFILES)
 SMALL = {
     "system.dim": 8,
     "adapter.hidden": 16,
@@ -52,6 +54,19 @@ def system(params: SatipatthanaParams, shape: tuple[int, ...] = (12,), seed: int
 
 def a_task(rows: int = 60) -> Task:
     return Task(clusters(rows), clusters(30, seed=1), clusters(30, seed=2), {}, ["a", "b", "c"])
+
+
+def a_log(rows: int = 6, seed: int = 0) -> SantanaLog:
+    """Random ways of different lengths."""
+    generator, log = torch.Generator().manual_seed(seed), SantanaLog()
+    state = torch.randn(rows, 8, generator=generator)
+    log.add(state)
+    for step in range(1, 6):
+        active = torch.arange(rows) % 5 + 1 >= step
+        new = torch.where(active[:, None], state + 0.3 * torch.randn(rows, 8, generator=generator), state)
+        log.add(new, (new - state).square().sum(1), active=active)
+        state = new
+    return log
 
 
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[int]:

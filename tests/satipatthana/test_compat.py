@@ -8,9 +8,9 @@ import torch
 from lego.satipatthana import jobs
 from lego.satipatthana.paths import Way, damaged
 from lego.satipatthana.specs import spec_of
-from lego.satipatthana.stages import freeze, run_stage
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.targets import REFERENCE, reproduced
+from lego.satipatthana.training import freeze, run_stage
 from tests.satipatthana.conftest import COMPAT, PARAMS, clusters, small, spied, system
 
 

@@ -1,5 +1,7 @@
 """The jobs beside classification: regression, and anomalies with and without labels (specification, 6.5 and 7)."""
 
+from __future__ import annotations
+
 import importlib
 import shutil
 import sys
@@ -12,22 +14,21 @@ import yaml
 
 from lego.base.artifacts import read_json
 from lego.base.harness import StageError
-from lego.base.params import ParamsError
 from lego.satipatthana import jobs, predict, tasks
 from lego.satipatthana.curriculum import STAGES, advance, begin, how_to_use, judge
+from lego.satipatthana.merit import cross_fitted
 from lego.satipatthana.sections import changed, with_profile
-from lego.satipatthana.specs import cross_fitted, spec_of
-from lego.satipatthana.stages import StageCheckError
+from lego.satipatthana.specs import spec_of
 from lego.satipatthana.store import load, save
 from lego.satipatthana.tables import TaskError
+from lego.satipatthana.training import StageCheckError
 from lego.satipatthana.void import VoidError, VoidSource
 from stages.satipatthana.tasks import page, train
-from tests.conftest import ROOT
-from tests.satipatthana.conftest import PARAMS, SMALL
+from tests.satipatthana.conftest import PARAMS, PROFILES, SMALL
 
-PROFILES = ROOT / "stages/satipatthana/profiles.yaml"
 QUICK = SMALL | {f"stage{number}.epochs": 1 for number in STAGES} | {"vitakka.n_probes": 3}
-ODD = {"task.job": "anomaly", "task.anomalies": ["8", "9"], "stage2.correctness": False}
+
+
 RECIPES = ("isolation", "rejection", "unsupervised", "regression")
 
 
@@ -129,34 +130,6 @@ def test_known_anomalies_guide_and_are_void_but_are_never_clean(trained):
         VoidSource.of_task(rejected.train, rejection).of("anomalies", 1, torch.Generator())
 
 
-def test_unlabelled_train_rows_keep_their_anomalies_and_labelled_ones_lose_them():
-    params = with_profile(PARAMS, "unsupervised", PROFILES)
-    assert params.task.unlabelled
-    mixed = tasks.load(params.task, params.test)
-    clean = tasks.load(params.task.model_copy(update={"unlabelled": False}), params.test)
-    assert len(mixed.train) > len(clean.train)
-    assert len(mixed.validation) > len(clean.validation)
-    assert len(mixed.test) == len(clean.test)
-    assert set(mixed.outside) == {"seen_malignant"}
-    assert set(clean.outside) == {"unseen_malignant"}
-    whole = len(mixed.test) + len(mixed.outside["seen_malignant"])
-    assert whole == 171  # three tenths of 569 rows
-
-
-def test_time_warp_is_a_window_at_another_speed():
-    ramp = torch.linspace(0, 1, 30).view(1, 30, 1).expand(1, 30, 4).contiguous()
-    void = PARAMS.void.model_copy(update={"kinds": ["time_warp"]})
-    rows = VoidSource(ramp, None, void).draw(200, torch.Generator().manual_seed(0))
-    step = rows.diff(dim=1).abs()[:, :, 0] * 29  # steps of the ramp that a step of the window takes
-    speed = step.median(dim=1).values
-    assert 0.49 < float(speed.min()) < 2**-0.3 + 0.01
-    assert 2**0.3 - 0.01 < float(speed.max()) < 2.01
-    assert not bool(((speed > 2**-0.29) & (speed < 2**0.29)).any())
-    assert torch.equal(rows[:, :, 0], rows[:, :, 3])
-    with pytest.raises(VoidError, match="rows of this task are no windows"):
-        VoidSource(ramp[:, :, 0], None, void).draw(2, torch.Generator())
-
-
 @pytest.mark.parametrize("rows", [2, 6])
 def test_a_table_that_is_too_small_is_one_sentence_or_enough(tmp_path, rows):
     file = tmp_path / "rows.csv"
@@ -189,42 +162,6 @@ def test_flags_of_a_known_order():
     assert found["recall_at_1"] == pytest.approx(2 / 4)  # a hundredth of 154 rows is two
     assert found["precision_at_100"] == pytest.approx(3 / 100)
     assert found["auroc_anomaly"] == pytest.approx((150 + 150 + (inside > 0.6).sum() + (inside > 0.9).sum()) / 600)
-
-
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        ({"task.job": "regression"}, "job must not be regression when task.name is digits"),
-        ({"task.anomalies": ["8"]}, "must be empty or false unless task.job is anomaly"),
-        ({"task.job": "anomaly", "task.anomalies": ["8"], "task.known": ["9"]}, "known must be among task.anomalies"),
-        ({"task.job": "anomaly", "task.anomalies": ["8"]}, "stage2.correctness must be false"),
-        ({"void.kinds": ["anomalies"]}, "void.kinds must not have anomalies unless task.known names some"),
-        ({"test.kinds": []}, "test.kinds must name at least one kind"),
-        (ODD | {"task.known": ["8"], "task.unlabelled": True}, "known must be empty when task.unlabelled is true"),
-        (
-            ODD | {"task.known": ["8"], "system.guided": False},
-            "unless system.guided is true or void.kinds has anomalies",
-        ),
-        (ODD | {"reject.rule": "risk"}, "reject.rule must not be risk when task.job is anomaly"),
-    ],
-)
-def test_what_does_not_fit_together_is_said(changes, said):
-    with pytest.raises(ParamsError, match=said):
-        changed(PARAMS, changes, "test")
-
-
-@pytest.mark.parametrize(
-    ("anomalies", "said"),
-    [(["ten"], "has ten, which is no class of digits"), ([str(one) for one in range(10)], "has all classes of digits")],
-)
-def test_anomalies_are_classes_of_the_task_and_not_all_of_them(anomalies, said):
-    params = changed(
-        PARAMS,
-        {"task.job": "anomaly", "task.anomalies": anomalies, "stage2.correctness": False, "test.kinds": []},
-        "test",
-    )
-    with pytest.raises(tasks.TaskError, match=said):
-        tasks.load(params.task, params.test)
 
 
 def test_the_pipeline_trains_and_evaluates_other_jobs_and_says_what_it_does_not(tmp_path, monkeypatch):

@@ -1,8 +1,6 @@
-"""What the specification asks of digits: the targets hold on five seeds and with bare defaults; when stages may end."""
+"""What the specification asks of digits: the targets hold on five seeds and with bare defaults."""
 
 from __future__ import annotations
-
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,19 +9,12 @@ from lego.base.artifacts import read_json
 from lego.report.page import Page
 from lego.satipatthana import tasks
 from lego.satipatthana.curriculum import STAGES, advance, begin, how_to_use, judge
-from lego.satipatthana.evaluation import Protocol, evaluate
-from lego.satipatthana.paths import Way, damaged
-from lego.satipatthana.peers import judge as judge_peer
-from lego.satipatthana.peers import networks, peer
-from lego.satipatthana.sections import changed
-from lego.satipatthana.specs import cross_fitted, deserved, spec_of
-from lego.satipatthana.stages import finished, run_stage
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.targets import AHEAD, AT_LEAST, AT_MOST, FAR, REFERENCE, targets
-from lego.satipatthana.tasks import Split, Task
-from stages.satipatthana.report import asked, over_seeds
+from stages.satipatthana.report import asked
+from stages.satipatthana.wording import over_seeds
 from tests.conftest import ROOT
-from tests.satipatthana.conftest import COMPAT, PARAMS, clusters, small, system
+from tests.satipatthana.conftest import PARAMS
 
 SEEDS = read_json(ROOT / "metrics/satipatthana/seeds.json")
 
@@ -113,104 +104,6 @@ def usage_perplexity(made: Satipatthana, x: torch.Tensor) -> float:
     with torch.no_grad():
         share = made.samatha(x).meta.probs.mean(dim=0)
     return float((-(share * share.log()).sum()).exp())
-
-
-def test_r4_2_every_output_of_a_row_is_that_of_the_row_alone():
-    made, x = system(small()), clusters(rows=9).x
-    whole = made(x)
-    for row in range(len(x)):
-        alone = made(x[row : row + 1])
-        for name in ("output", "s_star", "v_ctx", "trust", "conformity", "confidence", "recon_error", "features"):
-            torch.testing.assert_close(getattr(alone, name)[0], getattr(whole, name)[row], atol=1e-6, rtol=0)
-        assert int(alone.steps[0]) == int(whole.steps[row])
-
-
-@pytest.mark.parametrize(
-    ("number", "history", "residual", "ends"),
-    [
-        (0, [1.0, 0.5, 0.499, 0.498], 0.0, True),
-        (0, [1.0, 0.5, 0.499, 0.4], 0.0, False),
-        (0, [1.0, 0.5], 0.0, False),  # no epochs before the last two to compare with
-        (1, [1.0, 0.5, 0.5, 0.5], 9e-4, True),
-        (1, [1.0, 0.5, 0.5, 0.5], 2e-3, False),  # its states still move
-        (1, [1.0, 0.5, 0.4, 0.3], 9e-4, False),  # settled, but it still learns
-        (2, [0.5, 0.31, 0.309, 0.31], 0.0, True),
-        (2, [0.5, 0.31, 0.305, 0.302], 0.0, False),
-        (2, [0.31, 0.295, 0.295, 0.295], 0.0, True),  # below a floor of pooled paths that it can tell apart after all
-        (3, [0.3, 0.3, 0.3], 0.0, True),
-    ],
-)
-def test_r5_7_a_stage_ends_where_nothing_changes_any_more(number, history, residual, ends):
-    rows = [{"loss": one, "residual": residual, "validation": one, "validation_floor": 0.3} for one in history]
-    assert finished(number, rows, 2) is ends
-
-
-def test_r5_7_fixed_epochs_are_the_fallback_and_patience_ends_a_stage(capsys):
-    train = clusters()
-    for patience, epochs in ((0, 6), (1, 2)):
-        params = small(stage0__epochs=6, stage0__lr=1e-9, stage0__patience=patience)
-        made = system(params)
-        history = run_stage(made, spec_of(0, made, train, params, 0), 0)
-        assert len(history) == epochs
-        said = "stage 0: nothing changes any more; it ends after epoch 2" in capsys.readouterr().out
-        assert said == bool(patience)
-
-
-def test_r9_4_rows_that_a_guide_of_other_rows_gets_wrong_deserve_no_trust():
-    train = clusters(rows=90)
-    wrong = torch.tensor([4, 31, 77])
-    labels = train.y.clone()
-    labels[wrong] = (labels[wrong] + 1) % 3
-    right = cross_fitted(Split(train.x, labels), PARAMS, 0)
-    assert (right == 0).nonzero()[:, 0].tolist() == wrong.tolist()
-    assert torch.equal(cross_fitted(train, PARAMS, 0), torch.ones(90))
-    assert torch.equal(cross_fitted(Split(train.x[:4], train.y[:4]), PARAMS, 0), torch.ones(4))  # too few for folds
-    rare = torch.cat([labels, torch.tensor([3, 3])])
-    with_rare = cross_fitted(Split(torch.cat([train.x, train.x[:2]]), rare), PARAMS, 0)
-    assert with_rare[90:].tolist() == [1, 1]  # of a class with fewer rows than folds
-    assert float(with_rare[wrong].sum()) == 0
-    known = Split(train.x, train.y, torch.arange(90) / 90)
-    assert torch.equal(deserved(known, PARAMS, 0), known.deserved)  # where the task itself knows
-    task = {"task.name": "table", "task.file": "rows.csv", "task.label": "y", "task.job": "regression"}
-    line = train.x[:, 0].clone()
-    line[wrong] += 5
-    number = cross_fitted(Split(train.x, line), changed(PARAMS, task, "test"), 0)
-    assert set(wrong.tolist()) <= set((number == 0).nonzero()[:, 0].tolist())
-    assert float(number.mean()) > 0.8
-    made, counts = system(small()), {"clean": 40, "augmented": 40}
-    generator = torch.Generator().manual_seed(0)
-    clean = Way.of(made, train.x)
-    rows = damaged(made, clean, counts, PARAMS.stage2, None, generator, right)
-    fewer = damaged(made, clean, counts, PARAMS.stage2, None, torch.Generator().manual_seed(0))
-    lower = rows.target < fewer.target
-    shown = [place for place in wrong.tolist() if bool((fewer.encoded == train.x[place]).all(dim=1).any())]
-    assert int(lower[:40].sum()) == len(shown)
-    assert bool((rows.target[lower] == 0).all())
-    assert PARAMS.stage2.correctness is True
-    assert COMPAT.stage2.correctness is False
-
-
-def test_r11_1_anything_that_answers_with_trust_is_scored_by_the_same_code():
-    """A plain network with its largest probability as trust: the same keys, with the numbers of the peer."""
-    peers = changed(PARAMS, {"peers.epochs": 5}, "test").peers
-    outside = {"far": torch.randn(20, 12, generator=torch.Generator().manual_seed(5))}
-    task = Task(clusters(), clusters(30, seed=1), clusters(30, seed=2), outside, ["a", "b", "c"])
-    (plain,) = networks("plain", task, peers, 0, PARAMS.void)
-
-    @torch.no_grad()
-    def answers(x: torch.Tensor) -> SimpleNamespace:
-        logits = plain(x)[1]
-        return SimpleNamespace(output=logits, trust=torch.softmax(logits.double(), dim=1).amax(dim=1, keepdim=True))
-
-    protocol = Protocol(task.test, task.outside, PARAMS.stage2, 0)
-    found, own = evaluate(answers, protocol), evaluate(system(small()), protocol)
-    assert found.keys() < own.keys()
-    wanted = judge_peer(peer("msp", [plain], task, peers, 0), task.test, task.outside)
-    assert {"accuracy", "nll", "ece", "aurc", "auroc_far", "fpr95_far", "auroc_correct"} <= wanted.keys() & found.keys()
-    for key in wanted.keys() & found.keys():
-        assert found[key] == pytest.approx(wanted[key], abs=1e-6, nan_ok=True), key
-    engine = {"recon_mse", "last_step", "last_step_squared", "probes_used", "probe_perplexity", "parameters"}
-    assert engine | {"trust_drunk", "auroc_mismatch", "aux_accuracy_20T", "auroc_far_recon"} <= own.keys()
 
 
 def test_the_targets_are_numbers_that_evaluate_gives():

@@ -11,7 +11,7 @@ from lego.base.harness import Stage, exit_cleanly
 from lego.report.page import Page
 from lego.report.stats import mean_interval, verdict
 from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load, profiles, with_profile
-from stages.satipatthana.report import Found, interval, over_seeds, shown
+from stages.satipatthana.wording import Found, interval, over_seeds, shown
 
 FOLDER = Path("metrics/satipatthana/tasks")
 OWN, ERROR, DECODER = "satipatthana", "its -recon_error alone", "its decoder's probability"

@@ -1,4 +1,4 @@
-"""The curriculum: four stages, each with a trainable part, data and a loss of its own (specification, 5).
+"""How a stage of the curriculum trains its own part of the system, and when it ends (specification, 5).
 
 `run_stage` builds optimizer and schedule anew for every stage, so that nothing of the stage before is left in them
 (R-8.2), and checks before it begins that what should learn can (R-8.12).
@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lego.base.harness import StageError
 from lego.base.progress import track
-from lego.satipatthana.sections import StageParams
+from lego.satipatthana.settings import StageParams
 from lego.satipatthana.system import Satipatthana
 
 TRAINABLE = {
@@ -96,17 +96,20 @@ def trainable(system: Satipatthana, number: int) -> list[nn.Parameter]:
     return found
 
 
-def batches(spec: StageSpec, generator: torch.Generator) -> Iterator[Tensor]:
-    """Places (B,) in random order; a last batch of fewer than `least` rows is left out.
+def dealt(rows: int, size: int, least: int, generator: torch.Generator) -> list[Tensor]:
+    """Places (B,) of so many rows in random order, by batch; a last batch of fewer than `least` is left out."""
+    return [places for places in torch.randperm(rows, generator=generator).split(size) if len(places) >= least]
+
+
+def batches(spec: StageSpec, generator: torch.Generator) -> list[Tensor]:
+    """The batches of an epoch of a stage; see `dealt`.
 
     Raises:
         StageCheckError: there are fewer rows than that.
     """
     if spec.rows < spec.least:
         raise StageCheckError(f"stage {spec.number}: needs at least {spec.least} train rows, got {spec.rows}")
-    for places in torch.randperm(spec.rows, generator=generator).split(spec.settings.batch_size):
-        if len(places) >= spec.least:
-            yield places
+    return dealt(spec.rows, spec.settings.batch_size, spec.least, generator)
 
 
 def run_stage(system: Satipatthana, spec: StageSpec, seed: int) -> list[dict[str, float]]:
@@ -127,13 +130,15 @@ def run_stage(system: Satipatthana, spec: StageSpec, seed: int) -> list[dict[str
     print(f"stage {spec.number}: {len(names)} tensors learn: {', '.join(names)}", flush=True)
     torch.manual_seed(seed)  # of dropout: else it would follow from what was initialized before
     optimizer = AdamW(parameters, lr=settings.lr, weight_decay=0.0, fused=True)
-    per_epoch = sum(1 for _ in batches(spec, torch.Generator().manual_seed(seed)))
+    per_epoch = len(batches(spec, torch.Generator().manual_seed(seed)))
     total = per_epoch * settings.epochs
     schedule = LambdaLR(optimizer, lambda step: max(0.0, 1 - step / total))
     history = []
     for epoch in range(settings.epochs):
-        sums: dict[str, float] = {}
-        work = spec.draw(list(batches(spec, generator)), generator)
+        sums: dict[
+            str, float
+        ] = {}  # not by lego.training.steps.run_epoch, which knows of one loss where these are many
+        work = spec.draw(batches(spec, generator), generator)
         for batch in track(work, per_epoch, f"stage {spec.number}, epoch {epoch + 1}/{settings.epochs}", "batch"):
             terms = spec.loss(batch, generator)
             if not torch.isfinite(terms["loss"]):
@@ -185,7 +190,7 @@ def check_gradients(system: Satipatthana, spec: StageSpec, generator: torch.Gene
     """
     named = {name: one for name, one in system.named_parameters() if one.requires_grad}
     before = {name: buffer.clone() for name, buffer in system.named_buffers()}  # BatchNorm counts what it sees
-    (batch,) = spec.draw([next(batches(spec, generator))], generator)
+    (batch,) = spec.draw(batches(spec, generator)[:1], generator)
     spec.loss(batch, generator)["loss"].backward()
     without = [name for name, one in named.items() if one.grad is None]
     system.zero_grad(set_to_none=True)

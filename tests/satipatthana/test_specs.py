@@ -1,4 +1,4 @@
-"""What stage 2 learns from and is looked at with: rows of an epoch, validation rows, and how far its loss falls."""
+"""What stages learn from: probes apart, rows of an epoch of stage 2, validation rows, how far its loss falls."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from torch.nn import functional
 
 from lego.satipatthana import tasks
 from lego.satipatthana.curriculum import advance, begin
+from lego.satipatthana.merit import guided
 from lego.satipatthana.paths import Rows, Way, allocate, damaged
-from lego.satipatthana.sections import PATHS, changed
-from lego.satipatthana.specs import guided, spec_of
-from lego.satipatthana.stages import StageCheckError, batches, run_stage
+from lego.satipatthana.sections import changed
+from lego.satipatthana.settings import PATHS
+from lego.satipatthana.specs import diversity, spec_of, usage
 from lego.satipatthana.system import Satipatthana
-from lego.satipatthana.tasks import Split
+from lego.satipatthana.training import StageCheckError, batches, run_stage
 from lego.satipatthana.void import VoidError, VoidSource
 from tests.satipatthana.conftest import COMPAT, PARAMS, clusters, small, spied, system
 
@@ -88,18 +89,6 @@ def test_r5_7_stage_2_is_looked_at_with_validation_rows_that_it_does_not_learn_f
             spec_of(2, made, train, impatient, 0, validation=few)
 
 
-def test_validation_rows_deserve_trust_where_a_guide_of_train_rows_is_right():
-    train, held = clusters(60), clusters(30, seed=5)
-    labels = held.y.clone()
-    labels[[2, 9]] = (labels[[2, 9]] + 1) % 3
-    assert (guided(Split(held.x, labels), train, PARAMS) == 0).nonzero()[:, 0].tolist() == [2, 9]
-    known = Split(held.x, held.y, torch.full((30,), 0.25))
-    assert torch.equal(guided(known, train, PARAMS), known.deserved)  # the task itself knows
-    assert torch.equal(guided(Split(held.x, labels), train, small(stage2__correctness=False)), torch.ones(30))
-    alike = Split(train.x, torch.zeros(60, dtype=torch.long))
-    assert torch.equal(guided(held, alike, PARAMS), torch.ones(30))  # nothing to guide
-
-
 @pytest.mark.slow
 def test_r8_6_the_loss_of_stage_2_falls_by_80_percent_of_its_way_to_the_floor():
     """Of the note's two features, on digits, at the note's rate; at the rate of its successor it does not."""
@@ -111,7 +100,7 @@ def test_r8_6_the_loss_of_stage_2_falls_by_80_percent_of_its_way_to_the_floor():
         params, one = changed(COMPAT, {"stage2.lr": lr}, "test"), copy.deepcopy(made)
         spec = spec_of(2, one, task.train, params, 0)
         generator = torch.Generator().manual_seed(0)
-        epoch = list(batches(spec, generator))
+        epoch = batches(spec, generator)
         starts = [spec.loss(batch, generator) for batch in spec.draw(epoch, generator)]
         start = {name: torch.stack([one[name] for one in starts]).mean() for name in ("trust", "floor")}
         last = run_stage(one, spec, 0)[-1]
@@ -134,7 +123,7 @@ def test_r8_6_what_the_trust_head_misses_of_its_floor_its_features_do_not_tell()
     spec, fresh = spec_of(2, made, task.train, PARAMS, 0), copy.deepcopy(made.vipassana.trust_head)
     last = run_stage(made, spec, 0)[-1]
     generator = torch.Generator().manual_seed(1)
-    seen = [one for _ in range(15) for one in spec.draw(list(batches(spec, generator)), generator)]
+    seen = [one for _ in range(15) for one in spec.draw(batches(spec, generator), generator)]
     rows, target = read(made, seen)
     twice = np.concatenate([rows.numpy()] * 2)  # a soft target is two rows with its weights
     labels = np.repeat([1, 0], len(rows))
@@ -160,3 +149,15 @@ def read(made: Satipatthana, drawn: list[Rows]) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         found = [made.view(one.state, one.log, one.recon_error).features for one in drawn]
     return torch.cat(found), torch.cat([one.target for one in drawn])
+
+
+def test_r8_10_squared_cosines_see_a_collapse_that_their_mean_does_not():
+    direction = functional.normalize(torch.randn(1, 8), dim=1)
+    two = torch.cat([direction.expand(5, 8), -direction.expand(5, 8)])
+    spread = functional.normalize(torch.randn(10, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    assert float(diversity(two, False)) == pytest.approx(-1 / 9, abs=1e-5)  # the lowest that ten can have
+    assert float(diversity(two, False)) < float(diversity(spread, False))
+    assert float(diversity(two, True)) > float(diversity(spread, True))
+    even, one = torch.full((6, 4), 0.25), torch.eye(4)[:1].expand(6, 4)
+    assert float(usage(even)) == pytest.approx(-1)
+    assert float(usage(one)) == pytest.approx(0, abs=1e-6)
