@@ -99,6 +99,8 @@ def train_peer(
     steps = epochs * (-(-total // settings.window) + 1)
     scheduler = build_scheduler(optimizer, "cosine", settings.warmup_steps, steps, 0.0)
     updates = 0
+    # not lego.training.steps.run_epoch: windows hand a state on, and only a loss that is not finite ends a run, where
+    # run_epoch refuses such a gradient too
     for epoch in range(epochs):
         first = int(torch.randint(1, settings.window + 1, (1,), generator=generator))
         state: State = None
