@@ -10,10 +10,11 @@ from torch.nn import functional
 
 from lego.base.progress import track
 from lego.cvfp.contest import epochs_of, parameter_facts, size_on_paper
+from lego.cvfp.contest_sections import PeersParams
 from lego.cvfp.peers import EndToEnd, State, Transformer, make
 from lego.cvfp.phase2 import ppl
 from lego.cvfp.predict import columns, windows
-from lego.cvfp.sections import CvfpParams, PeersParams
+from lego.cvfp.sections import CvfpParams
 from lego.cvfp.store import build
 from lego.cvfp.text import Text
 from lego.training.steps import build_scheduler
