@@ -1,5 +1,7 @@
 """The sections of stages/cvfp/params.yaml, typed and with their ranges, and the profiles that change them.
 
+Its section `data` is that of the root's params.yaml but for the keys that the file has itself.
+
 python -m lego.cvfp.sections            checks the file and says what is wrong with it
 """
 
@@ -8,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from lego.base.params import read_params
 from lego.base.profiles import Sibling
@@ -29,6 +31,15 @@ from lego.cvfp.contest_sections import ContestParams, PeersParams
 
 WRITTEN = "stages/cvfp/params.yaml stages/cvfp/dvc.lock metrics/cvfp"  # what git keeps of a run
 PARAMS, PROFILES = Path("stages/cvfp/params.yaml"), Path("stages/cvfp/profiles.yaml")
+ROOT_PARAMS = Path("params.yaml")
+OWN = (  # keys of `data` that the file must have itself; path, as DVC looks for it there
+    "path",
+    "max_train_tokens",
+    "max_validation_tokens",
+    "max_calibration_tokens",
+    "max_test_tokens",
+    "calibration_share",
+)
 Diversity = Literal[
     "none",
     "dist_batch",
@@ -189,8 +200,16 @@ class ProgressParams(Section):
     warn_above: Count
 
 
+class RootParams(Section):
+    """What CVFP reads of the root's params.yaml."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    data: DataParams
+
+
 class CvfpParams(Section):
-    """The whole of stages/cvfp/params.yaml."""
+    """The whole of stages/cvfp/params.yaml, with what it leaves out of `data`."""
 
     seed: Annotated[int, at_least(0, 2**63 - 1)]
     threads: Annotated[int, at_least(1, 4096)]
@@ -210,16 +229,19 @@ class CvfpParams(Section):
     def _ids_are_those_of_the_embedding(self) -> CvfpParams:
         if self.model.embedding != "random_frozen" and self.data.tokenizer != "pretrained":
             raise ValueError(
-                f"data.tokenizer must be pretrained, of that model, when model.embedding is {self.model.embedding}; "
-                f"its rows are of other ids; got {self.data.tokenizer}"
+                f"data.tokenizer in {ROOT_PARAMS} must be pretrained, of that model, when model.embedding is "
+                f"{self.model.embedding}; its rows are of other ids; got {self.data.tokenizer}"
             )
         if self.data.tokenizer == "pretrained" and not self.data.pretrained:
-            raise ValueError("data.pretrained must name a tokenizer or its folder when data.tokenizer is pretrained")
+            raise ValueError(
+                f"data.pretrained in {ROOT_PARAMS} must name a tokenizer or its folder when data.tokenizer is "
+                "pretrained"
+            )
         wanted = self.model.embedding_from or "gpt2"
         if self.model.embedding == "gpt2" and self.data.pretrained != wanted:
             raise ValueError(
-                f"data.pretrained must be {wanted}, whose ids the rows of model.embedding gpt2 are, got "
-                f"{self.data.pretrained}"
+                f"data.pretrained in {ROOT_PARAMS} must be {wanted}, whose ids the rows of model.embedding gpt2 are, "
+                f"got {self.data.pretrained}"
             )
         return self
 
@@ -252,13 +274,18 @@ class CvfpParams(Section):
         return self
 
 
-def load(path: str | Path = PARAMS) -> CvfpParams:
+def load(path: str | Path = PARAMS, root: str | Path = ROOT_PARAMS) -> CvfpParams:
     """The parameters of the CVFP pipeline.
+
+    Args:
+        path: its file.
+        root: the file that has the rest of `data`.
 
     Raises:
         ParamsError: unreadable file, unknown or missing key, wrong type or range; the message names file and key.
     """
-    return read_params(path, CvfpParams)
+    rest = read_params(root, RootParams).data.model_dump(exclude=set(OWN))
+    return read_params(path, CvfpParams, {"data": rest})
 
 
 SIBLING = Sibling(load, PARAMS, PROFILES)
