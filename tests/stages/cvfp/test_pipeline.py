@@ -368,5 +368,5 @@ def test_the_contest_runs_goes_on_after_a_kill_and_reaches_the_page(clone):
 
 
 def fingerprint_in(clone: Clone, stage: str) -> str:
-    script = f"from lego.scratch import fingerprint; print(fingerprint({stage!r}))"
+    script = f"from lego.base.scratch import fingerprint; print(fingerprint({stage!r}))"
     return clone.run("python", "-c", script).strip().splitlines()[-1]
