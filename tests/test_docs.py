@@ -38,6 +38,8 @@ def test_every_experiment_in_the_pages_is_valid(command):
             file, shape = own, siblings
             overrides = [one.removeprefix(f"{own}:") for one in overrides]
     values = yaml.safe_load((ROOT / file).read_text())
+    if file == cvfp.PARAMS:
+        values["data"] = yaml.safe_load((ROOT / cvfp.ROOT_PARAMS).read_text())["data"] | values["data"]
     for override in OverridesParser.create().parse_overrides(overrides):
         *path, key = override.key_or_group.split(".")
         section = values

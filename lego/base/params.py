@@ -121,12 +121,13 @@ def load_params(path: str | Path = "params.yaml") -> Params:
     return read_params(path, Params)
 
 
-def read_params(path: str | Path, shape: type[P]) -> P:
+def read_params(path: str | Path, shape: type[P], given: dict[str, dict[str, Any]] | None = None) -> P:
     """Reads and checks a parameter file.
 
     Args:
         path: a YAML file with every key of `shape`; `1e-05` is read as a number.
         shape: the sections it has.
+        given: by section, values of keys that the file may leave out.
 
     Raises:
         ParamsError: unreadable file, unknown or missing key, wrong type or range; the message names file and key.
@@ -143,6 +144,9 @@ def read_params(path: str | Path, shape: type[P]) -> P:
         raise ParamsError(f"{path}: is not valid YAML{line}") from None
     if not isinstance(raw, dict):
         raise ParamsError(f"{path}: must hold the sections {', '.join(shape.model_fields)}")
+    for section, values in (given or {}).items():
+        if isinstance(raw.get(section), dict):
+            raw[section] = values | raw[section]
     try:
         return shape.model_validate(raw)
     except ValidationError as error:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -88,3 +91,55 @@ def changed(params: P, changes: dict[str, Any], where: str, file: str | Path) ->
 def options(changes: dict[str, Any], file: str | Path) -> str:
     """Changes as options of `dvc exp run`."""
     return " ".join(f"-S {file}:{key}={json.dumps(value, separators=(',', ':'))}" for key, value in changes.items())
+
+
+@dataclass(frozen=True)
+class Sibling(Generic[P]):
+    """The parameters of a sibling system and their profiles, by the files that hold them.
+
+    Args:
+        load: reads and checks the parameters.
+        params: their file.
+        named: file of the profiles.
+    """
+
+    load: Callable[[], P]
+    params: Path
+    named: Path
+
+    def profiles(self, path: str | Path | None = None) -> dict[str, dict[str, Any]]:
+        """Named sets of changes; see `read_profiles`."""
+        return read_profiles(path or self.named)
+
+    def with_profile(self, params: P, name: str, path: str | Path | None = None) -> P:
+        """The parameters with a profile's changes; see `profiled`."""
+        return profiled(params, name, path or self.named, self.params)
+
+    def changed(self, params: P, changes: dict[str, Any], where: str) -> P:
+        """The parameters with some keys set to other values; see `lego.base.profiles.changed`."""
+        return changed(params, changes, where, self.params)
+
+    def main(self) -> int:
+        """Checks both files: prints the parameters, or what is wrong; returns the exit code."""
+        try:
+            params = self.load()
+            for name in self.profiles():
+                self.with_profile(params, name)
+        except ParamsError as error:
+            print(error, file=sys.stderr)
+            return 1
+        print(params.model_dump_json(indent=2))
+        return 0
+
+    def print_options(self, arguments: list[str]) -> int:
+        """Prints the one profile that is named as options of `dvc exp run`, or what is wrong; returns the exit code."""
+        try:
+            known = self.profiles()
+            if len(arguments) != 1 or arguments[0] not in known:
+                raise ParamsError(f"give one of the profiles {', '.join(known)}")
+            self.with_profile(self.load(), arguments[0])
+        except ParamsError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+        print(options(known[arguments[0]], self.params))
+        return 0

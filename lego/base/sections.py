@@ -45,6 +45,7 @@ Number = Annotated[float, BeforeValidator(_from_scientific)]
 Positive = Annotated[Number, within("(0, inf)")]
 NonNegative = Annotated[Number, within("[0, inf)")]
 Share = Annotated[Number, within("(0, 1)")]
+Unit = Annotated[Number, within("[0, 1]")]
 Count = Annotated[int, at_least(1)]
 CountOrZero = Annotated[int, at_least(0)]
 

@@ -8,11 +8,12 @@ from typing import Any, get_args
 import torch
 
 from lego.cvfp.contest import epochs_of, parameter_facts, size_on_paper
+from lego.cvfp.contest_sections import Form
 from lego.cvfp.model import NewLLMResidual, Reader
 from lego.cvfp.phase2 import FixedText, ppl, score, shuffled, train_head, zeroed
 from lego.cvfp.predict import train_contexts
 from lego.cvfp.run import first_phase, settled
-from lego.cvfp.sections import CvfpParams, Form, changed, with_profile
+from lego.cvfp.sections import CvfpParams, changed, with_profile
 from lego.cvfp.store import build
 from lego.cvfp.text import SPLITS, Text
 

@@ -67,6 +67,8 @@ class Recurrent(nn.Module):
         return self.head(rows), kept
 
 
+# of torch.nn's layers, not of lego.model's: a guest does not build on what the house trains, and the contest's numbers
+# were made with these
 class Transformer(nn.Module):
     """Causal transformer, two layers, learned positions within the window (Vaswani et al. 2017; pre-norm).
 

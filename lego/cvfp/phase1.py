@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam
 
-from lego.base.params import ParamsError
-from lego.base.progress import track
-from lego.cvfp.losses import BATCH, ZeroGradientError, cvfp_loss
+from lego.cvfp.losses import ZeroGradientError
 from lego.cvfp.model import NewLLMResidual
-from lego.cvfp.passes import QUIET, Telling, chunks, parallel_pass, require_finite, sequential_pass, shifted
+from lego.cvfp.modes import TrainingPass
+from lego.cvfp.passes import QUIET, Telling, parallel_pass, require_finite, sequential_pass
 from lego.cvfp.sections import Phase1Params
 
 
@@ -89,14 +88,7 @@ class ContextTrainer:
     _has_gradient: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        if len(self.embeddings) < 2:
-            raise ParamsError(f"phase 1 needs at least 2 tokens, got {len(self.embeddings)}")
-        chunked = self.settings.mode == "parallel" and len(self.embeddings) > self.settings.chunk_tokens
-        if chunked and self._from_statistics:
-            raise ParamsError(
-                f"phase1.chunk_tokens must be at least {len(self.embeddings)} for diversity {self.settings.diversity}, "
-                "whose statistics need all tokens at once"
-            )
+        self.one_pass = TrainingPass(self.model, self.embeddings, self.settings, self.telling)
         self.model.train()
         blocks = [p for block in self.model.blocks for p in block.parameters()]
         self.parameters = [p for p in (*blocks, *self.model.embed_norm.parameters()) if p.requires_grad]
@@ -143,7 +135,7 @@ class ContextTrainer:
         target = first if self.settings.cvfp_target == "iteration0_fixed" else previous
         if target is None:
             raise ValueError("the target iteration0_fixed is the contexts of iteration 0; give them as `first`")
-        contexts, cvfp, diversity = self._pass(number, previous, target)
+        contexts, cvfp, diversity = self.one_pass.run(number, previous, target, self._update)
         require_finite(contexts, f"iteration {number + 1}")
         distance = (contexts - previous).square().mean(dim=1)  # (N,)
         converged = int((distance < self.settings.convergence_threshold).sum())
@@ -155,7 +147,8 @@ class ContextTrainer:
         if not self.settings.recompute_contexts:
             return last.contexts
         before = last.contexts.values
-        values = parallel_pass(self.model, self.embeddings, before, self._start(before), self.settings.chunk_tokens)
+        start = self.one_pass.start(before)
+        values = parallel_pass(self.model, self.embeddings, before, start, self.settings.chunk_tokens)
         require_finite(values, "final pass")
         return Contexts(values, self.updates)
 
@@ -171,125 +164,12 @@ class ContextTrainer:
         passed = sum(number > last for last in self.settings.lr_steps)
         return self.settings.lr_step_factors[passed]
 
-    def _start(self, previous: Tensor) -> Tensor:
-        """The context before the first token: that after the last one of the pass before, or 0 (B3)."""
-        return torch.zeros_like(previous[-1]) if self.settings.start_context == "zero" else previous[-1].detach()
-
-    def _pass(self, number: int, previous: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
-        """Contexts (N, d) as they were before the pass's last step, and both terms of its loss."""
-        match self.settings.mode:
-            case "parallel":
-                return self._parallel(previous, target)
-            case "sequential_batch":
-                return self._sequential_batch(number, previous, target)
-            case _:
-                return self._online(number, previous, target)
-
-    def _noise(self, starts: Tensor) -> Tensor | None:
-        """How far the other starts of the target two_view are from these (n, d); None for the other targets."""
-        two = self.settings.cvfp_target == "two_view"
-        return self.settings.two_view_noise * torch.randn_like(starts) if two else None
-
-    @staticmethod
-    def _views(starts: Tensor, noise: Tensor | None, part: slice = slice(None)) -> list[Tensor]:
-        """Start contexts (n, d) of a part of the text, and before them those with noise, if there is any."""
-        return [starts] if noise is None else [starts + noise[part], starts]
-
-    def _first_views(self, previous: Tensor) -> list[Tensor]:
-        """Those of the first token (1, d)."""
-        start = self._start(previous)[None]
-        return self._views(start, self._noise(start))
-
-    def _step(self, views: list[Tensor], token: Tensor) -> list[Tensor]:
-        """The next context of each view; the last call is that of the starts themselves, of which statistics are."""
-        return [self.model.next_context(context=view, token=token) for view in views]
-
-    def _parallel(self, previous: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
-        start, noise = self._start(previous), self._noise(previous)
-
-        def forward(part: slice) -> Tensor:
-            views = self._step(self._views(shifted(previous, start, part), noise, part), self.embeddings[part])
-            return torch.stack(views) if len(views) > 1 else views[0][None]  # (views, n, d)
-
-        def losses(views: Tensor) -> tuple[Tensor, Tensor]:  # the last view is from the starts themselves
-            return self._losses(views[-1], views[0] if len(views) > 1 else target)
-
-        n, chunk = len(self.embeddings), self.settings.chunk_tokens
-        if n <= chunk:
-            views = forward(slice(0, n))
-            cvfp, diversity = losses(views)
-            self._update(cvfp, diversity, views)
-        else:  # first all contexts, then the loss and its gradient in them, then chunk by chunk that of the weights
-            parts = chunks(n, chunk)
-            views = previous.new_empty(1 if noise is None else 2, n, previous.shape[1])
-            with torch.no_grad():
-                for part in track(parts, len(parts), "contexts", "chunk"):
-                    views[:, part] = forward(part)
-            views.requires_grad_()
-            cvfp, diversity = losses(views)
-            self._update(cvfp, diversity, views, lambda gradient: self._backward(forward, parts, gradient))
-        return views[-1].detach(), cvfp.item(), diversity.item()
-
-    @staticmethod
-    def _backward(forward: Callable[[slice], Tensor], parts: list[slice], gradient: Tensor) -> None:
-        for part in track(parts, len(parts), "gradient", "chunk"):
-            forward(part).backward(gradient[:, part])
-
-    def _sequential_batch(self, number: int, previous: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
-        views, made, terms = self._first_views(previous), list[Tensor](), list[Tensor]()
-        n, length = len(self.embeddings), self.settings.bptt_len
-        for index in self.telling.tokens(n, f"iteration {number + 1}"):
-            if index % length == 0:
-                views = [view.detach() for view in views]
-            views = self._step(views, self.embeddings[index : index + 1])
-            made.append(torch.stack(views))  # (views, 1, d)
-            if self._from_statistics:
-                terms.append(self.model.get_distribution_loss(views[-1]))
-        contexts = torch.cat(made, dim=1).detach().requires_grad_()  # (views, N, d)
-        cvfp, diversity = self._losses(contexts[-1], contexts[0] if len(views) > 1 else target, terms)
-
-        def backward(gradient: Tensor) -> None:  # window by window, as one call for all tokens is long and silent
-            each = gradient.new_tensor(self.settings.dist_reg_weight / n)  # of the loss in a token's own term
-            windows = chunks(n, length)
-            for part in track(windows, len(windows), "gradient", "window"):
-                own = [term for term in terms[part] if term.requires_grad]  # that of ema_buffer has no gradient
-                torch.autograd.backward([*made[part], *own], [*gradient[:, part].split(1, 1), *[each] * len(own)])
-
-        self._update(cvfp, diversity, contexts, backward)
-        return contexts[-1].detach(), cvfp.item(), diversity.item()
-
-    def _online(self, number: int, previous: Tensor, target: Tensor) -> tuple[Tensor, float, float]:
-        views = self._first_views(previous)
-        rows, waiting, totals = list[Tensor](), list[tuple[Tensor, Tensor]](), [0.0, 0.0]
-        n = len(self.embeddings)
-        for index in self.telling.tokens(n, f"iteration {number + 1}"):
-            views = self._step(views, self.embeddings[index : index + 1])
-            rows.append(views[-1].detach())
-            waiting.append(self._losses(views[-1], views[0] if len(views) > 1 else target[index : index + 1]))
-            if (index + 1) % self.settings.bptt_len == 0 or index + 1 == n:
-                cvfp, diversity = (torch.stack(terms).mean() for terms in zip(*waiting, strict=True))
-                self._update(cvfp, diversity, views[-1])
-                for place, term in enumerate((cvfp, diversity)):
-                    totals[place] += term.item() * len(waiting) / n
-                waiting, views = [], [view.detach() for view in views]
-        return torch.cat(rows), totals[0], totals[1]
-
-    @property
-    def _from_statistics(self) -> bool:
-        return self.settings.diversity not in (*BATCH, "none")
-
-    def _losses(self, contexts: Tensor, target: Tensor, terms: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        cvfp = cvfp_loss(contexts, target)
-        if terms:
-            return cvfp, torch.stack(terms).mean()
-        return cvfp, self.model.get_distribution_loss(contexts)
-
     def _update(
         self,
         cvfp: Tensor,
         diversity: Tensor,
         contexts: Tensor,
-        backward: Callable[[Tensor], None] | None = None,
+        backward: Callable[[Tensor], None] | None,
     ) -> None:
         """One optimizer step, unless loss or gradient is not finite, which is counted.
 
@@ -298,6 +178,7 @@ class ContextTrainer:
             contexts: what they were computed from.
             backward: takes the loss's gradient in the contexts on to the weights, if they have no graph themselves.
         """
+        # not lego.training.steps.run_epoch: contexts are handed on and kept, and a step that is not finite is skipped
         w = self.settings.dist_reg_weight
         loss, self.made_with, self.weights_before = (1 - w) * cvfp + w * diversity, self.updates, {}
         self.optimizer.zero_grad(set_to_none=True)
@@ -330,7 +211,7 @@ class ContextTrainer:
             return
         for name in self._waiting():
             term = terms[name]
-            wanted = self.parameters if name == "diversity" and self._from_statistics else [contexts]
+            wanted = self.parameters if name == "diversity" and self.one_pass.from_statistics else [contexts]
             found = (
                 torch.autograd.grad(term, wanted, retain_graph=True, allow_unused=True) if term.requires_grad else ()
             )

@@ -240,6 +240,7 @@ def _epoch(
     generator: torch.Generator,
 ) -> tuple[float, int]:
     """Mean loss of an epoch and its optimizer steps."""
+    # not lego.training.steps.run_epoch: parts of a step are weighted by what it will hold, and two modes hand state on
     steps = _steps(text, settings)
     if steps == 1:
         batches: Iterator[Tensor] = iter([torch.arange(text.predictions)])

@@ -157,6 +157,7 @@ def train_contexts(
     scheduler = build_scheduler(optimizer, "cosine", settings.warmup_steps, steps, 0.0)
     history: list[list[float]] = []
     updates = 0
+    # not lego.training.steps.run_epoch: windows hand contexts on, three terms are counted, and a fault names its token
     for epoch in range(settings.epochs):
         first = int(torch.randint(1, settings.bptt_len + 1, (1,), generator=generator))
         context, sums = torch.zeros(text.shape[1], model.context_dim), torch.zeros(3, dtype=torch.double)

@@ -10,10 +10,11 @@ from torch.nn import functional
 
 from lego.base.progress import track
 from lego.cvfp.contest import epochs_of, parameter_facts, size_on_paper
+from lego.cvfp.contest_sections import PeersParams
 from lego.cvfp.peers import EndToEnd, State, Transformer, make
 from lego.cvfp.phase2 import ppl
 from lego.cvfp.predict import columns, windows
-from lego.cvfp.sections import CvfpParams, PeersParams
+from lego.cvfp.sections import CvfpParams
 from lego.cvfp.store import build
 from lego.cvfp.text import Text
 from lego.training.steps import build_scheduler
@@ -99,6 +100,8 @@ def train_peer(
     steps = epochs * (-(-total // settings.window) + 1)
     scheduler = build_scheduler(optimizer, "cosine", settings.warmup_steps, steps, 0.0)
     updates = 0
+    # not lego.training.steps.run_epoch: windows hand a state on, and only a loss that is not finite ends a run, where
+    # run_epoch refuses such a gradient too
     for epoch in range(epochs):
         first = int(torch.randint(1, settings.window + 1, (1,), generator=generator))
         state: State = None

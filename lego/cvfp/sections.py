@@ -1,19 +1,19 @@
 """The sections of stages/cvfp/params.yaml, typed and with their ranges, and the profiles that change them.
 
+Its section `data` is that of the root's params.yaml but for the keys that the file has itself.
+
 python -m lego.cvfp.sections            checks the file and says what is wrong with it
 """
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from lego.base.params import ParamsError, read_params
-from lego.base.profiles import changed as changed_in
-from lego.base.profiles import profiled, read_profiles
+from lego.base.params import read_params
+from lego.base.profiles import Sibling
 from lego.base.sections import (
     Count,
     CountOrZero,
@@ -23,13 +23,23 @@ from lego.base.sections import (
     Positive,
     Section,
     Share,
+    Unit,
     at_least,
     within,
 )
+from lego.cvfp.contest_sections import ContestParams, PeersParams
 
-WRITTEN = "stages/cvfp/params.yaml stages/cvfp/dvc.lock metrics/cvfp"  # what git keeps of a run
+WRITTEN = "stages/cvfp/params.yaml params.yaml stages/cvfp/dvc.lock metrics/cvfp"  # what git keeps of a run
 PARAMS, PROFILES = Path("stages/cvfp/params.yaml"), Path("stages/cvfp/profiles.yaml")
-Unit = Annotated[Number, within("[0, 1]")]
+ROOT_PARAMS = Path("params.yaml")
+OWN = (  # keys of `data` that the file must have itself; path, as DVC looks for it there
+    "path",
+    "max_train_tokens",
+    "max_validation_tokens",
+    "max_calibration_tokens",
+    "max_test_tokens",
+    "calibration_share",
+)
 Diversity = Literal[
     "none",
     "dist_batch",
@@ -41,10 +51,6 @@ Diversity = Literal[
     "vicreg",
     "oacd",
 ]
-
-
-Form = Literal["sound", "sound_reservoir", "untrained", "untrained_longer", "seed", "seed_untrained"]
-Peer = Literal["end_to_end", "mlp_1", "mlp_2", "mlp_4", "gru", "lstm", "transformer", "ssm"]
 
 
 class TextParams(Section):
@@ -166,59 +172,6 @@ class Phase2Params(Section):
     grad_clip: Positive
 
 
-class ScalingParams(Section):
-    """The curve over train text: which models, on which parts of it, how often."""
-
-    models: dict[Form | Peer, Count]
-    shares: Annotated[list[Share], Field(min_length=1)]
-
-
-class ContestParams(Section):
-    """Which models are compared over seeds, and the rates their search begins from (specification, section 12)."""
-
-    seeds: Count
-    seed_sweeps: CountOrZero
-    workers: Count
-    lr_factors: Annotated[list[Positive], Field(min_length=1)]
-    own: dict[Form, Positive]
-    peers: dict[Peer, Positive]
-    scaling: ScalingParams
-    trial_seeds: Count
-    trials: dict[str, dict[str, bool | int | float | str | list[int]]]
-
-    @model_validator(mode="after")
-    def _scaled_models_are_of_the_contest(self) -> ContestParams:
-        if len({f"{share:g}" for share in self.scaling.shares}) < len(self.scaling.shares):
-            raise ValueError(f"scaling.shares must differ, got {self.scaling.shares}")
-        for name in self.scaling.models:
-            if name not in self.lr:
-                raise ValueError(f"scaling.models must be of contest.own or contest.peers, got {name}")
-        return self
-
-    @property
-    def lr(self) -> dict[str, float]:
-        """The rate by model, CVFP's own forms first."""
-        return dict(self.own.items()) | dict(self.peers.items())
-
-
-class EndToEndParams(Section):
-    """What the peer that is the network of `sound` in one phase has of its own."""
-
-    window: Annotated[int, at_least(8, 4096)]
-    layernorm_mix: Unit
-
-
-class PeersParams(Section):
-    """How the other models train."""
-
-    streams: Count
-    window: Annotated[int, at_least(8, 4096)]
-    warmup_steps: CountOrZero
-    weight_decay: NonNegative
-    grad_clip: Positive
-    end_to_end: EndToEndParams
-
-
 class ChecksParams(Section):
     """What the critical checks take as passed (specification, section 5)."""
 
@@ -247,8 +200,16 @@ class ProgressParams(Section):
     warn_above: Count
 
 
+class RootParams(Section):
+    """What CVFP reads of the root's params.yaml."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    data: DataParams
+
+
 class CvfpParams(Section):
-    """The whole of stages/cvfp/params.yaml."""
+    """The whole of stages/cvfp/params.yaml, with what it leaves out of `data`."""
 
     seed: Annotated[int, at_least(0, 2**63 - 1)]
     threads: Annotated[int, at_least(1, 4096)]
@@ -268,16 +229,19 @@ class CvfpParams(Section):
     def _ids_are_those_of_the_embedding(self) -> CvfpParams:
         if self.model.embedding != "random_frozen" and self.data.tokenizer != "pretrained":
             raise ValueError(
-                f"data.tokenizer must be pretrained, of that model, when model.embedding is {self.model.embedding}; "
-                f"its rows are of other ids; got {self.data.tokenizer}"
+                f"data.tokenizer in {ROOT_PARAMS} must be pretrained, of that model, when model.embedding is "
+                f"{self.model.embedding}; its rows are of other ids; got {self.data.tokenizer}"
             )
         if self.data.tokenizer == "pretrained" and not self.data.pretrained:
-            raise ValueError("data.pretrained must name a tokenizer or its folder when data.tokenizer is pretrained")
+            raise ValueError(
+                f"data.pretrained in {ROOT_PARAMS} must name a tokenizer or its folder when data.tokenizer is "
+                "pretrained"
+            )
         wanted = self.model.embedding_from or "gpt2"
         if self.model.embedding == "gpt2" and self.data.pretrained != wanted:
             raise ValueError(
-                f"data.pretrained must be {wanted}, whose ids the rows of model.embedding gpt2 are, got "
-                f"{self.data.pretrained}"
+                f"data.pretrained in {ROOT_PARAMS} must be {wanted}, whose ids the rows of model.embedding gpt2 are, "
+                f"got {self.data.pretrained}"
             )
         return self
 
@@ -310,40 +274,22 @@ class CvfpParams(Section):
         return self
 
 
-def load(path: str | Path = PARAMS) -> CvfpParams:
+def load(path: str | Path = PARAMS, root: str | Path = ROOT_PARAMS) -> CvfpParams:
     """The parameters of the CVFP pipeline.
+
+    Args:
+        path: its file.
+        root: the file that has the rest of `data`.
 
     Raises:
         ParamsError: unreadable file, unknown or missing key, wrong type or range; the message names file and key.
     """
-    return read_params(path, CvfpParams)
+    rest = read_params(root, RootParams).data.model_dump(exclude=set(OWN))
+    return read_params(path, CvfpParams, {"data": rest})
 
 
-def profiles(path: str | Path = PROFILES) -> dict[str, dict[str, Any]]:
-    """Named sets of changes to params.yaml; see `lego.base.profiles`."""
-    return read_profiles(path)
-
-
-def with_profile(params: CvfpParams, name: str, path: str | Path = PROFILES) -> CvfpParams:
-    """The parameters with a profile's changes; see `lego.base.profiles.profiled`."""
-    return profiled(params, name, path, PARAMS)
-
-
-def changed(params: CvfpParams, changes: dict[str, Any], where: str) -> CvfpParams:
-    """The parameters with some keys set to other values; see `lego.base.profiles.changed`."""
-    return changed_in(params, changes, where, PARAMS)
-
-
-def main() -> int:
-    try:
-        params = load()
-        for name in profiles():
-            with_profile(params, name)
-    except ParamsError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(params.model_dump_json(indent=2))
-    return 0
+SIBLING = Sibling(load, PARAMS, PROFILES)
+profiles, with_profile, changed, main = SIBLING.profiles, SIBLING.with_profile, SIBLING.changed, SIBLING.main
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def write_text_ids(folder: Path, tokens: str | Path, encoder: TextEncoder, setti
     """
     lengths = encoder.token_bytes()
     if lengths is None:
-        raise CorpusError("stages/cvfp/params.yaml: data.tokenizer must be a byte-level one, so that bytes are known")
+        raise CorpusError("params.yaml: data.tokenizer must be a byte-level one, so that bytes are known")
     train, counts, hidden = stream(tokens, "train"), dict[str, object](), dict[str, int]()
     ids = {"train": train}
     for split in ("validation", "test"):

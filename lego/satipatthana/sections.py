@@ -5,15 +5,13 @@ python -m lego.satipatthana.sections            checks the file and says what is
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lego.base.params import ParamsError, read_params
-from lego.base.profiles import changed as changed_in
-from lego.base.profiles import profiled, read_profiles
+from lego.base.params import read_params
+from lego.base.profiles import Sibling
 from lego.base.sections import Count, NonNegative, Positive, Section, at_least
 from lego.satipatthana.settings import (
     AdapterParams,
@@ -187,31 +185,8 @@ def load(path: str | Path = PARAMS) -> SatipatthanaParams:
     return read_params(path, SatipatthanaParams)
 
 
-def profiles(path: str | Path = PROFILES) -> dict[str, dict[str, Any]]:
-    """Named sets of changes to params.yaml; see `lego.base.profiles`."""
-    return read_profiles(path)
-
-
-def with_profile(params: SatipatthanaParams, name: str, path: str | Path = PROFILES) -> SatipatthanaParams:
-    """The parameters with a profile's changes; see `lego.base.profiles.profiled`."""
-    return profiled(params, name, path, PARAMS)
-
-
-def changed(params: SatipatthanaParams, changes: dict[str, Any], where: str) -> SatipatthanaParams:
-    """The parameters with some keys set to other values; see `lego.base.profiles.changed`."""
-    return changed_in(params, changes, where, PARAMS)
-
-
-def main() -> int:
-    try:
-        params = load()
-        for name in profiles():
-            with_profile(params, name)
-    except ParamsError as error:
-        print(error, file=sys.stderr)
-        return 1
-    print(params.model_dump_json(indent=2))
-    return 0
+SIBLING = Sibling(load, PARAMS, PROFILES)
+profiles, with_profile, changed, main = SIBLING.profiles, SIBLING.with_profile, SIBLING.changed, SIBLING.main
 
 
 if __name__ == "__main__":

@@ -7,11 +7,19 @@ import math
 
 from lego.base.artifacts import atomic_folder, write_json
 from lego.base.harness import Stage, exit_cleanly
-from lego.cvfp.sections import WRITTEN, load
+from lego.cvfp.sections import OWN, PARAMS, WRITTEN, load
 from lego.cvfp.text import read_text_ids, write_text_ids
 from lego.text.ngram import KneserNey, references
 from lego.text.packing import write_splits
 from lego.tokens.blocks import CorpusError
+
+
+def of_this_pipeline(sentence: str) -> str:
+    """A sentence that names keys of the root's file, with this pipeline's file where it has them itself."""
+    sentence = sentence.replace("model.seq_len", "text.block_length")
+    for key in ("text.block_length", *(f"data.{one}" for one in OWN)):
+        sentence = sentence.replace(f"params.yaml: {key}", f"{PARAMS}: {key}")
+    return sentence
 
 
 def main() -> None:
@@ -19,9 +27,8 @@ def main() -> None:
     with Stage("cvfp/tokenize", params.seed) as stage, atomic_folder("data/cvfp/tokens") as folder:
         try:
             done = write_splits(params.data, params.text.block_length, None, folder)
-        except CorpusError as error:  # which names the keys of the root's file
-            sentence = str(error).replace("params.yaml: ", "stages/cvfp/params.yaml: ")
-            raise CorpusError(sentence.replace("model.seq_len", "text.block_length")) from None
+        except CorpusError as error:
+            raise CorpusError(of_this_pipeline(str(error))) from None
         counts = write_text_ids(folder, folder, done.encoder, params.text)
         text = read_text_ids(folder)
         ids = {split: one.numpy() for split, one in text.ids.items()}

@@ -13,7 +13,7 @@ from lego.cvfp.sections import CvfpParams, changed, load, with_profile
 from lego.cvfp.store import build
 from tests.conftest import ROOT
 
-PARAMS = load(ROOT / "stages/cvfp/params.yaml")
+PARAMS = load(ROOT / "stages/cvfp/params.yaml", ROOT / "params.yaml")
 SEED_PROFILE = with_profile(PARAMS, "seed", ROOT / "stages/cvfp/profiles.yaml")
 SMALL = {"model.context_dim": 24, "model.embed_dim": 16, "model.hidden_dim": 40, "model.layer_structure": [1, 1]}
 VOCAB = 50

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lego.cvfp.checks import convergence, flags, identity, trend, validation_trend
+from lego.cvfp.contest_sections import PeersParams
 from lego.cvfp.dependence import dependence
 from lego.cvfp.passes import Telling, sequential_pass
 from lego.cvfp.peers import make
@@ -18,7 +19,7 @@ from lego.cvfp.predict import train_contexts
 from lego.cvfp.ranks import Spread
 from lego.cvfp.rivals import train_peer
 from lego.cvfp.run import settled
-from lego.cvfp.sections import ChecksParams, CvfpParams, PeersParams, Phase1Params, changed
+from lego.cvfp.sections import ChecksParams, CvfpParams, Phase1Params, changed
 from lego.cvfp.text import Text
 from tests.conftest import ROOT
 from tests.cvfp.conftest import PARAMS, SMALL, VOCAB, network, seed_params, text, trained

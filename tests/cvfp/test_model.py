@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import math
 
 import pytest
@@ -14,7 +13,6 @@ from lego.cvfp.moments import RunningMoments
 from lego.cvfp.passes import parallel_pass, sequential_pass, settle
 from lego.cvfp.phase1 import ContextTrainer
 from lego.cvfp.sections import changed
-from tests.conftest import ROOT
 from tests.cvfp.conftest import PARAMS, SMALL, VOCAB, network, seed_params, text
 
 
@@ -163,23 +161,6 @@ def test_b4_statistics_are_the_layers_own_and_their_memory_does_not_grow():
         owned = [buffer.numel() for buffer in model.buffers()]
         assert sum(owned) == 2 * (4 * 24 + 2)
         assert [one._latest for block in model.blocks for one in block.layers] == [None, None]
-
-
-def test_b4_the_loop_over_tokens_computes_no_statistics():
-    """The sequential modes hand contexts on; a mean there is of the loss terms that wait for their step."""
-    tree = ast.parse((ROOT / "lego/cvfp/phase1.py").read_text())
-    loops = [
-        node
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef) and function.name in ("_sequential_batch", "_online")
-        for node in ast.walk(function)
-        if isinstance(node, ast.For)
-    ]
-    called = [ast.unparse(node.func) for loop in loops for node in ast.walk(loop) if isinstance(node, ast.Call)]
-    assert len(loops) >= 2
-    assert any("get_distribution_loss" in one for one in called)
-    statistics = [one for one in called if one.rpartition(".")[2] in ("mean", "var", "std", "var_mean", "std_mean")]
-    assert statistics == ["torch.stack(terms).mean"]
 
 
 def test_b6_single_rows_give_the_right_variance():

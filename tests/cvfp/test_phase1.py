@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks import cvfp_speed
-from lego.cvfp import losses, passes, phase1
+from lego.cvfp import losses, modes, passes
 from lego.cvfp.losses import ZeroGradientError, centroid_batch, cvfp_loss, vicreg
 from lego.cvfp.model import EMA
 from lego.cvfp.passes import NonFiniteContextError, sequential_pass, settle
@@ -102,57 +102,6 @@ def test_b1_the_loss_sees_norms():
     assert (x - torch.autograd.grad(loss, x)[0]).norm() > x.norm()
 
 
-@pytest.mark.parametrize("mode", ["sequential_batch", "sequential_online"])
-def test_b2_sequential_modes_run_and_gradients_reach_back_bptt_len_tokens(mode, monkeypatch):
-    params = seed_params(phase1__mode=mode, phase1__max_iterations=2, phase1__dist_reg_weight=0.0)
-    trainer, iterations = trained(params, tokens=50)
-    assert len(iterations) == 2
-    assert trainer.updates == (1 if mode == "sequential_batch" else 50)
-    for bptt, reaches in ((1, False), (4, True)):
-        params = seed_params(phase1__mode=mode, phase1__bptt_len=bptt, phase1__dist_reg_weight=0.0)
-        model = network(params)
-        trainer = ContextTrainer(model, model.embed(text(9)).detach(), params.phase1)
-        made: list[torch.Tensor] = []
-        advance = type(model).next_context
-
-        def kept(self, *, context, token, made=made, advance=advance):
-            made.append(advance(self, context=context, token=token))
-            return made[-1]
-
-        monkeypatch.setattr(type(model), "next_context", kept)
-        seen = []
-        monkeypatch.setattr(trainer, "_update", lambda cvfp, *_, seen=seen: seen.append(cvfp))
-        trainer._pass(1, torch.randn(9, 24), torch.randn(9, 24))
-        monkeypatch.setattr(type(model), "next_context", advance)
-        gradient = torch.autograd.grad(made[2].sum(), made[1], allow_unused=True)[0]
-        assert (gradient is not None) == reaches
-
-
-@pytest.mark.parametrize("mode", ["parallel", "sequential_batch", "sequential_online"])
-@pytest.mark.parametrize("start", ["carry", "zero"])
-def test_b3_a_pass_starts_from_the_last_context_of_the_one_before(mode, start, monkeypatch):
-    diversity = "centroid_ema" if mode == "sequential_online" else "centroid_batch"
-    params = seed_params(phase1__mode=mode, phase1__start_context=start, phase1__diversity=diversity)
-    params = params.model_copy(update={"phase1": params.phase1.model_copy(update={"max_iterations": 4})})
-    model = network(params)
-    trainer = ContextTrainer(model, model.embed(text(30)).detach(), params.phase1)
-    starts, advance = [], type(model).next_context
-
-    def spied(self, *, context, token):
-        starts.append(context)
-        return advance(self, context=context, token=token)
-
-    monkeypatch.setattr(type(model), "next_context", spied)
-    previous = None
-    for iteration in trainer.iterations():
-        if previous is not None:
-            wanted = previous[-1] if start == "carry" else torch.zeros(24)
-            assert torch.equal(starts[0][0], wanted)
-            assert not starts[0].requires_grad
-        previous = iteration.contexts.values
-        starts.clear()
-
-
 @pytest.mark.parametrize("diversity", [*losses.BATCH, "centroid_ema", "ema_target", "ema_live"])
 @pytest.mark.parametrize("mode", ["parallel", "sequential_batch"])
 def test_b5_every_loss_moves_weights(diversity, mode):
@@ -225,7 +174,7 @@ def test_b13_only_what_is_not_finite_is_skipped_and_counted(monkeypatch):
     def sometimes(contexts, target):
         return real(contexts, target) * (math.nan if next(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(phase1, "cvfp_loss", sometimes)
+    monkeypatch.setattr(modes, "cvfp_loss", sometimes)
     trainer, _ = trained(seed_params(phase1__early_stop=False))
     assert (trainer.updates, trainer.skipped) == (8, 1)
     assert all(torch.isfinite(p).all() for p in trainer.model.parameters())
@@ -347,17 +296,6 @@ def test_segments_side_by_side_settle_to_the_sequential_contexts(segments):
     assert early.residual > 0 or segments == 1
 
 
-def test_chunks_give_the_same_weights_as_one_batch():
-    whole, parts = (
-        trained(seed_params(phase1__chunk_tokens=chunk, phase1__max_iterations=4))[0].model.state_dict()
-        for chunk in (1000, 7)
-    )
-    for name in whole:
-        torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match=r"phase1\.chunk_tokens must be at least 60 for diversity ema_live"):
-        trained(seed_params(phase1__chunk_tokens=7, phase1__diversity="ema_live"))
-
-
 def test_a5_two_runs_are_equal_and_progress_changes_nothing(capsys):
     params = seed_params(phase1__cvfp_target="two_view", phase1__max_iterations=4)
     runs = []
@@ -395,33 +333,6 @@ def test_one_iteration_takes_the_target_that_the_parameters_name():
         assert torch.equal(trained(params)[1][-1].contexts.values, wanted)
     with pytest.raises(ValueError, match="iteration0_fixed is the contexts of iteration 0"):
         after("iteration0_fixed")
-
-
-@pytest.mark.filterwarnings("ignore:phase1.diversity. ema_buffer")
-@pytest.mark.parametrize("diversity", ["centroid_batch", "ema_live", "ema_buffer"])
-@pytest.mark.parametrize("target", ["previous_iteration", "two_view"])
-def test_gradients_window_by_window_are_those_of_all_at_once(diversity, target, monkeypatch):
-    params = seed_params(
-        phase1__mode="sequential_batch",
-        phase1__diversity=diversity,
-        phase1__cvfp_target=target,
-        phase1__bptt_len=4,
-        phase1__allow_zero_gradient_loss=True,
-    )
-
-    def gradients() -> list[torch.Tensor]:
-        model = network(params)
-        trainer = ContextTrainer(model, model.embed(text(30)).detach(), params.phase1)
-        previous = sequential_pass(model, trainer.embeddings) + 0.1
-        torch.manual_seed(3)
-        trainer.iterate(1, previous)
-        return [one.grad for one in trainer.parameters if one.grad is not None]
-
-    windows = gradients()
-    monkeypatch.setattr(phase1, "chunks", lambda total, size: [slice(0, total)])
-    assert any(bool(one.any()) for one in windows)
-    for one, other in zip(windows, gradients(), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-7, rtol=1e-4)
 
 
 def test_9_4_contexts_that_carry_their_start_over_are_of_one_more_pass():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from lego.base.artifacts import ArtifactError, read_json, read_tensors, write_js
 from lego.base.params import ParamsError
 from lego.cvfp import text as policy
 from lego.cvfp.contest import size_on_paper
-from lego.cvfp.sections import changed, load, profiles, with_profile
+from lego.cvfp.sections import OWN, CvfpParams, changed, load, profiles, with_profile
 from lego.cvfp.store import EmbeddingError, build, embedding_matrix
 from lego.cvfp.text import (
     UnseenIdError,
@@ -33,10 +34,12 @@ from lego.cvfp.text import (
 )
 from lego.text.tokenizer import TextEncoder, fit_bpe, write_tokens
 from lego.tokens.blocks import BlockWriter
+from stages.cvfp.tokenize import of_this_pipeline
 from tests.conftest import ROOT, SOURCE
 from tests.cvfp.conftest import PARAMS
 
 HALF = len(SOURCE) // 2
+LEFT_OUT = "left out"
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +119,7 @@ def test_b21_unseen_ids_auto_split_and_missing_text_are_refused(tmp_path, tokens
     raw["text"]["validation"] = "auto_split"
     (tmp_path / "p.yaml").write_text(yaml.safe_dump(raw))
     with pytest.raises(ParamsError, match=r"text\.validation must be one of 'heldout_in_vocab' or 'val_from_train'"):
-        load(tmp_path / "p.yaml")
+        load(tmp_path / "p.yaml", ROOT / "params.yaml")
     with pytest.raises(FileNotFoundError, match=r"run dvc repro stages/cvfp/dvc.yaml"):
         read_text_ids(tmp_path / "nowhere")
 
@@ -239,14 +242,14 @@ def test_a_damaged_file_of_profiles_is_refused_in_one_sentence(tmp_path, content
     [
         ("model.hidden_dim", 300, r"hidden_dim must be context_dim \+ embed_dim = 288, got 300"),
         ("model.embedding", "pretrained", "embedding_from must name a folder"),
-        ("model.embedding", "gpt2", "data.tokenizer must be pretrained, of that model"),
+        ("model.embedding", "gpt2", r"data\.tokenizer in params\.yaml must be pretrained, of that model"),
         ("model.token_structure", [], "token_structure must name at least one block"),
         ("phase1.lr_step_factors", [1.0], "lr_step_factors must have one factor more"),
         ("phase1.nonsense", 1, "phase1.nonsense is no key of stages/cvfp/params.yaml"),
         ("phase2.mode", "v1_mse", "mode must be v2 when"),
         ("predict.bptt_len", 8, "must be at least 16"),
         ("phase1.max_iterations", 1, "must be at least 2"),
-        ("data.tokenizer", "pretrained", "data.pretrained must name a tokenizer or its folder"),
+        ("data.tokenizer", "pretrained", r"data\.pretrained in params\.yaml must name a tokenizer or its folder"),
         ("contest.own", {"untraind": 0.1}, "contest.own.untraind"),
     ],
 )
@@ -255,10 +258,61 @@ def test_wrong_parameters_say_what_is_wrong(key, value, sentence):
         changed(PARAMS, {key: value}, "here")
 
 
+def read(folder: Path, own: dict, root: dict) -> CvfpParams:
+    """The parameters, with some keys of `data` changed in either file, or left out where the value is LEFT_OUT."""
+    for name, changes, file in (("stages/cvfp/params.yaml", own, "own.yaml"), ("params.yaml", root, "root.yaml")):
+        raw = yaml.safe_load((ROOT / name).read_text())
+        raw["data"] = {key: one for key, one in (raw["data"] | changes).items() if one != LEFT_OUT}
+        (folder / file).write_text(yaml.safe_dump(raw))
+    return load(folder / "own.yaml", folder / "root.yaml")
+
+
+def test_data_is_the_roots_but_for_what_the_file_has_itself(tmp_path):
+    assert read(tmp_path, {}, {}) == PARAMS
+    own, root = {"max_train_tokens": 5, "stdlib_tests": True}, {"max_train_tokens": 6, "vocab_size": 777}
+    found = read(tmp_path, own, root).data
+    assert (found.max_train_tokens, found.stdlib_tests, found.vocab_size) == (5, True, 777)
+    assert set(yaml.safe_load((ROOT / "stages/cvfp/params.yaml").read_text())["data"]) == set(OWN)
+
+
+@pytest.mark.parametrize(
+    ("own", "root", "sentence"),
+    [
+        ({"max_train_tokens": LEFT_OUT}, {}, "own.yaml: data.max_train_tokens is missing"),
+        ({"max_train_tokens": 0}, {}, "own.yaml: data.max_train_tokens must be at least 1, got 0"),
+        ({"vocab_sise": 300}, {}, "own.yaml: data.vocab_sise is not a known key; did you mean data.vocab_size?"),
+        (
+            {"calibration_share": 0.9},
+            {},
+            "own.yaml: data.validation_share + calibration_share + test_share must be below",
+        ),
+        ({}, {"vocab_size": LEFT_OUT}, "root.yaml: data.vocab_size is missing"),
+        ({}, {"vocab_size": 3}, "root.yaml: data.vocab_size must be at least 257, got 3"),
+        ({}, {"vocab_sise": 300}, "root.yaml: data.vocab_sise is not a known key; did you mean data.vocab_size?"),
+    ],
+)
+def test_a_wrong_key_of_data_is_named_with_the_file_that_has_it(tmp_path, own, root, sentence):
+    with pytest.raises(ParamsError) as error:
+        read(tmp_path, own, root)
+    assert str(error.value).startswith(f"{tmp_path}/{sentence}")
+    assert str(error.value).count(".yaml: ") == 1
+
+
+def test_a_fault_of_the_text_names_the_file_that_has_its_key():
+    told = {
+        "params.yaml: data.vocab_size is 300": "params.yaml: data.vocab_size is 300",
+        "set params.yaml: data.path to": "set stages/cvfp/params.yaml: data.path to",
+        "params.yaml: data.calibration_share leaves": "stages/cvfp/params.yaml: data.calibration_share leaves",
+        "params.yaml: model.seq_len is 9": "stages/cvfp/params.yaml: text.block_length is 9",
+    }
+    assert {one: of_this_pipeline(one) for one in told} == told
+
+
 def test_ids_must_be_those_of_the_rows_of_gpt2():
     given = {"model.embedding": "gpt2", "data.tokenizer": "pretrained", "data.pretrained": "some/other"}
     with pytest.raises(
-        ParamsError, match=r"data\.pretrained must be gpt2, whose ids the rows of model\.embedding gpt2 are"
+        ParamsError,
+        match=r"data\.pretrained in params\.yaml must be gpt2, whose ids the rows of model\.embedding gpt2 are",
     ):
         changed(PARAMS, given, "here")
     assert changed(PARAMS, given | {"data.pretrained": "gpt2"}, "here").model.embedding == "gpt2"

@@ -21,7 +21,7 @@ from lego.cvfp.passes import sequential_pass
 from lego.cvfp.phase1 import ContextTrainer
 from lego.cvfp.reports import validate
 from lego.cvfp.run import first_phase
-from lego.cvfp.sections import PARAMS, CvfpParams, changed, load, with_profile
+from lego.cvfp.sections import PARAMS, ROOT_PARAMS, CvfpParams, changed, load, with_profile
 from lego.cvfp.store import build
 from lego.cvfp.text import SPLITS, Text, digest, stream
 from tests.conftest import ROOT, Clone
@@ -137,7 +137,7 @@ def clone(tmp_path_factory) -> Clone:
     """A clone of this tree with tiny CVFP parameters, whose pipeline has run."""
     clone = Clone.of_this_tree(tmp_path_factory.mktemp("cvfp"))
     file = clone.folder / PARAMS
-    values = changed(load(ROOT / PARAMS), TINY, "tiny").model_dump()
+    values = changed(load(ROOT / PARAMS, ROOT / ROOT_PARAMS), TINY, "tiny").model_dump()
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     (clone.folder / "metrics/cvfp").mkdir(parents=True)
     for name in ("contest", "scaling", "trials"):
@@ -206,7 +206,8 @@ def test_the_command_line_check_and_bad_input(clone, tmp_path):
     refused = clone.run("python", "-m", "stages.cvfp.check_val_convergence", "--num-trials", "0", fails=True)
     assert "error: --num-trials must be at least 1, got 0" in refused
     (tmp_path / "stages/cvfp").mkdir(parents=True)
-    (tmp_path / PARAMS).write_text((clone.folder / PARAMS).read_text())
+    for name in (PARAMS, ROOT_PARAMS):
+        (tmp_path / name).write_text((clone.folder / name).read_text())
     missing = stage(tmp_path, "train_phase1", fails=True)
     assert "data/cvfp/tokens/text.json: is missing; run dvc repro stages/cvfp/dvc.yaml" in " ".join(missing.split())
     assert "git checkout stages/cvfp/params.yaml" in missing
@@ -217,7 +218,7 @@ def test_the_command_line_check_and_bad_input(clone, tmp_path):
 
 def test_a6_the_legacy_profile_stops_after_one_step_with_contexts_of_before_it():
     params = changed(
-        with_profile(load(ROOT / PARAMS), "legacy_seed3", ROOT / "stages/cvfp/profiles.yaml"),
+        with_profile(load(ROOT / PARAMS, ROOT / ROOT_PARAMS), "legacy_seed3", ROOT / "stages/cvfp/profiles.yaml"),
         {"model.context_dim": 32, "model.embed_dim": 32, "model.hidden_dim": 64},
         "test",
     )
@@ -250,11 +251,12 @@ def test_the_profiles_of_the_notes_run_through_all_stages(tmp_path, monkeypatch,
         write_json(f"metrics/cvfp/{name}.json", {})
     found = {}
     for profile, left_out in (("seed", ()), ("legacy_seed3", ("tokenize", "report"))):
-        params = with_profile(load(ROOT / PARAMS), profile, ROOT / "stages/cvfp/profiles.yaml")
+        params = with_profile(load(ROOT / PARAMS, ROOT / ROOT_PARAMS), profile, ROOT / "stages/cvfp/profiles.yaml")
         assert (params.data.max_train_tokens, params.text.validation) == (6400, "val_from_train")
         assert params.model.context_dim == params.model.embed_dim == 768
         values = changed(params, small | sizes, "test").model_dump()
         (tmp_path / PARAMS).write_text(yaml.safe_dump(values, sort_keys=False))
+        (tmp_path / ROOT_PARAMS).write_text((ROOT / ROOT_PARAMS).read_text())
         for name in [one for one in STAGES if one not in left_out]:
             importlib.import_module(f"stages.cvfp.{name}").main()
         found[profile] = read_json("metrics/cvfp/evaluate.json")
