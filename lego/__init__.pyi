@@ -1,10 +1,10 @@
 """What `lego/__init__.py` hands on lazily, spelled out for type checkers."""
 
-from lego.mining.ashem import ASHEMConfig as ASHEMConfig
-from lego.mining.ashem import collect_hard_examples as collect_hard_examples
-from lego.mining.ashem import create_hard_example_loader as create_hard_example_loader
-from lego.mining.ashem import evaluate_on_hard_examples as evaluate_on_hard_examples
-from lego.mining.ashem import train_upper_layers as train_upper_layers
+from lego.growing.upper_layers import ASHEMConfig as ASHEMConfig
+from lego.growing.upper_layers import create_hard_example_loader as create_hard_example_loader
+from lego.growing.upper_layers import evaluate_on_hard_examples as evaluate_on_hard_examples
+from lego.growing.upper_layers import train_upper_layers as train_upper_layers
+from lego.mining.hard_tokens import collect_hard_examples as collect_hard_examples
 from lego.mining.hidden_states import HiddenStateStore as HiddenStateStore
 from lego.mining.thresholds import compute_confidence as compute_confidence
 from lego.mining.thresholds import compute_confidence_threshold as compute_confidence_threshold

@@ -9,7 +9,7 @@ import torch
 
 from lego.base.sections import AshemParams, TrainParams
 from lego.growing.hard_batches import HardBlockBatches, HardTokenBatches
-from lego.mining.ashem import train_gathered, train_upper_layers
+from lego.growing.upper_layers import train_gathered, train_upper_layers
 from lego.mining.hidden_states import HiddenStateStore
 from lego.model.checkpoint import grow_model
 from lego.model.cost import Ledger

@@ -19,7 +19,7 @@ from lego.evaluation.plain import Comparison
 from lego.evaluation.routed import evaluate_at_share, token_table
 from lego.growing import selection
 from lego.growing.phase2 import grown, hard_batches, steps_for, train_block2
-from lego.mining.ashem import exit_states
+from lego.mining.hard_tokens import exit_states
 from lego.mining.hidden_states import HiddenStateStore, StoreWriter
 from lego.mining.thresholds import collect_confidences, quantile_threshold
 from lego.model.checkpoint import load_model, save_model

@@ -10,7 +10,7 @@ import torch
 from lego import DeepSupervisionTransformer, HiddenStateStore, collect_hard_examples, compute_confidence_threshold
 from lego.base.artifacts import ArtifactError, read_json, write_json
 from lego.growing.hard_batches import HardBlockBatches, HardTokenBatches
-from lego.mining.ashem import exit_states
+from lego.mining.hard_tokens import exit_states
 from lego.mining.hidden_states import StoreWriter
 from tests.conftest import VOCAB, random_batches
 
