@@ -17,7 +17,8 @@ from lego.model.transformer import CONTEXT_AT_INFERENCE, BaseTransformer, DeepSu
 from lego.routing.decoder import evaluate
 from lego.tokens.batches import EvaluationBatches
 from lego.training.epochs import History, TrainingState, fit
-from lego.training.steps import build_training, optimizer_steps
+from lego.training.setup import build_training
+from lego.training.steps import optimizer_steps
 
 Batches = HardTokenBatches | HardBlockBatches
 

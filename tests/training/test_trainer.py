@@ -23,7 +23,8 @@ from lego import (
 from lego.base.params import load_params
 from lego.model.layers import TransformerLayer
 from lego.training.epochs import epoch_rows, fit
-from lego.training.steps import build_scheduler, build_training
+from lego.training.setup import build_training
+from lego.training.steps import build_scheduler
 from tests.conftest import ROOT, VOCAB, random_batches
 from tests.model.test_transformer import llama_twin
 
