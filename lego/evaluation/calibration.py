@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
+from lego.base.ashem_sections import RoutingParams
 from lego.base.harness import StageError
-from lego.base.sections import RoutingParams
 from lego.evaluation.risk import MIN_UNITS, Certificate, certify, unit_losses
 from lego.evaluation.routed import Route, TokenTable, perplexity
 from lego.mining.thresholds import quantile_threshold

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from lego.base.sections import AshemParams, TrainParams
+from lego.base.ashem_sections import AshemParams
+from lego.base.sections import TrainParams
 from lego.growing.hard_batches import HardBlockBatches, HardTokenBatches
 from lego.growing.upper_layers import train_gathered, train_upper_layers
 from lego.mining.hidden_states import HiddenStateStore

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from lego.base.artifacts import atomic_folder, read_number, sha256, write_csv, write_json
+from lego.base.ashem_sections import AshemParams
 from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
-from lego.base.sections import AshemParams
 from lego.evaluation.calibration import GainFit
 from lego.evaluation.plain import Comparison
 from lego.evaluation.routed import evaluate_at_share, token_table
