@@ -14,7 +14,8 @@ from lego.growing.upper_layers import train_gathered, train_upper_layers
 from lego.mining.hidden_states import HiddenStateStore
 from lego.model.checkpoint import grow_model
 from lego.model.cost import Ledger
-from lego.model.transformer import CONTEXT_AT_INFERENCE, BaseTransformer, DeepSupervisionTransformer
+from lego.model.stack import CONTEXT_AT_INFERENCE
+from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
 from lego.routing.decoder import evaluate
 from lego.tokens.batches import EvaluationBatches
 from lego.training.epochs import History, TrainingState, fit
