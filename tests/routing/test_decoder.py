@@ -15,8 +15,9 @@ from transformers import AutoTokenizer
 
 from lego import DeepSupervisionTransformer, load_model, save_model
 from lego.model.exit_criteria import LOGIT_CRITERIA, StateCriterion
+from lego.routing.command_line import main
 from lego.routing.decoder import ALWAYS_DEEP, RoutedDecoder, evaluate
-from lego.routing.generation import Sampling, generate, generate_lossless, main
+from lego.routing.generation import Sampling, generate, generate_lossless
 from lego.text.tokenizer import TextEncoder, fit_bpe
 from tests.conftest import VOCAB, logits_close, random_batches
 
