@@ -114,6 +114,14 @@ def train_llama(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama of transformers' own, see `train_llama`."""
+    folder = tmp_path_factory.mktemp("llama")
+    train_llama(folder)
+    return folder
+
+
 TINY = {
     "vocab_size": 300,
     "max_tokenizer_bytes": 200_000,
