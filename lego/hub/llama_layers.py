@@ -94,7 +94,7 @@ def over_exits(
     if mask is not None and mask.dtype is torch.bool:  # a static cache has slots beyond the newest token
         mask = F.pad(mask, (0, k.shape[2] - mask.shape[-1]))
     q = attention.q_proj(layer.input_layernorm(x)).view(*x.shape[:2], -1, attention.head_dim).transpose(1, 2)
-    q, _ = apply_rotary_pos_emb(q, q, *rotary)  # (B, H, rows, d)
+    q, _ = apply_rotary_pos_emb(q, q, *rotary)  # (B, heads, H, d)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(reading.attention, eager_attention_forward)
     mixed, _ = attend(attention, q, k, v, mask, dropout=0.0, scaling=attention.scaling)
     x = x + attention.o_proj(mixed.reshape(*x.shape[:2], -1))

@@ -9,8 +9,6 @@ from lego import DeepSupervisionTransformer
 from tests.conftest import VOCAB, random_batches
 
 TEST, VALIDATION = random_batches(6, seed=1), random_batches(5, seed=2)
-
-
 FACTS = {"tokens": 6 * 4 * 12, "bytes": 1000}
 
 
