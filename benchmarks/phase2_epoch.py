@@ -19,7 +19,8 @@ from benchmarks import parser_with_sizes
 from lego.base.harness import reuse_freed_memory
 from lego.evaluation.latency import seconds
 from lego.growing.hard_batches import HardBlockBatches
-from lego.mining.ashem import exit_states, train_gathered
+from lego.growing.upper_layers import train_gathered
+from lego.mining.hard_tokens import exit_states
 from lego.mining.hidden_states import HiddenStateStore, StoreWriter
 from lego.mining.thresholds import quantile_threshold
 from lego.model.checkpoint import grow_model

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lego.base.harness import reuse_freed_memory
 from lego.base.params import Params, load_params
 from lego.model.transformer import StandardTransformer
-from lego.training.steps import build_training
+from lego.training.setup import build_training
 from lego.training.trainer import Trainer, create_standard_config
 
 Batches = list[tuple[Tensor, Tensor]]

@@ -7,7 +7,7 @@ from lego.base.artifacts import publish, read_number, sha256, write_json
 from lego.base.harness import Stage, exit_cleanly, resolve_device
 from lego.base.params import load_params
 from lego.base.progress import share, track
-from lego.mining.ashem import exit_states
+from lego.mining.hard_tokens import exit_states
 from lego.mining.hidden_states import StoreWriter
 from lego.model.checkpoint import load_model
 from lego.model.cost import Ledger

@@ -14,17 +14,7 @@ from lego.base.artifacts import atomic_folder, read_json, read_number, write_csv
 from lego.base.harness import Stage, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
 from lego.base.progress import share
-from lego.evaluation.calibration import (
-    Calibration,
-    GainFit,
-    all_criteria,
-    certificate_line,
-    macs_of,
-    payment_sentence,
-    quality_lines,
-    realised_risk,
-    router_quality,
-)
+from lego.evaluation.calibration import Calibration, GainFit, all_criteria, certificate_line, macs_of
 from lego.evaluation.latency import latency_ratios
 from lego.evaluation.plain import document_rows
 from lego.evaluation.risk import Certificate, document_units
@@ -38,6 +28,7 @@ from lego.evaluation.routed import (
     threshold_sweep,
     token_table,
 )
+from lego.evaluation.router_quality import payment_sentence, quality_lines, realised_risk, router_quality
 from lego.hub.export import model_card, save_routed, to_hf
 from lego.model.checkpoint import load_exit, load_model
 from lego.model.cost import Ledger

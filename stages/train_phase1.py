@@ -15,7 +15,7 @@ from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
 from lego.tokens.batches import TrainingBatches, split_batches
 from lego.tokens.blocks import bits_per_byte, corpus_facts, data_digests, train_text
 from lego.training.epochs import History, TrainingState, epoch_rows, fit
-from lego.training.steps import build_training
+from lego.training.setup import build_training
 from lego.training.trainer import Trainer, create_standard_config
 
 

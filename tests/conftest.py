@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lego import DeepSupervisionTransformer, Trainer, create_standard_config
 from lego.base.artifacts import read_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,6 +49,18 @@ def random_batches(count: int, batch: int = 4, length: int = 12, vocab: int = VO
 @pytest.fixture
 def batches() -> list[tuple[Tensor, Tensor]]:
     return random_batches(6)
+
+
+@pytest.fixture(scope="module")
+def block1() -> DeepSupervisionTransformer:
+    """A trained two-layer block 1."""
+    torch.manual_seed(0)
+    model = DeepSupervisionTransformer(VOCAB, 32, 2, 4, exit_layer=2)
+    trainer = Trainer(create_standard_config(2), VOCAB)
+    optimizer = trainer.create_optimizer(model, 3e-3)
+    for _ in range(6):
+        trainer.train_epoch(model, random_batches(40, seed=1), optimizer)
+    return model.eval()
 
 
 @pytest.fixture(autouse=True)
@@ -99,6 +112,14 @@ def train_llama(folder: Path) -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 1.5
     model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a Llama of transformers' own, see `train_llama`."""
+    folder = tmp_path_factory.mktemp("llama")
+    train_llama(folder)
+    return folder
 
 
 TINY = {

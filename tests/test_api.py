@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import pydoc
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -23,6 +25,14 @@ def test_every_public_name_is_importable_and_listed():
         assert getattr(lego, name).__module__.startswith("lego.")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = lego.nothing
+
+
+def test_help_names_every_public_name_under_its_topic_with_what_it_does():
+    shown = re.findall(r"^    (\w+) +\S.*$", lego.__doc__, re.M)
+    assert shown == list(lego._HOME)
+    assert set(shown) == set(lego.__all__)
+    said = pydoc.plain(pydoc.render_doc(lego))
+    assert [name for name in lego.__all__ if not re.search(rf"^ {{8}}{name} +\S", said, re.M)] == []
 
 
 def test_importing_lego_loads_no_room():
@@ -105,6 +115,7 @@ def test_type_checkers_see_the_same_names():
         alias.asname: node.module for node in stub.body if isinstance(node, ast.ImportFrom) for alias in node.names
     }
     assert handed_on == {name: f"lego.{home}" for name, home in lego._HOME.items()}
+    assert list(handed_on) == list(lego._HOME)  # by the same topics
 
 
 def test_ashem_config_keeps_the_originals_defaults_and_params_yaml_its_own():

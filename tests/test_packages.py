@@ -75,3 +75,15 @@ def test_a_guest_stands_on_the_house_and_the_house_not_on_it(guest):
     for package in [*ORDER, *(other for other in GUESTS if other != guest)]:
         for file in rooms(package):
             assert guest not in {one.parts[0] for one in imports(file)}, file
+
+
+def test_an_optimizer_step_needs_no_model():
+    """Guests train with lego/training/steps.py, so it must not bring them a Transformer."""
+    assert {one.parts[0] for one in imports(ROOT / "lego/training/steps.py")} == {"base"}
+
+
+@pytest.mark.parametrize("guest", GUESTS)
+def test_what_a_guest_stands_on_stands_on_nothing_more(guest):
+    for known in GUESTS[guest]:
+        for file in rooms(known) or [ROOT / f"lego/{known}.py"]:
+            assert {one.parts[0] for one in imports(file)} <= GUESTS[guest], file

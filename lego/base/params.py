@@ -13,20 +13,16 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from lego.base.sections import (
+from lego.base.ashem_sections import (
     AshemParams,
     BaselinesParams,
-    DataParams,
     EvaluationParams,
     ExitsParams,
-    ModelParams,
     RoutingParams,
     SearchParams,
-    Section,
-    TrainParams,
     YardstickParams,
-    pretrained_tokenizer,
 )
+from lego.base.sections import DataParams, ModelParams, Section, TrainParams, pretrained_tokenizer
 
 P = TypeVar("P", bound=Section)
 

@@ -1,4 +1,7 @@
-"""The sections of params.yaml, typed and with their ranges; lego.params reads the file."""
+"""Ranges of parameters, and the sections of params.yaml that any model has: text, sizes, training.
+
+Those of the method are in lego/base/ashem_sections.py; lego/base/params.py reads the file.
+"""
 
 from __future__ import annotations
 
@@ -48,15 +51,6 @@ Share = Annotated[Number, within("(0, 1)")]
 Unit = Annotated[Number, within("[0, 1]")]
 Count = Annotated[int, at_least(1)]
 CountOrZero = Annotated[int, at_least(0)]
-
-
-def _some_factors(values: list[float]) -> list[float]:
-    if not values or len(set(values)) < len(values):
-        raise ValueError("must name at least one factor, each once")
-    return values
-
-
-RESERVED = {"ashem", "shallow_continued", "shallow"}  # what the pipeline itself is called beside its baselines
 
 
 class Section(BaseModel):
@@ -167,149 +161,8 @@ class TrainParams(Section):
     threads: Annotated[int, at_least(1, 4096)]
 
 
-class AshemParams(Section):
-    phase1_layers: Count
-    phase1_lr: Positive
-    phase1_epochs: CountOrZero
-    phase1_patience: Count
-    hard_example_ratio: Share
-    hard_split: Literal["train", "validation"]
-    phase2_text: Literal["fresh", "same"]
-    phase2_share: Annotated[Number, within("[0, 1)")]
-    phase2_split: Literal["blocks", "documents"]
-    phase2_layers: Count
-    phase2_lr: Positive
-    phase2_epochs: Count
-    phase2_patience: Count
-    phase2_context: Literal["token", "sequence", "historic"]
-    init_new_layers: Literal["copy", "zero", "random"]
-    head: Literal["shared", "own", "shared_trainable"]
-    replay_share: Annotated[Number, within("[0, 1)")]
-    store_dtype: Literal["float32", "float16", "bfloat16"]
-    shard_tokens: Count
-
-    @property
-    def new_layers(self) -> int:
-        """Layers that phase 2 puts on top of block 1."""
-        return self.phase2_layers - self.phase1_layers
-
-    @model_validator(mode="after")
-    def _two_blocks(self) -> AshemParams:
-        if self.phase2_layers <= self.phase1_layers:
-            raise ValueError(
-                f"phase2_layers is the total depth and must be greater than phase1_layers = {self.phase1_layers}, "
-                f"got {self.phase2_layers}"
-            )
-        if self.phase2_text == "fresh" and self.phase2_share == 0:
-            raise ValueError("phase2_share must be in (0, 1) when phase2_text is fresh, got 0")
-        return self
-
-
-class YardstickParams(Section):
-    lr: Positive
-
-
-class ExitsParams(Section):
-    fit_share: Share
-    probe_l2: Positive
-
-
-class RoutingParams(Section):
-    criterion: Literal["max_prob", "margin", "entropy", "probe", "gain"]
-    calibration: Literal["quantile", "risk"]
-    hard_ratio: Annotated[Number, within("[0, 1]")] | None
-    epsilon: Positive
-    delta: Share
-    risk_unit: Literal["block", "document"]
-    risk_clip: Positive
-    risk_candidates: Annotated[int, at_least(1, 10_000)]
-    otherwise: Literal["stop", "always_deep"]
-    gain_width: Annotated[int, at_least(0, 2**16)]
-    gain_l2: Positive
-
-    @model_validator(mode="after")
-    def _risk_can_exceed_epsilon(self) -> RoutingParams:
-        if self.epsilon >= self.risk_clip:
-            raise ValueError(
-                f"epsilon must be below risk_clip = {self.risk_clip:g}, which no loss exceeds, got {self.epsilon:g}"
-            )
-        return self
-
-
-class EvaluationParams(Section):
-    batch_size: Count
-    sweep_points: Annotated[int, at_least(2)]
-    latency_repeats: Annotated[int, at_least(0, 10_000)]
-
-
 def pretrained_tokenizer(data: DataParams, init_from: str | None) -> tuple[str, str] | None:
     """Its name or folder and the key that says so, model.init_from by default; None = one is fitted to the text."""
     if data.tokenizer == "pretrained" and data.pretrained:
         return data.pretrained, "data.pretrained"
     return (init_from, "model.init_from") if init_from else None
-
-
-class SearchParams(Section):
-    lr_factors: Annotated[list[Positive], AfterValidator(_some_factors)]
-
-
-class JointParams(Section):
-    """A baseline whose layers are all trained on all tokens."""
-
-    budget: Literal["total", "added"]
-    start: Literal["scratch", "block1", "grown"]
-    depth: Literal["shallow", "middle", "full"]
-    widened: bool
-    exits: Literal["last", "both"]
-    lr: Positive
-
-    @model_validator(mode="after")
-    def _possible(self) -> JointParams:
-        given = self.start != "scratch"
-        if given != (self.budget == "added"):
-            raise ValueError(f"budget must be {'added' if given else 'total'} when start is {self.start}")
-        if (self.start == "block1" and self.depth != "shallow") or (self.start == "grown" and self.depth == "shallow"):
-            raise ValueError(f"depth {self.depth} does not go with start {self.start}")
-        if self.widened and given:
-            raise ValueError(f"widened must be false when start is {self.start}")
-        if self.exits == "both" and self.depth == "shallow":
-            raise ValueError("exits must be last when depth is shallow")
-        return self
-
-
-class Block2Params(Section):
-    """A baseline that is phase 2 on other tokens, or by the historical protocol."""
-
-    select: Literal["hard", "all", "random", "easy", "high_loss", "reducible_loss", "expected_gain", "sequence_level"]
-    protocol: Literal["ashem", "historic", "unfreeze"]
-    lr: Positive
-
-    @model_validator(mode="after")
-    def _possible(self) -> Block2Params:
-        if self.protocol != "ashem" and self.select != "hard":
-            raise ValueError(f"select must be hard when protocol is {self.protocol}, got {self.select}")
-        return self
-
-
-class SelectionParams(Section):
-    reference_dim: Count
-    reference_layers: Count
-    reference_share: Share
-    first_round: Share
-    unfrozen_end: Share
-
-
-class BaselinesParams(Section):
-    joint: dict[str, JointParams]
-    block2: dict[str, Block2Params]
-    selection: SelectionParams
-
-    @model_validator(mode="after")
-    def _names(self) -> BaselinesParams:
-        names = [*self.joint, *self.block2]
-        for name in names:
-            if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
-                raise ValueError(f"names must be of letters a-z, digits and _, got {name!r}")
-            if names.count(name) > 1 or name in RESERVED:
-                raise ValueError(f"name {name} is taken; choose another")
-        return self

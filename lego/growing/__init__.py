@@ -1,1 +1,1 @@
-"""From a store of hard tokens to a trained block 2."""
+"""From hard tokens to a trained block 2: which tokens it learns from, batches of them, training."""

@@ -7,17 +7,20 @@ from pathlib import Path
 
 import torch
 
-from lego.base.sections import AshemParams, TrainParams
+from lego.base.ashem_sections import AshemParams
+from lego.base.sections import TrainParams
 from lego.growing.hard_batches import HardBlockBatches, HardTokenBatches
-from lego.mining.ashem import train_gathered, train_upper_layers
+from lego.growing.upper_layers import train_gathered, train_upper_layers
 from lego.mining.hidden_states import HiddenStateStore
 from lego.model.checkpoint import grow_model
 from lego.model.cost import Ledger
-from lego.model.transformer import CONTEXT_AT_INFERENCE, BaseTransformer, DeepSupervisionTransformer
+from lego.model.stack import CONTEXT_AT_INFERENCE
+from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
 from lego.routing.decoder import evaluate
 from lego.tokens.batches import EvaluationBatches
 from lego.training.epochs import History, TrainingState, fit
-from lego.training.steps import build_training, optimizer_steps
+from lego.training.setup import build_training
+from lego.training.steps import optimizer_steps
 
 Batches = HardTokenBatches | HardBlockBatches
 

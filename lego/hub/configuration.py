@@ -6,7 +6,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
 
 from lego.model.exit_criteria import CRITERIA
-from lego.model.transformer import BLOCK2_CONTEXTS
+from lego.model.stack import BLOCK2_CONTEXTS
 
 
 @strict

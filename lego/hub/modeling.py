@@ -4,7 +4,7 @@ Block 1 is transformers' own Llama, run as Llama runs it, so that easy tokens ha
 keys and values come from the exit states (ashem section 5, kv_source exit): only tokens whose logits are asked for
 and that are hard are computed there.
 
-Shapes: B sequences, Q new tokens, K of them with logits, S tokens in the cache, D width, V vocabulary.
+Shapes: B sequences, Q new tokens, K of them with logits, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -14,22 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaDecoderLayer,
-    LlamaModel,
-    LlamaPreTrainedModel,
-    LlamaRMSNorm,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
+from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel, LlamaRMSNorm
 
 from lego.hub.configuration import LegoConfig
+from lego.hub.llama_layers import Reading, alone, over_exits, whole
 from lego.model.exit_criteria import LOGIT_CRITERIA, STATE_CRITERIA, StateCriterion
 
 
@@ -39,16 +31,6 @@ class LegoOutput(CausalLMOutputWithPast):
 
     exit_scores: Tensor | None = None
     went_deep: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """What every layer is given."""
-
-    mask: Tensor | None
-    rotary: tuple[Tensor, Tensor]
-    cache: Cache | None
-    kwargs: dict[str, Any]
 
 
 class LegoForCausalLM(LlamaPreTrainedModel, GenerationMixin):
@@ -114,16 +96,17 @@ class LegoForCausalLM(LlamaPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             position_ids=position_ids,
         )
-        reading = _Reading(mask, self.model.rotary_emb(h, position_ids=position_ids), past_key_values, kwargs)
+        rotary = self.model.rotary_emb(h, position_ids=position_ids)
+        reading = Reading(mask, rotary, past_key_values, seen, self.config._attn_implementation, kwargs)
         for layer in self.model.layers[: self.config.exit_layer]:
-            h = self._whole(layer, h, reading)  # (B, Q, D)
+            h = whole(layer, h, reading)  # (B, Q, D)
         kept = torch.arange(h.shape[1], device=h.device)
         if isinstance(logits_to_keep, Tensor):
             kept = kept[logits_to_keep]
         elif logits_to_keep:
             kept = kept[-logits_to_keep:]
         everything = labels is not None or self.training or self.config.exit_threshold is None
-        logits, score, deep = self._read(h, kept, reading, seen, everything)
+        logits, score, deep = self._read(h, kept, reading, everything)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -134,11 +117,11 @@ class LegoForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         return output.to_tuple() if plain else output
 
     def _read(
-        self, h: Tensor, kept: Tensor, reading: _Reading, seen: int, everything: bool
+        self, h: Tensor, kept: Tensor, reading: Reading, everything: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Logits (B, K, V) of the tokens at `kept` (K,), each from its depth, with scores and depths."""
         if everything:
-            return self._deep_logits(self._above(h, kept, None, reading, seen)), None, None
+            return self._deep_logits(self._above(h, kept, None, reading)), None, None
         exits = h[:, kept]  # (B, K, D)
         normed = self.exit_norm(exits)
         if self.exit_criterion_module is None:
@@ -148,7 +131,7 @@ class LegoForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         else:
             logits, score = None, self.exit_criterion_module(exits)
             deep = score < self.config.exit_threshold
-        states = self._above(h, kept, deep, reading, seen)
+        states = self._above(h, kept, deep, reading)
         if logits is None:
             logits = self._logits_of_both(normed, deep, states)
         elif deep.any():
@@ -171,47 +154,28 @@ class LegoForCausalLM(LlamaPreTrainedModel, GenerationMixin):
     def _deep_logits(self, h: Tensor) -> Tensor:
         return (self.deep_head or self.lm_head)(self.model.norm(h))
 
-    def _above(self, exits: Tensor, kept: Tensor, deep: Tensor | None, reading: _Reading, seen: int) -> Tensor:
+    def _above(self, exits: Tensor, kept: Tensor, deep: Tensor | None, reading: Reading) -> Tensor:
         """States of the kept tokens (B, K, D) above block 2, or (n, D) of those marked in deep (B, K).
 
         Every layer's cache takes in every token.
         """
         layers, context = self.model.layers[self.config.exit_layer :], self.config.block2_context
         if context == "sequence":
-            return self._over_exit_states(exits, kept, deep, reading, seen)
+            return self._over_exit_states(exits, kept, deep, reading)
         if context == "token":
             x = exits[:, kept] if deep is None else exits[:, kept][deep]
             for layer in layers:
                 if self.training and layer.gradient_checkpointing:
-                    x = layer._gradient_checkpointing_func(self._alone, layer, x)
+                    x = layer._gradient_checkpointing_func(alone, layer, x)
                 else:
-                    x = self._alone(layer, x)
+                    x = alone(layer, x)
             return x
         h = exits
         for layer in layers:
-            h = self._whole(layer, h, reading)
+            h = whole(layer, h, reading)
         return h[:, kept] if deep is None else h[:, kept][deep]
 
-    def _whole(self, layer: nn.Module, h: Tensor, reading: _Reading) -> Tensor:
-        """Llama's own layer over all tokens."""
-        return layer(
-            h,
-            attention_mask=reading.mask,
-            position_embeddings=reading.rotary,
-            past_key_values=reading.cache,
-            **reading.kwargs,
-        )
-
-    def _alone(self, layer: LlamaDecoderLayer, x: Tensor) -> Tensor:
-        """A layer for tokens (..., D) that see themselves alone: attention returns the value."""
-        attention, groups = layer.self_attn, layer.self_attn.num_key_value_groups
-        v = attention.v_proj(layer.input_layernorm(x)).unflatten(-1, (-1, attention.head_dim))  # (..., G, d)
-        x = x + attention.o_proj(v.repeat_interleave(groups, dim=-2).flatten(-2))
-        return x + layer.mlp(layer.post_attention_layernorm(x))
-
-    def _over_exit_states(
-        self, exits: Tensor, kept: Tensor, deep: Tensor | None, reading: _Reading, seen: int
-    ) -> Tensor:
+    def _over_exit_states(self, exits: Tensor, kept: Tensor, deep: Tensor | None, reading: Reading) -> Tensor:
         if deep is None:
             rows, taken = kept.expand(len(exits), -1), None  # (B, K)
         else:
@@ -220,61 +184,15 @@ class LegoForCausalLM(LlamaPreTrainedModel, GenerationMixin):
             rows = kept[order]  # (B, H), H the longest count
             taken = torch.arange(rows.shape[1], device=rows.device) < counts[:, None]
         x = exits.gather(1, rows.unsqueeze(-1).expand(-1, -1, exits.shape[-1]))  # (B, H, D)
-        mask, rotary = reading.mask, self._rotary_of(rows, reading.rotary)
+        mask, rotary = reading.mask, reading.rotary_of(rows)
         if deep is not None or len(kept) < exits.shape[1]:
-            mask = self._mask_of(rows, seen, reading)
+            mask = reading.mask_of(rows)
         for layer in self.model.layers[self.config.exit_layer :]:
             if self.training and layer.gradient_checkpointing:
-                x = layer._gradient_checkpointing_func(self._gathered, layer, x, exits, mask, rotary, reading)
+                x = layer._gradient_checkpointing_func(over_exits, layer, x, exits, mask, rotary, reading)
             else:
-                x = self._gathered(layer, x, exits, mask, rotary, reading)
+                x = over_exits(layer, x, exits, mask, rotary, reading)
         return x if taken is None else x[taken]
-
-    def _gathered(
-        self,
-        layer: LlamaDecoderLayer,
-        x: Tensor,
-        exits: Tensor,
-        mask: Tensor | None,
-        rotary: tuple[Tensor, Tensor],
-        reading: _Reading,
-    ) -> Tensor:
-        """A layer for rows x (B, H, D), over keys and values of the exit states of all tokens."""
-        attention = layer.self_attn
-        source = layer.input_layernorm(exits)
-        shape = (*source.shape[:2], -1, attention.head_dim)
-        k = attention.k_proj(source).view(shape).transpose(1, 2)  # (B, G, Q, d)
-        v = attention.v_proj(source).view(shape).transpose(1, 2)  # (B, G, Q, d)
-        k, _ = apply_rotary_pos_emb(k, k, *reading.rotary)
-        if reading.cache is not None:
-            k, v = reading.cache.update(k, v, attention.layer_idx)
-        if not x.shape[1]:
-            return x
-        if mask is not None and mask.dtype is torch.bool:  # a static cache has slots beyond the newest token
-            mask = F.pad(mask, (0, k.shape[2] - mask.shape[-1]))
-        q = attention.q_proj(layer.input_layernorm(x)).view(*x.shape[:2], -1, attention.head_dim).transpose(1, 2)
-        q, _ = apply_rotary_pos_emb(q, q, *rotary)  # (B, H, rows, d)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        mixed, _ = attend(attention, q, k, v, mask, dropout=0.0, scaling=attention.scaling)
-        x = x + attention.o_proj(mixed.reshape(*x.shape[:2], -1))
-        return x + layer.mlp(layer.post_attention_layernorm(x))
-
-    @staticmethod
-    def _rotary_of(rows: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (B, H, d) of the tokens at `rows` (B, H)."""
-        cos, sin = (
-            part.expand(len(rows), -1, -1).gather(1, rows.unsqueeze(-1).expand(-1, -1, part.shape[-1]))
-            for part in rotary
-        )
-        return cos, sin
-
-    def _mask_of(self, rows: Tensor, seen: int, reading: _Reading) -> Tensor:
-        """What the tokens at `rows` (B, H) may see, (B, 1, H, S): their rows of the causal mask."""
-        if reading.mask is not None:
-            mask = reading.mask.expand(len(rows), -1, -1, -1)
-            return mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
-        newest = reading.rotary[0].shape[1] + seen
-        return (rows + seen)[:, None, :, None] >= torch.arange(newest, device=rows.device)
 
     def _require_valid(self) -> None:
         """Users set thresholds on a loaded model."""

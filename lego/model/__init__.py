@@ -1,1 +1,1 @@
-"""The decoder, how its exits are read, what it costs, and its files."""
+"""The decoder, its states and how exits read them, what it costs, and its files."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lego.model.transformer import CONTEXT_AT_INFERENCE
+from lego.model.stack import CONTEXT_AT_INFERENCE
 
 FORWARD_BACKWARD = 3  # a trained matrix product: forward, gradient of the input, gradient of the weight
 FROZEN_BACKWARD = 2  # a frozen one inside the graph: forward, gradient of the input

@@ -1,1 +1,1 @@
-"""Answers at routed depth: the decoder with its cache, and text from it."""
+"""Answers at routed depth: the decoder with its cache, text from it, and its command line."""

@@ -1,1 +1,1 @@
-"""Any training loop: optimizer steps, epochs, stopping, search of the rate, training for a budget."""
+"""Any training loop: its set-up, optimizer steps, epochs, stopping, search of the rate, training for a budget."""

@@ -12,7 +12,8 @@ from lego.base.sections import TrainParams
 from lego.model.transformer import BaseTransformer
 from lego.tokens.batches import EvaluationBatches, TrainingBatches
 from lego.training.epochs import History, TrainingState, fit
-from lego.training.steps import build_training, optimizer_steps
+from lego.training.setup import build_training
+from lego.training.steps import optimizer_steps
 from lego.training.trainer import Trainer, TrainingConfig
 
 

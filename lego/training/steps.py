@@ -14,8 +14,6 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lego.base.progress import track
-from lego.base.sections import TrainParams
-from lego.model.layers import TransformerLayer
 
 
 @dataclass(frozen=True)
@@ -64,28 +62,6 @@ def build_scheduler(optimizer: Optimizer, kind: str, warmup_steps: int, total_st
         return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
     return LambdaLR(optimizer, factor)
-
-
-def build_training(model: nn.Module, lr: float, total_steps: int, train: TrainParams) -> tuple[AdamW, StepOptions]:
-    """Optimizer and step options of a pipeline stage, as the `train` section of params.yaml says.
-
-    Args:
-        model: on its device; what requires a gradient is trained.
-        lr: peak learning rate.
-        total_steps: optimizer steps at which a cosine schedule ends.
-        train: the section.
-    """
-    optimizer = build_optimizer(model, lr, train.weight_decay, (train.beta1, train.beta2))
-    scheduler = build_scheduler(optimizer, train.schedule, train.warmup_steps, total_steps, train.min_lr_ratio)
-    if train.compile:
-        if torch.are_deterministic_algorithms_enabled():
-            torch.use_deterministic_algorithms(
-                True
-            )  # tells the compiler too, which loading it would make slow elsewhere
-        for module in model.modules():
-            if isinstance(module, TransformerLayer):
-                module.compile()
-    return optimizer, StepOptions(train.grad_clip, train.grad_accumulation, train.precision, scheduler)
 
 
 def optimizer_steps(batches_by_epoch: list[int], accumulation: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lego.base.sections import JointParams
+from lego.base.ashem_sections import JointParams
 from lego.model.checkpoint import grow_model
 from lego.model.cost import SIZES, Ledger
 from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from lego.base.artifacts import atomic_folder, read_number, sha256, write_csv, write_json, write_metrics
+from lego.base.ashem_sections import AshemParams
 from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
-from lego.base.sections import AshemParams
 from lego.evaluation.calibration import GainFit
 from lego.evaluation.plain import Comparison
 from lego.evaluation.routed import evaluate_at_share, summary, token_table
 from lego.growing import selection
 from lego.growing.phase2 import grown, hard_batches, steps_for, train_block2
-from lego.mining.ashem import exit_states
+from lego.mining.hard_tokens import exit_states
 from lego.mining.hidden_states import HiddenStateStore, StoreWriter
 from lego.mining.thresholds import collect_confidences, quantile_threshold
 from lego.model.checkpoint import load_model, save_model

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from lego.base.artifacts import atomic_folder, read_json, read_number, write_csv, write_json, write_metrics
+from lego.base.ashem_sections import JointParams
 from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
-from lego.base.sections import JointParams
 from lego.evaluation.plain import Comparison
 from lego.evaluation.routed import evaluate_at_share, summary
 from lego.mining.thresholds import collect_confidences, quantile_threshold

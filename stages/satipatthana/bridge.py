@@ -16,8 +16,9 @@ from torch import Tensor
 from lego.base.artifacts import derived_seed, read_json, write_json
 from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.base.params import Params, load_params
-from lego.evaluation.calibration import Calibration, quality_lines, router_quality
+from lego.evaluation.calibration import Calibration
 from lego.evaluation.routed import Route, TokenTable, token_table
+from lego.evaluation.router_quality import quality_lines, router_quality
 from lego.model.checkpoint import load_exit, load_model
 from lego.model.cost import Ledger
 from lego.model.exit_criteria import features

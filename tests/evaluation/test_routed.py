@@ -8,31 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from lego import DeepSupervisionTransformer, Ledger, StageConfig, StandardTransformer, Trainer, TrainingConfig
-from lego.evaluation.plain import Comparison, single_exit_metrics
-from lego.evaluation.routed import (
-    MODEL_KEYS,
-    comparison_lines,
-    evaluate_at_share,
-    perplexity,
-    routed_metrics,
-    threshold_sweep,
-    token_table,
-)
+from lego import Ledger, StageConfig, Trainer, TrainingConfig
+from lego.evaluation.routed import evaluate_at_share, perplexity, routed_metrics, threshold_sweep, token_table
 from lego.tokens.blocks import bits_per_byte
-from tests.conftest import VOCAB, random_batches
-
-TEST, VALIDATION = random_batches(6, seed=1), random_batches(5, seed=2)
-FACTS = {"tokens": 6 * 4 * 12, "bytes": 1000}
-
-
-@pytest.fixture(scope="module", params=["token", "full"])
-def model(request) -> DeepSupervisionTransformer:
-    torch.manual_seed(0)
-    model = DeepSupervisionTransformer(VOCAB, 32, 4, 4, exit_layer=2, block2_context=request.param)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
-    return model
+from tests.conftest import VOCAB
+from tests.evaluation.conftest import FACTS, TEST
 
 
 def test_the_table_gives_what_the_trainer_measures_at_any_threshold(model):
@@ -94,42 +74,8 @@ def test_the_sweep_runs_from_always_deep_to_always_shallow(model):
         assert row["ppl"] == pytest.approx(perplexity(table.routed_nll(row["threshold"])))
 
 
-def test_both_kinds_of_model_report_the_same_keys(model):
-    """The stages add train_macs, n_hard, hard_share and leaky to both."""
-    added = {"train_macs", "n_hard", "hard_share", "leaky", "lr", "added_macs", "budget_macs", "distance_from_budget"}
-    table, validation = token_table(model, TEST, "cpu"), token_table(model, VALIDATION, "cpu")
-    ledger = Ledger.of(model, 12)
-    routed = routed_metrics(table, validation, 0.5, ledger, FACTS)
-    shallow_model = StandardTransformer(VOCAB, 32, 2, 4)
-    continued, continued_validation = (token_table(shallow_model, data, "cpu") for data in (TEST, VALIDATION))
-    threshold = float(np.median(table.confidence))
-    own = Ledger.of(shallow_model, 12)
-    shallow = single_exit_metrics(continued, continued_validation, table, validation, threshold, ledger, own, FACTS)
-    assert routed.keys() | added == shallow.keys() | added == set(MODEL_KEYS)
-    assert not (routed.keys() | shallow.keys()) & added
-    hard = table.confidence < threshold  # the same tokens as the routed model's
-    assert shallow["hard_ppl_before"] == pytest.approx(perplexity(table.nll_shallow[hard]))
-    assert shallow["hard_ppl_after"] == pytest.approx(perplexity(continued.nll_deep[hard]))
-    one_exit = {shallow[key] for key in ("ppl", "shallow_ppl", "deep_ppl", "oracle_ppl")}
-    assert list(one_exit) == [pytest.approx(perplexity(continued.nll_shallow))]
-    assert (shallow["shallow_ratio"], shallow["compute_cost"]) == (1.0, 0.5)
-    assert shallow["flops_ratio"] == (ledger.block1 + ledger.head) / (ledger.block1 + ledger.block2 + ledger.head)
-    assert any("hard_ppl_after" in line for line in comparison_lines(routed, shallow))
-
-
 def test_no_hard_token_leaves_null_and_not_nan(model):
     table = token_table(model, TEST, "cpu")
     metrics = routed_metrics(table, table, 0.0, Ledger.of(model, 12), FACTS)
     assert metrics["hard_ppl_before"] is None
     assert metrics["shallow_ratio"] == 1.0
-
-
-@pytest.mark.parametrize("leaves", [None, 0.5])
-def test_a_comparison_without_hard_tokens_leaves_null_too(model, leaves):
-    texts = {"test": TEST, "validation": VALIDATION}
-    tokens = len(token_table(model, TEST, "cpu").nll_deep)
-    ledger, cpu = Ledger.of(model, 12), torch.device("cpu")
-    comparison = Comparison(texts, np.zeros(tokens, dtype=int), FACTS, model, 0.0, ledger, cpu)
-    metrics, rows = comparison.judge(model, leaves)
-    assert {metrics[f"{split}hard_ppl_{when}"] for split in ("", "val_") for when in ("before", "after")} == {None}
-    assert [row["hard_tokens"] for row in rows] == [0]

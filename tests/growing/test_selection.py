@@ -24,7 +24,7 @@ from lego.growing.selection import (
     whole_blocks,
     with_replay,
 )
-from lego.mining.ashem import exit_states
+from lego.mining.hard_tokens import exit_states
 from lego.mining.hidden_states import HiddenStateStore, StoreWriter
 from lego.model.exit_criteria import Ridge
 from tests.conftest import VOCAB, random_batches

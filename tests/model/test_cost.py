@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lego import DeepSupervisionTransformer, Ledger, Trainer, create_standard_config, grow_model, train_upper_layers
-from lego.mining.ashem import train_gathered
+from lego.growing.upper_layers import train_gathered
 from tests.conftest import VOCAB
 
 B, T = 3, 20

@@ -2,42 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import re
-
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoTokenizer
 
-from lego import DeepSupervisionTransformer, load_model, save_model
 from lego.model.exit_criteria import LOGIT_CRITERIA, StateCriterion
 from lego.routing.decoder import ALWAYS_DEEP, RoutedDecoder, evaluate
-from lego.routing.generation import Sampling, generate, generate_lossless, main
-from lego.text.tokenizer import TextEncoder, fit_bpe
 from tests.conftest import VOCAB, logits_close, random_batches
+from tests.routing.conftest import CONTEXTS, MODELS, random_model
 
-CONTEXTS = ["full", "token", "sequence"]
 torch.manual_seed(0)
 STATE = StateCriterion(32, 5).requires_grad_(False)
-
-
-def random_model(context: str, vocab: int = VOCAB, **sizes) -> DeepSupervisionTransformer:
-    torch.manual_seed(3)
-    model = DeepSupervisionTransformer(vocab, 32, 4, 4, exit_layer=2, block2_context=context, **sizes)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
-    return model.eval()
-
-
-MODELS = {
-    (context, heads): random_model(context, num_kv_heads=heads, own_head=heads == 2)
-    for context in CONTEXTS
-    for heads in (2, 4)
-}
 
 
 @st.composite
@@ -196,151 +174,3 @@ def test_any_criterion_decides_and_sees_states_and_logits():
     routed = RoutedDecoder(model, 0.0, 2, criterion=by_first_feature).read(x)
     assert torch.equal(routed.deep, h[..., 0].flatten() < 0.0)
     assert 0 < routed.deep.sum() < 10
-
-
-def greedy_by_recomputing(model, prompt: list[int], count: int, threshold: float | None) -> list[int]:
-    ids = list(prompt)
-    for _ in range(count):
-        x = torch.tensor([ids])
-        logits = model(x) if threshold is None else model.route(x, model.exit_layer, threshold)[0]
-        ids.append(int(logits[0, -1].argmax()))
-    return ids[len(prompt) :]
-
-
-PROMPTS = [[5, 9, 2], [17], [3, 3, 8, 1, 40]]
-
-
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("threshold", [None, 0.35])
-@torch.no_grad()
-def test_greedy_text_of_a_batch_equals_recomputing_each_sequence(context, threshold):
-    model = MODELS[context, 4]
-    expected = [greedy_by_recomputing(model, prompt, 12, threshold) for prompt in PROMPTS]
-    written: list[list[int]] = [[], [], []]
-    for token in generate(model, PROMPTS, 12, threshold):
-        written[token.sequence].append(token.id)
-    assert written == expected
-    stop = {expected[0][4], expected[1][2]}
-    stopped: list[list[int]] = [[], [], []]
-    for token in generate(model, PROMPTS, 12, threshold, stop=stop):
-        stopped[token.sequence].append(token.id)
-    for short, whole in zip(stopped, expected, strict=True):
-        ends = [i for i, token in enumerate(whole) if token in stop]
-        assert short == whole[: ends[0] + 1 if ends else None]
-
-
-@pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize("drafts", [1, 3, 8])
-@torch.no_grad()
-def test_lossless_greedy_text_is_the_full_models(context, drafts):
-    model = MODELS[context, 2]
-    for prompt in PROMPTS:
-        tokens = list(generate_lossless(model, prompt, 20, drafts=drafts))
-        assert [token.id for token in tokens] == greedy_by_recomputing(model, prompt, 20, None)
-        assert any(token.deep for token in tokens)
-
-
-@torch.no_grad()
-def test_lossless_sampling_has_the_full_models_distribution():
-    """Of the first two tokens after a prompt, 1,500 draws against the exact joint distribution: chi-square."""
-    from scipy.stats import chisquare
-
-    model, sampling = random_model("sequence", vocab=4), Sampling(temperature=2.0)
-    generator = torch.Generator().manual_seed(0)
-    counts, accepted = torch.zeros(4, 4), 0
-    for _ in range(1500):
-        tokens = list(generate_lossless(model, [1, 2], 2, drafts=2, sampling=sampling, generator=generator))
-        counts[tokens[0].id, tokens[1].id] += 1
-        accepted += sum(not token.deep for token in tokens)
-    first = sampling.probabilities(model(torch.tensor([[1, 2]]))[0, -1])
-    second = torch.stack([sampling.probabilities(model(torch.tensor([[1, 2, t]]))[0, -1]) for t in range(4)])
-    expected = (first[:, None] * second).flatten().double()
-    assert 300 < accepted < 2900  # both branches are taken
-    assert (
-        chisquare(counts.flatten().double(), expected.flatten().double() * 1500 / expected.sum().item()).pvalue > 1e-3
-    )
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    seed=st.integers(0, 2**20),
-    temperature=st.sampled_from([0.5, 1.0, 1.7]),
-    top_k=st.integers(0, 12),
-    top_p=st.sampled_from([0.3, 0.7, 0.95, 1.0]),
-)
-def test_sampling_equals_transformers_warpers(seed, temperature, top_k, top_p):
-    from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    logits = torch.randn(3, 10, generator=torch.Generator().manual_seed(seed)) * 3
-    expected = TemperatureLogitsWarper(temperature)(None, logits)
-    if top_k:
-        expected = TopKLogitsWarper(top_k)(None, expected)
-    if top_p < 1:
-        expected = TopPLogitsWarper(top_p)(None, expected)
-    torch.testing.assert_close(Sampling(temperature, top_k, top_p).probabilities(logits), expected.softmax(-1))
-
-
-def test_a_temperature_near_zero_is_greedy_and_not_a_number():
-    logits = torch.tensor([[1.0, 3.0, 2.0]])
-    assert Sampling(1e-40).probabilities(logits).tolist() == [[0.0, 1.0, 0.0]]
-
-
-def test_bad_requests_are_named():
-    model = MODELS["token", 4]
-    with pytest.raises(ValueError, match="prompt 1 is empty; give at least one token"):
-        list(generate(model, [[1], []], 3, None))
-    with pytest.raises(ValueError, match=f"prompt 0 holds a token outside the vocabulary of {VOCAB}"):
-        list(generate_lossless(model, [VOCAB], 3))
-    with pytest.raises(ValueError, match=r"need temperature >= 0, top_k >= 0 and top_p in \(0, 1\]"):
-        Sampling(top_p=0.0)
-    with pytest.raises(ValueError, match="drafts must be at least 1, got 0"):
-        list(generate_lossless(model, [1], 3, drafts=0))
-    assert list(generate(model, [], 3, None)) == []
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    encoder = TextEncoder.fitted(fit_bpe(["def main(): pass\n" * 9], 257, 1000))
-    encoder.save(folder)
-    model = random_model("sequence", vocab=257)
-    model.sizes["context"] = 40
-    model.routing_threshold = 0.4
-    save_model(model, folder)
-    return folder
-
-
-def test_the_command_writes_what_the_functions_write(saved, capsys):
-    assert main([str(saved), "def main(", "--max-new-tokens", "20", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    model = load_model(saved)
-    prompt = AutoTokenizer.from_pretrained(saved)("def main(")["input_ids"]
-    expected = list(generate(model, [prompt], 20, 0.4, stop={model.sizes["vocab_size"]}))
-    assert [token["id"] for token in result["tokens"]] == [token.id for token in expected][: len(result["tokens"])]
-    assert result["shallow_ratio"] == pytest.approx(
-        sum(not token["deep"] for token in result["tokens"]) / len(result["tokens"])
-    )
-    assert result["tokens_per_second"] > 0 < result["full_tokens_per_second"]
-    assert main([str(saved), "def", "--max-new-tokens", "5", "--lossless", "--json"]) == 0
-    lossless = json.loads(capsys.readouterr().out)
-    prompt = AutoTokenizer.from_pretrained(saved)("def")["input_ids"]
-    assert [t["id"] for t in lossless["tokens"]] == greedy_by_recomputing(model, prompt, len(lossless["tokens"]), None)
-    assert main([str(saved), "def", "--max-new-tokens", "9", "--show-exits"]) == 0
-    shown = capsys.readouterr()
-    assert re.fullmatch(r"(?s)def((\x1b\[3[23]m).*)+\x1b\[0m\n", shown.out)
-    assert re.search(r"\d+ tokens, \d+\.\d % shallow, [\d.]+ tokens/s; full model [\d.]+ tokens/s", shown.err)
-
-
-def test_the_command_names_what_it_cannot_use(saved, tmp_path, capsys):
-    for arguments, sentence in (
-        ([str(tmp_path), "x"], r"error: \S+config\.json: cannot be read"),
-        ([str(saved), "x" * 41], "error: prompt 0 has 41 tokens, the model was trained on 40; shorten it"),
-        ([str(saved), ""], "error: prompt 0 is empty; give at least one token"),
-        ([str(saved), "x", "--threshold", "-1"], r"error: threshold must be None or at least 0\.0, got -1\.0"),
-        ([str(saved), "x", "--max-new-tokens", "0"], "error: --max-new-tokens must be at least 1, got 0"),
-        ([str(saved), "x", "--seed", "9" * 20], r"error: --seed must be in \[0, 2\^63\), got 9+"),
-        ([str(saved), "\udcff"], "error: the prompt is not UTF-8"),
-        ([str(saved), "x", "--top-p", "2"], r"error: need temperature >= 0, top_k >= 0 and top_p in"),
-    ):
-        assert main(arguments) == 1
-        assert re.search(sentence, capsys.readouterr().err)

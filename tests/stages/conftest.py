@@ -86,8 +86,8 @@ def is_property(section: str, name: str) -> bool:
 
 def keys_behind(section: str, name: str) -> set[str]:
     """Keys of a section that a property of it reads, or a function of lego.growing.phase2 that takes it whole."""
-    file = "base/sections" if name != "grown" else "growing/phase2"
-    tree = ast.parse((ROOT / f"lego/{file}.py").read_text())
+    module = Params.model_fields[section].annotation.__module__ if name != "grown" else "lego.growing.phase2"
+    tree = ast.parse(ROOT.joinpath(*module.split(".")).with_suffix(".py").read_text())
     function = next(node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == name)
     keys = set()
     for node in ast.walk(function):

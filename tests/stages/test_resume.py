@@ -24,7 +24,7 @@ from lego.base.params import load_params
 from lego.base.scratch import BusyError, fingerprint, only_run, pipeline_entry
 from lego.mining.hidden_states import StoreWriter
 from lego.training.epochs import TrainingState
-from lego.training.steps import build_training
+from lego.training.setup import build_training
 from tests.conftest import ROOT, VOCAB, Clone, ran, random_batches, run_in_process
 from tests.stages.conftest import ORDER, outs
 

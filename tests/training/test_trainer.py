@@ -1,4 +1,4 @@
-"""The training loop: losses by layer, steps, a golden curve from transformers' Llama, stopping, failing."""
+"""The training loop: losses by layer, steps, a golden curve from transformers' Llama, failing."""
 
 from __future__ import annotations
 
@@ -20,11 +20,7 @@ from lego import (
     create_deep_supervision_config,
     create_standard_config,
 )
-from lego.base.params import load_params
-from lego.model.layers import TransformerLayer
-from lego.training.epochs import epoch_rows, fit
-from lego.training.steps import build_scheduler, build_training
-from tests.conftest import ROOT, VOCAB, random_batches
+from tests.conftest import VOCAB, random_batches
 from tests.model.test_transformer import llama_twin
 
 
@@ -139,22 +135,6 @@ def test_norms_and_embeddings_do_not_decay_and_the_frozen_is_left_out():
     assert all(names[id(p)].startswith("layers.1.") for p in decayed["params"])
 
 
-def test_schedules_warm_up_and_end_where_they_say():
-    def rates(kind: str) -> list[float]:
-        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        scheduler = build_scheduler(optimizer, kind, warmup_steps=4, total_steps=12, min_ratio=0.1)
-        seen = []
-        for _ in range(14):
-            seen.append(optimizer.param_groups[0]["lr"])
-            optimizer.step()
-            scheduler.step()
-        return seen
-
-    assert rates("constant") == pytest.approx([0.2, 0.4, 0.6, 0.8] + [1.0] * 10)
-    cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(9)]
-    assert rates("cosine") == pytest.approx([0.2, 0.4, 0.6, 0.8, *cosine, 0.1])
-
-
 def test_bf16_changes_little_and_keeps_float32_weights(batches):
     losses = []
     for precision in ("fp32", "bf16"):
@@ -185,48 +165,6 @@ def test_evaluation_equals_brute_force(batches):
     off = Trainer(TrainingConfig([StageConfig((3, 3))]), VOCAB).evaluate(model, batches)  # the trainer's threshold wins
     assert off["ppl"] == pytest.approx(F.cross_entropy(deep, y).exp().item(), rel=1e-5)
     assert (off["shallow_ratio"], off["compute_cost"]) == (0.0, 1.0)
-
-
-def scripted(perplexities: list[float], **options):
-    """fit() over a model whose single weight is the number of the epoch."""
-    model = torch.nn.Linear(1, 1, bias=False)
-    torch.nn.init.constant_(model.weight, -1.0)
-
-    class Epochs:
-        def set_epoch(self, epoch: int) -> None:
-            torch.nn.init.constant_(model.weight, epoch + 1)
-
-    values = iter(perplexities)
-    bests: list[int] = []
-    history = fit(
-        model,
-        Epochs(),
-        lambda: 1.0,
-        lambda: {"ppl": next(values), "acc": 0.0},
-        verbose=False,
-        on_best=bests.append,
-        **options,
-    )
-    return history, model.weight.item(), bests
-
-
-@pytest.mark.parametrize(
-    ("perplexities", "patience", "min_delta", "best", "total", "early"),
-    [
-        ([5, 4, 3, 2], 1, 0.0, 4, 4, False),
-        ([5, 4, 4.5, 2], 1, 0.0, 2, 3, True),
-        ([5, 4, 4.5, 2], 2, 0.0, 4, 4, False),
-        ([5, 4.9, 4.8, 2], 2, 0.5, 1, 3, True),
-        ([5, 5, 5, 5], 3, 0.0, 1, 4, True),
-    ],
-)
-def test_early_stopping_keeps_the_best(perplexities, patience, min_delta, best, total, early):
-    history, weight, bests = scripted(perplexities, max_epochs=4, patience=patience, min_delta=min_delta)
-    result = history.as_result()
-    assert (result["best_epoch"], result["total_epochs"], result["stopped_early"]) == (best, total, early)
-    assert result["val_losses"] == perplexities[:total]
-    assert weight == best
-    assert bests[-1] == best
 
 
 def test_a_non_finite_loss_names_step_and_rate_and_leaves_the_best_model(batches):
@@ -264,48 +202,6 @@ def test_a_step_with_a_non_finite_gradient_is_not_taken(batches, grad_clip):
     with pytest.raises(NonFiniteLossError, match=r"gradient norm is (nan|inf) at step 1 of the epoch"):
         trainer.train_epoch(model, batches, trainer.create_optimizer(model, 1e-3))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-def test_a_start_that_no_epoch_beats_is_kept():
-    history, weight, bests = scripted([3, 5, 4, 3.5], max_epochs=3, patience=3, keep_start=True)
-    assert (history.best_epoch, history.best["ppl"], bests) == (0, 3, [])
-    assert weight == -1.0
-    assert history.as_result()["val_losses"] == [5, 4, 3.5]
-    history, weight, _ = scripted([3, 5, 2, 3.5], max_epochs=3, patience=3, keep_start=True)
-    assert (history.best_epoch, history.best["ppl"], weight) == (2, 2, 2.0)
-
-
-def test_the_rows_of_a_curve_end_at_the_tokens_really_seen():
-    result = {"train_losses": [3.0, 2.0], "val_losses": [9.0, 8.0], "val_accs": [0.1, 0.2]}
-    rows = epoch_rows(result, seen=[100, 130], macs=1300, macs_before=50)
-    assert [row["tokens"] for row in rows] == [100, 130]
-    assert [row["macs"] for row in rows] == [1050, 1350]
-    last = {"epoch": 2, "tokens": 130, "macs": 1350, "train_loss": 2.0, "val_ppl": 8.0, "val_acc": 0.2}
-    assert rows[1] == last
-
-
-def test_compiled_layers_take_the_same_steps_under_the_same_names(batches, monkeypatch):
-    """Through graph capture, with the backend that runs the captured graph as it is."""
-    backend = torch._dynamo.testing.CompileCounterWithBackend("eager")
-    plain_compile = torch.nn.Module.compile
-    monkeypatch.setattr(TransformerLayer, "compile", lambda self: plain_compile(self, backend=backend))
-    train = load_params(ROOT / "params.yaml").train
-    curves, captured = [], []
-    for compiled in (False, True):
-        torch.manual_seed(0)
-        model = small()
-        section = train.model_copy(update={"compile": compiled, "warmup_steps": 2})
-        optimizer, options = build_training(model, 1e-3, 10, section)
-        trainer = Trainer(create_standard_config(2), VOCAB, options=options)
-        curve = []
-        for _ in range(2):
-            curve.append(trainer.train_epoch(model, batches, optimizer))
-            captured.append(backend.frame_count)
-        curves.append(curve)
-    assert curves[0] == pytest.approx(curves[1], rel=1e-6)
-    assert captured[:2] == [0, 0]
-    assert captured[2] == captured[3] > 0  # nothing is captured again in the second epoch
-    assert model.state_dict().keys() == small().state_dict().keys()
 
 
 def test_a_generator_that_is_used_up_is_an_error_and_not_an_epoch_of_nothing(batches):

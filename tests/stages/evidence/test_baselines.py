@@ -9,8 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lego import DeepSupervisionTransformer, Ledger, Trainer
+from lego.base.ashem_sections import BaselinesParams, JointParams
 from lego.base.params import load_params
-from lego.base.sections import BaselinesParams, JointParams
 from lego.training.budget import Budget
 from lego.training.epochs import History
 from lego.training.search import Trial, search_rates

@@ -1,0 +1,101 @@
+"""Llama's layers as a routed model runs them: over all tokens, over a token alone, over the exit states of all tokens.
+
+Shapes: B sequences, Q new tokens, H rows of them that are computed, S tokens in the cache, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.cache_utils import Cache
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb, eager_attention_forward
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What every layer is given.
+
+    Args:
+        mask: of attention (B, 1, Q, S); None = causal.
+        rotary: cosines and sines (B, Q, d) of the new tokens.
+        cache: takes in keys and values; None = nothing is remembered.
+        seen: tokens that it held before.
+        attention: name of transformers' implementation.
+        kwargs: handed on to Llama's own layers.
+    """
+
+    mask: Tensor | None
+    rotary: tuple[Tensor, Tensor]
+    cache: Cache | None
+    seen: int
+    attention: str
+    kwargs: dict[str, Any]
+
+    def rotary_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, H, d) of the tokens at `rows` (B, H)."""
+        cos, sin = (
+            part.expand(len(rows), -1, -1).gather(1, rows.unsqueeze(-1).expand(-1, -1, part.shape[-1]))
+            for part in self.rotary
+        )
+        return cos, sin
+
+    def mask_of(self, rows: Tensor) -> Tensor:
+        """What the tokens at `rows` (B, H) may see, (B, 1, H, S): their rows of the causal mask."""
+        if self.mask is not None:
+            mask = self.mask.expand(len(rows), -1, -1, -1)
+            return mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
+        newest = self.rotary[0].shape[1] + self.seen
+        return (rows + self.seen)[:, None, :, None] >= torch.arange(newest, device=rows.device)
+
+
+def whole(layer: nn.Module, h: Tensor, reading: Reading) -> Tensor:
+    """Llama's own layer over all tokens."""
+    return layer(
+        h,
+        attention_mask=reading.mask,
+        position_embeddings=reading.rotary,
+        past_key_values=reading.cache,
+        **reading.kwargs,
+    )
+
+
+def alone(layer: LlamaDecoderLayer, x: Tensor) -> Tensor:
+    """A layer for tokens (..., D) that see themselves alone: attention returns the value."""
+    attention, groups = layer.self_attn, layer.self_attn.num_key_value_groups
+    v = attention.v_proj(layer.input_layernorm(x)).unflatten(-1, (-1, attention.head_dim))  # (..., G, d)
+    x = x + attention.o_proj(v.repeat_interleave(groups, dim=-2).flatten(-2))
+    return x + layer.mlp(layer.post_attention_layernorm(x))
+
+
+def over_exits(
+    layer: LlamaDecoderLayer,
+    x: Tensor,
+    exits: Tensor,
+    mask: Tensor | None,
+    rotary: tuple[Tensor, Tensor],
+    reading: Reading,
+) -> Tensor:
+    """A layer for rows x (B, H, D), over keys and values of the exit states (B, Q, D) of all tokens."""
+    attention = layer.self_attn
+    source = layer.input_layernorm(exits)
+    shape = (*source.shape[:2], -1, attention.head_dim)
+    k = attention.k_proj(source).view(shape).transpose(1, 2)  # (B, G, Q, d)
+    v = attention.v_proj(source).view(shape).transpose(1, 2)  # (B, G, Q, d)
+    k, _ = apply_rotary_pos_emb(k, k, *reading.rotary)
+    if reading.cache is not None:
+        k, v = reading.cache.update(k, v, attention.layer_idx)
+    if not x.shape[1]:
+        return x
+    if mask is not None and mask.dtype is torch.bool:  # a static cache has slots beyond the newest token
+        mask = F.pad(mask, (0, k.shape[2] - mask.shape[-1]))
+    q = attention.q_proj(layer.input_layernorm(x)).view(*x.shape[:2], -1, attention.head_dim).transpose(1, 2)
+    q, _ = apply_rotary_pos_emb(q, q, *rotary)  # (B, heads, H, d)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(reading.attention, eager_attention_forward)
+    mixed, _ = attend(attention, q, k, v, mask, dropout=0.0, scaling=attention.scaling)
+    x = x + attention.o_proj(mixed.reshape(*x.shape[:2], -1))
+    return x + layer.mlp(layer.post_attention_layernorm(x))

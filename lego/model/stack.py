@@ -1,0 +1,181 @@
+"""A stack of Transformer layers: how states run through it, of all tokens and of the hard ones alone.
+
+Shapes: B sequences, T tokens, D width, N layers. Layers are numbered from 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from lego.model.layers import Rows, TransformerLayer, rotary_frequencies
+
+BLOCK2_CONTEXTS = ("full", "token", "sequence")
+CONTEXT_AT_INFERENCE = {"token": "token", "sequence": "sequence", "historic": "full"}  # by ashem.phase2_context
+
+
+class LayerStack(nn.Module):
+    """The embedding, Llama's layers and the output heads of a decoder-only Transformer, and its states at every layer.
+
+    Args:
+        vocab_size: entries of the vocabulary (V).
+        dim: width of the residual stream (D); a multiple of 2 * num_heads.
+        num_layers: depth (N).
+        num_heads: query heads.
+        num_kv_heads: key/value heads, must divide num_heads; default num_heads.
+        ffn_dim: inner width of the MLP; default 8/3 dim, rounded up to a multiple of 32.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: how they are scaled, as in Llama's configuration: None, rope_type linear or rope_type llama3.
+        norm_eps: RMSNorm epsilon.
+        context: longest sequence it was trained on; None if that is not known.
+        init_std: standard deviation of the initial weights; norms start at one.
+        tie_embeddings: the output head shares the embedding's weight.
+        own_head: layers above the exit have an output head of their own, `deep_head`.
+
+    Raises:
+        ValueError: sizes that do not fit each other; the message names them.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        *,
+        num_kv_heads: int | None = None,
+        ffn_dim: int | None = None,
+        rope_theta: float = 10000.0,
+        rope_scaling: dict[str, Any] | None = None,
+        norm_eps: float = 1e-6,
+        context: int | None = None,
+        init_std: float = 0.02,
+        tie_embeddings: bool = False,
+        own_head: bool = False,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        ffn_dim = 32 * math.ceil(8 * dim / 96) if ffn_dim is None else ffn_dim
+        counts = {"num_layers": num_layers, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        if wrong := [name for name, count in counts.items() if count < 1]:
+            raise ValueError(f"{wrong[0]} must be at least 1, got {counts[wrong[0]]}")
+        if dim % (2 * num_heads):
+            raise ValueError(f"dim must be a multiple of 2 * num_heads = {2 * num_heads}, got {dim}")
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads = {num_heads}, got {num_kv_heads}")
+        self.sizes: dict[str, Any] = {
+            "vocab_size": vocab_size,
+            "dim": dim,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "num_kv_heads": num_kv_heads,
+            "ffn_dim": ffn_dim,
+            "rope_theta": rope_theta,
+            "rope_scaling": rope_scaling,
+            "context": context,
+            "norm_eps": norm_eps,
+            "init_std": init_std,
+            "tie_embeddings": tie_embeddings,
+            "own_head": own_head,
+        }
+        self.num_layers = num_layers
+        self.exit_layer = num_layers
+        self.block2_context = "full"
+        self.embedding = nn.Embedding(vocab_size, dim)
+        frequencies = rotary_frequencies(dim // num_heads, rope_theta, rope_scaling)
+        self.layers = nn.ModuleList(
+            TransformerLayer(dim, num_heads, num_kv_heads, ffn_dim, frequencies, norm_eps) for _ in range(num_layers)
+        )
+        self.output_head = nn.Linear(dim, vocab_size, bias=False)
+        self.deep_head = nn.Linear(dim, vocab_size, bias=False) if own_head else None
+        for weight in self.parameters():
+            if weight.dim() == 2:
+                nn.init.normal_(weight, std=init_std)
+        if tie_embeddings:
+            self.output_head.weight = self.embedding.weight
+
+    def layer(self, number: int) -> TransformerLayer:
+        """The layer of this number, from 1."""
+        return cast(TransformerLayer, self.layers[number - 1])
+
+    def run_layers(self, h: Tensor, first: int, last: int) -> Tensor:
+        """Applies layers first..last, those above the exit in the model's block2_context.
+
+        Args:
+            h: states below layer `first`, (B, T, D).
+            first: first layer to run, from 1.
+            last: last layer to run; below `first` nothing is run.
+
+        Raises:
+            ValueError: the first layer to run reads exit states in `sequence` context, and h holds others.
+        """
+        boundary = self.num_layers if self.block2_context == "full" else self.exit_layer
+        for index in range(first, min(last, boundary) + 1):
+            h = self.layers[index - 1](h)
+        if last <= boundary:
+            return h
+        B, T, D = h.shape
+        if self.block2_context == "sequence":
+            if first > boundary + 1:
+                raise ValueError(f"layers above the exit run from layer {boundary + 1} on, got first = {first}")
+            source = h
+            for index in range(boundary + 1, last + 1):
+                h = self.layers[index - 1](h, source)
+            return h
+        h = h.reshape(B * T, 1, D)
+        for index in range(max(first, boundary + 1), last + 1):
+            h = self.layers[index - 1](h)
+        return h.reshape(B, T, D)
+
+    def outputs(self, x: Tensor, layers: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
+        """Number and un-normed output (B, T, D) of each of the layers, in ascending order, for token ids (B, T)."""
+        h, done, above = self.embedding(x), 0, self.exit_layer + 1
+        for layer in layers:
+            if self.block2_context == "sequence" and layer >= above:  # each is reached anew from the exit states
+                h, done = self.run_layers(h, done + 1, self.exit_layer), self.exit_layer
+                yield layer, self.run_layers(h, above, layer)
+            else:
+                h, done = self.run_layers(h, done + 1, layer), layer
+                yield layer, h
+
+    def states_at(self, x: Tensor, layer: int) -> Tensor:
+        """Un-normed output (B, T, D) of a layer for token ids (B, T).
+
+        Raises:
+            ValueError: the model has no such layer.
+        """
+        if not 1 <= layer <= self.num_layers:
+            raise ValueError(f"exit_layer must be in 1..num_layers = {self.num_layers}, got {layer}")
+        return self.run_layers(self.embedding(x), 1, layer)
+
+    def forward_to_hidden(self, x: Tensor) -> Tensor:
+        """Un-normed output (B, T, D) of the exit layer; StandardTransformer exits at its last layer."""
+        return self.states_at(x, self.exit_layer)
+
+    def gathered(self, h: Tensor, mask: Tensor, last: int) -> Tensor:
+        """States (n, D) at layer `last` of the tokens true in mask (B, T) alone, from exit states h (B, T, D).
+
+        Keys and values of every layer are projected from the exit states of all tokens (ashem section 5, kv_source
+        exit), so a token's result does not depend on which other tokens are computed.
+        """
+        x = h[mask]  # (n, D)
+        if len(x):
+            rows, attention = Rows.of(mask), self.layer(last).self_attn
+            own = attention.rotary(rows.positions.unsqueeze(1))  # (B, 1, Q, d/2)
+            every = attention.rotary(torch.arange(h.shape[1], device=h.device))  # (T, d/2)
+            for number in range(self.exit_layer + 1, last + 1):
+                layer = self.layer(number)
+                x = layer.over(x, rows, *layer.keys_values(h, every), own)
+        return x
+
+    def deepen(self, h: Tensor, hard: Tensor, exit_layer: int) -> Tensor:
+        """Full-depth states (n_hard, D) of the tokens marked in hard (B, T), from outputs h (B, T, D) of exit_layer."""
+        if self.block2_context == "sequence" and exit_layer == self.exit_layer:
+            return self.gathered(h, hard, self.num_layers)
+        if self.block2_context == "token" and exit_layer >= self.exit_layer:  # the hard tokens need no other token
+            return self.run_layers(h[hard].unsqueeze(1), exit_layer + 1, self.num_layers).squeeze(1)
+        return self.run_layers(h, exit_layer + 1, self.num_layers)[hard]

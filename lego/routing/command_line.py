@@ -1,0 +1,105 @@
+"""The command line of generation: text with a routed model, and its speed beside the full model's.
+
+python -m lego.generate data/routed "def main(" --max-new-tokens 64 --show-exits
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from lego.base.artifacts import ArtifactError
+from lego.model.checkpoint import load_routed
+from lego.routing.generation import Sampling, Token, generate, generate_lossless
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m lego.generate", description="Writes text with a routed model.")
+    parser.add_argument("folder", help="a model folder with its tokenizer, such as data/routed")
+    parser.add_argument("prompt")
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--threshold", type=float, help="score from which a token leaves early")
+    how.add_argument("--lossless", action="store_true", help="exactly as the full model; block 1 drafts")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show-exits", action="store_true", help="yellow: needed block 2; green: did not")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    return parser.parse_args(argv)
+
+
+def _write(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Text and measures of the routed model, and the full model's speed for the same prompt."""
+    from transformers import AutoTokenizer, logging
+
+    logging.set_verbosity_error()
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens must be at least 1, got {arguments.max_new_tokens}")
+    if not 0 <= arguments.seed < 2**63:
+        raise ValueError(f"--seed must be in [0, 2^63), got {arguments.seed}")
+    if any("\ud800" <= letter <= "\udfff" for letter in arguments.prompt):
+        raise ValueError("the prompt is not UTF-8")
+    routed = load_routed(arguments.folder)
+    model = routed.model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{arguments.folder}: has no tokenizer ({str(error).splitlines()[0]})") from None
+    prompt = tokenizer(arguments.prompt)["input_ids"]
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    count, stop = arguments.max_new_tokens, {tokenizer.eos_token_id}
+    threshold = arguments.threshold if arguments.threshold is not None else routed.threshold
+
+    def run(exits: bool) -> Iterator[Token]:
+        drawn = torch.Generator().manual_seed(arguments.seed)
+        if exits and arguments.lossless:
+            return generate_lossless(model, prompt, count, sampling=sampling, stop=stop, generator=drawn)
+        at, by = threshold if exits else None, routed.criterion
+        return generate(model, [prompt], count, at, criterion=by, sampling=sampling, stop=stop, generator=drawn)
+
+    list(generate(model, [prompt], 2, None))  # the first steps of a process are slow
+    started = time.perf_counter()
+    tokens = list(run(exits=True))
+    between = time.perf_counter()
+    full = list(run(exits=False))
+    speed, full_speed = len(tokens) / (between - started), len(full) / (time.perf_counter() - between)
+    return {
+        "prompt": arguments.prompt,
+        "text": tokenizer.decode([token.id for token in tokens]),
+        "tokens": [{"id": token.id, "text": tokenizer.decode([token.id]), "deep": token.deep} for token in tokens],
+        "shallow_ratio": sum(not token.deep for token in tokens) / max(1, len(tokens)),
+        "tokens_per_second": speed,
+        "full_tokens_per_second": full_speed,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    try:
+        result = _write(arguments)
+    except (ArtifactError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if arguments.json:
+        print(json.dumps(result))
+        return 0
+    if arguments.show_exits:
+        colours = {True: "\033[33m", False: "\033[32m"}
+        shown = "".join(f"{colours[token['deep']]}{token['text']}" for token in result["tokens"]) + "\033[0m"
+    else:
+        shown = result["text"]
+    print(result["prompt"] + shown)
+    print(
+        f"{len(result['tokens'])} tokens, {100 * result['shallow_ratio']:.1f} % shallow, "
+        f"{result['tokens_per_second']:.1f} tokens/s; full model {result['full_tokens_per_second']:.1f} tokens/s",
+        file=sys.stderr,
+    )
+    return 0

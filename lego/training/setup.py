@@ -1,0 +1,37 @@
+"""The section `train` of params.yaml made into what a stage trains with: optimizer, schedule, options, compilation."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim import AdamW
+
+from lego.base.sections import TrainParams
+from lego.model.layers import TransformerLayer
+from lego.training.steps import StepOptions, build_optimizer, build_scheduler
+
+
+def build_training(model: nn.Module, lr: float, total_steps: int, train: TrainParams) -> tuple[AdamW, StepOptions]:
+    """Optimizer and step options of a pipeline stage, as the `train` section of params.yaml says.
+
+    Args:
+        model: on its device; what requires a gradient is trained.
+        lr: peak learning rate.
+        total_steps: optimizer steps at which a cosine schedule ends.
+        train: the section.
+    """
+    optimizer = build_optimizer(model, lr, train.weight_decay, (train.beta1, train.beta2))
+    scheduler = build_scheduler(optimizer, train.schedule, train.warmup_steps, total_steps, train.min_lr_ratio)
+    if train.compile:
+        compile_layers(model)
+    return optimizer, StepOptions(train.grad_clip, train.grad_accumulation, train.precision, scheduler)
+
+
+def compile_layers(model: nn.Module) -> None:
+    """Compiles each Transformer layer for itself, in place."""
+    if torch.are_deterministic_algorithms_enabled():
+        # tells the compiler too, which loading it would make slow elsewhere
+        torch.use_deterministic_algorithms(True)
+    for module in model.modules():
+        if isinstance(module, TransformerLayer):
+            module.compile()
