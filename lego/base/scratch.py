@@ -71,16 +71,17 @@ def fingerprint(stage: str) -> str:
     for file, keys in declared_params(entry).items():
         values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
         for key in keys:
-            params[key] = values
+            found = values
             for part in key.split("."):
-                params[key] = params[key][part]
+                found = found[part]
+            params[f"{file}:{key}"] = found
     for dep in entry["deps"]:
-        if "${data.path}" in dep:
+        if "${data.path}" in dep:  # of the parameter file beside the dvc.yaml, which is named last
             dep = dep.replace("${data.path}", values["data"]["path"])
-        if not (ROOT / dep).is_relative_to(ROOT / "lego") and not dep.endswith(".py"):
+        if not dep.startswith("lego/") and not dep.endswith(".py"):
             inputs[dep] = sha256(dep) if Path(dep).exists() else None  # the stage will say what it misses
-    for file in code_of(entry["cmd"].split()[2]):
-        inputs[file.relative_to(ROOT).as_posix()] = sha256(file)
+    for code in code_of(entry["cmd"].split()[2]):
+        inputs[code.relative_to(ROOT).as_posix()] = sha256(code)
     versions = {"python": platform.python_version(), "torch": version("torch"), "cuda": torch.cuda.is_available()}
     everything = json.dumps([stage, params, inputs, versions], sort_keys=True)
     return hashlib.sha256(everything.encode()).hexdigest()[:32]

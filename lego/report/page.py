@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import base64
 import html
+import platform
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
+
+from lego.base.artifacts import atomic_folder, write_text
+from lego.base.harness import RECORDED_PACKAGES
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1a1a1a; --back: #fdfdfc; --line: #d5d3cc; --soft: #6a6a64; --link: #0b5cad;
@@ -117,6 +122,28 @@ class Page:
 
     def markdown(self) -> str:
         return "\n\n".join([f"# {self.title}", *(text for _, text in self.parts)]) + "\n"
+
+    def write(self, folder: str | Path) -> None:
+        """report.html and report.md."""
+        write_text(Path(folder) / "report.html", self.html())
+        write_text(Path(folder) / "report.md", self.markdown())
+
+
+def drawn(pictures: Path, draw: Callable[[Path], dict[str, Figure]]) -> dict[str, Figure]:
+    """Figures by name, their files published together.
+
+    Args:
+        pictures: the folder that they get.
+        draw: writes into the folder it is given, and returns the figures that lie there.
+    """
+    with atomic_folder(pictures) as folder:
+        figures = draw(folder)
+    return {name: replace(figure, file=pictures / figure.file.name) for name, figure in figures.items()}
+
+
+def versions() -> list[str]:
+    """A line for Python and each package whose version can change numbers."""
+    return [f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in RECORDED_PACKAGES)]
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -5,18 +5,15 @@ dvc repro stages/cvfp/dvc.yaml:report          (python -m stages.cvfp.report)
 
 import csv
 import json
-import platform
-from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from lego.base.artifacts import atomic_folder, read_json, write_text
-from lego.base.harness import RECORDED_PACKAGES, Stage, exit_cleanly
+from lego.base.artifacts import read_json
+from lego.base.harness import Stage, exit_cleanly
 from lego.base.progress import share
 from lego.cvfp.reports import validate
 from lego.cvfp.sections import WRITTEN, CvfpParams, load
-from lego.report.page import Figure, Page
+from lego.report.page import Figure, Page, drawn, versions
 from stages.cvfp.compared import FOLDER, Compared
 from stages.cvfp.figures import Column, memory, perplexities, scaling, settling
 from stages.cvfp.trials import shown as trials
@@ -152,11 +149,23 @@ def build(params: CvfpParams, figures: dict[str, Figure], compared: Compared) ->
         ]
     )
     page.heading("Made with")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}}
-    page.code("\n".join(f"{name} {number}" for name, number in versions.items()))
+    page.code("\n".join(versions()))
     values = params.model_dump(exclude={"threads", "progress"})
     page.code("\n".join(f"{section} {json.dumps(one)}" for section, one in values.items()))
     return page
+
+
+def draw(
+    folder: Path, facts: dict[str, Any], curves: dict[str, Any], params: CvfpParams, compared: Compared
+) -> dict[str, Figure]:
+    """The pictures of the page, as far as there is something to show."""
+    still = (curves["convergence"], curves["check_val_convergence"], params.checks.final_diff)
+    figures = {"memory": memory(folder, facts, params), "settling": settling(folder, *still)}
+    if compared.current:
+        figures["perplexity"] = perplexities(folder, compared.intervals(), compared.ngrams())
+    if compared.curves:
+        figures["scaling"] = scaling(folder, compared.curves)
+    return figures
 
 
 def main() -> None:
@@ -167,21 +176,8 @@ def main() -> None:
         )
         facts, pictures = read_json(FOLDER / "evaluate.json"), FOLDER / "pictures"
         curves = {name: table(FOLDER / f"curves/{name}.csv") for name in ("convergence", "check_val_convergence")}
-        with atomic_folder(pictures) as folder:
-            drawn = {
-                "memory": memory(folder, facts, params),
-                "settling": settling(
-                    folder, curves["convergence"], curves["check_val_convergence"], params.checks.final_diff
-                ),
-            }
-            if compared.current:
-                drawn["perplexity"] = perplexities(folder, compared.intervals(), compared.ngrams())
-            if compared.curves:
-                drawn["scaling"] = scaling(folder, compared.curves)
-        figures = {name: replace(one, file=pictures / one.file.name) for name, one in drawn.items()}
-        page = build(params, figures, compared)
-        write_text(FOLDER / "report.html", page.html())
-        write_text(FOLDER / "report.md", page.markdown())
+        figures = drawn(pictures, lambda folder: draw(folder, facts, curves, params, compared))
+        build(params, figures, compared).write(FOLDER)
         print(f"{FOLDER}/report.html: {len(compared.current)} models, {len(figures)} pictures")
 
 

@@ -3,21 +3,18 @@
 dvc repro stages/evidence/dvc.yaml:report      (python -m stages.evidence.report)
 """
 
-import platform
-from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from lego.base.artifacts import atomic_folder, read_json, write_text
-from lego.base.harness import RECORDED_PACKAGES, Stage, StageError, exit_cleanly
+from lego.base.artifacts import read_json
+from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.base.params import Params, load_params
 from lego.evaluation.routed import TokenTable
 from lego.model.checkpoint import load_model
 from lego.model.cost import Ledger
-from lego.report.page import Figure, Page
+from lego.report.page import Figure, Page, drawn, versions
 from lego.tokens.blocks import PackedBlocks
 from stages.evidence import graph, tables, wording
 from stages.evidence.graph import FULL, load_suites
@@ -162,8 +159,7 @@ def build(params: Params, suites: dict[str, Suite], figures: dict[str, Figure], 
     page.heading("Made with")
     old = {suite.name: count_outdated(suite, asked[suite.name]) for suite in suites.values()}
     page.points(wording.provenance(suites, old))
-    versions = {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}}
-    page.code("\n".join([*parameters(params), "", *(f"{name} {number}" for name, number in versions.items())]))
+    page.code("\n".join([*parameters(params), "", *versions()]))
     page.text("Each suite is that with these changes; `search` holds the factors of the learning rate that were tried.")
     page.code(settings(asked))
     return page
@@ -178,14 +174,9 @@ def main() -> None:
             if "ashem" not in suites["core"].models(SETTING):
                 raise StageError("metrics/evidence/core.json: has no ASHEM; run python -m stages.evidence.run first")
         test = load_table(Path("data/evaluation/test.safetensors"))
-        with atomic_folder(PICTURES) as folder:
-            drawn = draw(folder, suites, test, params.routing.criterion)
-        figures = {name: replace(figure, file=PICTURES / figure.file.name) for name, figure in drawn.items()}
-        page = build(params, suites, figures, test)
-        shown = page.html()
-        write_text("metrics/report.html", shown)
-        write_text("metrics/report.md", page.markdown())
-        print(f"metrics/report.html: {len(shown) / 1e6:.2f} MB, {len(figures)} pictures")
+        figures = drawn(PICTURES, lambda folder: draw(folder, suites, test, params.routing.criterion))
+        build(params, suites, figures, test).write("metrics")
+        print(f"metrics/report.html: {len(figures)} pictures")
 
 
 if __name__ == "__main__":

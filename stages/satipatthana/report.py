@@ -4,14 +4,11 @@ dvc repro stages/satipatthana/dvc.yaml:report          (python -m stages.satipat
 """
 
 import json
-import platform
-from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 
-from lego.base.artifacts import atomic_folder, read_json, write_text
-from lego.base.harness import RECORDED_PACKAGES, Stage, exit_cleanly
-from lego.report.page import Figure, Page
+from lego.base.artifacts import read_json
+from lego.base.harness import Stage, exit_cleanly
+from lego.report.page import Figure, Page, drawn, versions
 from lego.satipatthana.evaluation import SWEEP
 from lego.satipatthana.jobs import classification_only
 from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load
@@ -180,10 +177,19 @@ def build(params: SatipatthanaParams, found: Found, figures: dict[str, Figure]) 
     page.heading("Threats to validity")
     page.points(THREATS)
     page.heading("Made with")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in RECORDED_PACKAGES}}
-    page.code("\n".join(f"{name} {number}" for name, number in versions.items()))
+    page.code("\n".join(versions()))
     page.code("\n".join(f"{section} {json.dumps(one)}" for section, one in params.model_dump(exclude=OTHERS).items()))
     return page
+
+
+def draw(folder: Path, found: Found) -> dict[str, Figure]:
+    """The pictures of the page."""
+    return {
+        "strangers": strangers(folder, found),
+        "settling": settling(folder, found, SWEEP),
+        "paths": trust_by_path(folder, found),
+        "abstaining": abstaining(folder, found),
+    }
 
 
 def main() -> None:
@@ -191,17 +197,8 @@ def main() -> None:
     classification_only(params, "the page")
     with Stage("satipatthana/report", params.seed, params.threads):
         found, pictures = collected(params), FOLDER / "pictures"
-        with atomic_folder(pictures) as folder:
-            drawn = {
-                "strangers": strangers(folder, found),
-                "settling": settling(folder, found, SWEEP),
-                "paths": trust_by_path(folder, found),
-                "abstaining": abstaining(folder, found),
-            }
-        figures = {name: replace(one, file=pictures / one.file.name) for name, one in drawn.items()}
-        page = build(params, found, figures)
-        write_text(FOLDER / "report.html", page.html())
-        write_text(FOLDER / "report.md", page.markdown())
+        figures = drawn(pictures, lambda folder: draw(folder, found))
+        build(params, found, figures).write(FOLDER)
         print(f"{FOLDER}/report.html: {len(found)} models, {len(figures)} pictures")
 
 

@@ -6,7 +6,7 @@ dvc repro stages/satipatthana/tasks/dvc.yaml:page          (python -m stages.sat
 from pathlib import Path
 from typing import Any
 
-from lego.base.artifacts import read_json, write_text
+from lego.base.artifacts import read_json
 from lego.base.harness import Stage, exit_cleanly
 from lego.report.page import Page
 from lego.report.stats import mean_interval, verdict
@@ -131,8 +131,7 @@ def main() -> None:
     params = load()
     with Stage("satipatthana/tasks/page", params.seed):
         page = build(params)
-        write_text(FOLDER / "report.html", page.html())
-        write_text(FOLDER / "report.md", page.markdown())
+        page.write(FOLDER)
         print(f"{FOLDER}/report.html: {len(params.tasks.names)} tasks")
 
 
