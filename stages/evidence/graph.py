@@ -173,7 +173,7 @@ class _Builder:
         entry, values = pipeline_entry(stage), self.values
         if stage in self.factors:
             values = changed(values, {"search.lr_factors": self.factors[stage]})
-        files = [dep for dep in entry["deps"] if dep.startswith(("data/", "metrics/"))]
+        files = [file for dep in entry["deps"] for file in producers() if file == dep or file.startswith(f"{dep}/")]
         inputs = tuple((file, self.task(producers()[file])) for file in files)
         facts = {
             "stage": stage,
@@ -201,8 +201,7 @@ def _value(values: dict[str, Any], key: str) -> Any:
 
 def written(entry: dict[str, Any]) -> list[str]:
     """Files and folders that a stage writes."""
-    listed = [out for kind in ("outs", "metrics", "plots") for out in entry.get(kind, [])]
-    return [next(iter(out)) if isinstance(out, dict) else out for out in listed]
+    return [next(iter(out)) if isinstance(out, dict) else out for out in entry["outs"]]
 
 
 @cache

@@ -75,6 +75,11 @@ def outs(stage: str) -> set[str]:
     return set(names(PIPELINE[stage]["outs"]))
 
 
+def reads(entry: dict, out: str) -> bool:
+    """Whether a stage names a file or folder among its deps, or the folder it lies in."""
+    return any(out == dep or out.startswith(f"{dep}/") for dep in entry["deps"])
+
+
 def code_deps(entry: dict) -> set[str]:
     """Of a stage: its own files and packages."""
     return {dep for dep in entry["deps"] if dep.startswith("lego/") or dep.endswith(".py")}
@@ -109,7 +114,7 @@ def reruns(key: str) -> tuple[list[str], list[str]]:
     changed: set[str] = set()
     following = []
     for stage in ORDER:  # topological
-        if stage in direct or changed & set(PIPELINE[stage]["deps"]):
+        if stage in direct or any(reads(PIPELINE[stage], out) for out in changed):
             changed |= outs(stage)
             following += [stage] if stage not in direct else []
     return direct, following

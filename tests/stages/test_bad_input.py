@@ -367,13 +367,13 @@ def test_no_write_permission_names_the_folder(folder, capsys):
     for path in [Path(), *Path().rglob("*")]:
         path.chmod(path.stat().st_mode | (0o555 if path.is_dir() else 0o444))
     Path(".scratch/locks/compute_threshold").chmod(0o666)
-    folder.joinpath("metrics").chmod(0o555)
+    folder.joinpath("data/facts").chmod(0o555)
     try:
         with unprivileged():
             line = complaint("compute_threshold", capsys)
     finally:
-        folder.joinpath("metrics").chmod(0o755)
-    assert re.search(r"error: metrics/\S+: Permission denied; let this user write there", line)
+        folder.joinpath("data/facts").chmod(0o755)
+    assert re.search(r"error: data/facts/\S+: Permission denied; let this user write there", line)
 
 
 def test_a_cache_that_cannot_be_written_is_named(folder, capsys, monkeypatch):

@@ -151,6 +151,16 @@ def test_the_store_is_of_fresh_text_and_the_share_is_near_the_ratio(clone):
     assert clone.json("data/facts/compute_threshold.json")["hard_share"] == pytest.approx(0.5, abs=0.001)
 
 
+def test_what_dvc_shows_fits_a_screen(clone):
+    shown = clone.run("dvc", "metrics", "show").splitlines()
+    assert len(shown) <= 25
+    assert max(map(len, shown)) <= 200
+    plots = json.loads(clone.run("dvc", "plots", "show", "--json").partition("\nDVC failed")[0])["data"]
+    assert 2 <= len(plots) <= 10
+    assert {"routing", "validation"} <= set(plots)
+    assert len(clone.run("dvc", "dag", "evaluate_routing").splitlines()) < 60
+
+
 def test_nothing_changed_nothing_runs(clone):
     assert ran(clone.run("dvc", "repro")) == []
     assert clone.run("dvc", "status", "dvc.yaml").strip().endswith("Data and pipelines are up to date.")
@@ -198,6 +208,19 @@ def test_an_experiment_reruns_what_it_affects_and_dvc_shows_the_difference(clone
     routed = difference["metrics/summary.json"]
     assert routed["shallow_ratio"]["new"] > routed["shallow_ratio"]["old"]
     assert set(difference) <= {"metrics/summary.json", "metrics/yardstick.json"}
+    assert len(clone.run("dvc", "metrics", "diff").splitlines()) <= 20  # one screen says who is better
+    changed = [line[3:] for line in clone.run("git", "status", "--short").splitlines()]
+    assert len(changed) <= 8 + 1, changed  # and params.yaml, which the experiment changed
+    for flags, most in (([], 16), (["--drop", "^data/"], 14)):
+        shown = clone.run("dvc", "exp", "show", "--only-changed", "--csv", *flags).splitlines()
+        columns = set(shown[0].split(",")) - {
+            "rev",
+            "typ",
+            "parent",
+            "ashem.hard_example_ratio",
+        }  # the first three are csv's
+        assert len(columns) <= most, columns
+        assert {"Experiment", "metrics/summary.json:ppl"} <= columns
     assert clone.json("data/facts/compute_threshold.json")["hard_share"] == pytest.approx(0.3, abs=0.001)
     changed = json.loads(clone.run("dvc", "params", "diff", "--json"))["params.yaml"]
     assert changed.keys() == {"ashem.hard_example_ratio"}
@@ -284,10 +307,12 @@ def test_a_second_run_gives_the_same_bytes_and_a_leaky_one_says_so(clone, tmp_pa
     validation_tokens = PackedBlocks(tmp_path / "data/tokens", "validation").tokens
     assert (manifest["split"], manifest["tokens"]) == ("validation", validation_tokens)
     assert manifest["hard_tokens"] == pytest.approx(0.5 * validation_tokens, abs=1)
-    written = {out for stage in ORDER[2:] for out in outs(stage) if re.fullmatch(r"metrics/(baseline/)?\w+\.json", out)}
-    assert len(written) == 8
+    made = {out for stage in ORDER[2:] for out in outs(stage) if out.endswith(".json") and "timing" not in out}
+    gathered = "metrics/details/stages.json"
+    assert len(written := made - {gathered}) == 10
     assert load_model(tmp_path / "data/phase2").block2_context == "token"
     assert all(read_json(tmp_path / out)["leaky"] is True for out in written)
+    assert read_json(tmp_path / gathered)["compute_threshold"]["leaky"] is True
 
 
 def test_the_lock_check_passes_a_fresh_clone_and_names_changed_code(clone, tmp_path):
@@ -298,5 +323,5 @@ def test_the_lock_check_passes_a_fresh_clone_and_names_changed_code(clone, tmp_p
     with (fresh.folder / "lego/model/cost.py").open("a") as file:
         file.write("# changed")
     output = fresh.run(sys.executable, ".ci/check_lock.py", fails=True)
-    assert "dvc.lock: train_phase1 changed deps lego/model/cost.py: modified; run dvc repro and commit" in output
+    assert "dvc.lock: train_phase1 changed deps lego/model: modified; run dvc repro and commit" in output
     assert "tokenize" not in output
