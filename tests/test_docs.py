@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+from importlib import import_module
+from typing import Any
 
 import pytest
 import yaml
@@ -92,3 +94,29 @@ def test_every_package_of_the_tree_stands_in_the_readme_in_twelve_lines():
         assert re.search(rf"\b{place}\b" if place.startswith("lego/") else rf"\b{path.parent.name}/", tree), place
     for path in {name.split("/")[0] for name in TRACKED if "/" in name and not name.startswith(".")}:
         assert re.search(rf"\b{path}/", tree), path
+
+
+def test_every_module_and_name_of_lego_that_pages_and_code_speak_of_exists():
+    """Written as `lego.package.module.name`; results.md is a dated log and keeps the names it had."""
+    code = [name for name in TRACKED if name.endswith((".py", ".yaml", ".toml")) and not name.startswith("tests/")]
+    for file in [*PAGES, *(ROOT / name for name in code)]:
+        if file.name == "results.md":
+            continue
+        for name in re.findall(r"(?<![\w./-])lego(?:\.[a-zA-Z_]\w*)+", file.read_text()):
+            if not name.endswith((".md", ".py", ".yaml")):
+                assert exists(name), f"{file.relative_to(ROOT)}: {name}"
+
+
+def exists(name: str) -> bool:
+    """Whether a dotted name is a module, or what one holds."""
+    found, *parts = name.split(".")
+    holder: Any = import_module(found)
+    for part in parts:
+        found = f"{found}.{part}"
+        try:
+            holder = import_module(found)
+        except ImportError:
+            if not hasattr(holder, part):
+                return False
+            holder = getattr(holder, part)
+    return True

@@ -42,7 +42,7 @@ def made_of(name: str, params: CvfpParams, text: dict[str, Any]) -> str:
     Args:
         name: of the model.
         params: all of them.
-        text: digests of the ids by split, as `lego.cvfp.text.digests` gives them.
+        text: digests of the ids by split, as `lego.cvfp.text.Text.digests` gives them.
     """
     if name not in params.contest.lr:  # an n-gram
         return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
