@@ -58,6 +58,15 @@ def test_no_module_imports_itself_by_a_detour():
     TopologicalSorter({file: [ROOT / "lego" / one for one in imports(file)] for file in files}).prepare()
 
 
+def test_no_module_takes_a_name_from_a_package_itself():
+    """What depends on a package names its modules, so that a stage's code is what its imports say; `__init__` hands on."""
+    for file in [*(ROOT / "lego").rglob("*.py"), *(ROOT / "stages").rglob("*.py")]:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and ROOT.joinpath(*str(node.module).split(".")).is_dir():
+                place = ROOT.joinpath(*str(node.module).split("."))
+                assert all((place / f"{alias.name}.py").exists() for alias in node.names), f"{file}: {node.module}"
+
+
 @pytest.mark.parametrize("front", FRONTS)
 def test_a_front_hands_on_one_package_and_no_module_imports_it(front):
     assert {one.parts[0] for one in imports(ROOT / f"lego/{front}.py")} == {FRONTS[front]}

@@ -54,3 +54,15 @@ def made_of(name: str, params: CvfpParams, text: dict[str, Any]) -> str:
         used |= {"profile": profiles()["seed"]}
     used |= {key: values["contest"][key] for key in ("seeds", "lr_factors", *(["seed_sweeps"] if own else []))}
     return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()
+
+
+def trial_digest(params: CvfpParams, text: dict[str, str]) -> str:
+    """Digest of what a trial's numbers come from: its parameters, its seeds and the text.
+
+    Args:
+        params: with the trial's changes.
+        text: digests of the ids by split.
+    """
+    values = params.model_dump()
+    used = {key: values[key] for key in (*OF_ALL, *OF_OWN)} | {"seeds": params.contest.trial_seeds, "text": text}
+    return hashlib.sha256(json.dumps(used, sort_keys=True).encode()).hexdigest()

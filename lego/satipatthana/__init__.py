@@ -1,6 +1,6 @@
 """Satipatthana: a network that settles on what it sees and says how far it trusts it (docs/satipatthana.md).
 
-It stands on lego's ground floor and the steps of training, and knows nothing of ASHEM. `evaluate` and `Protocol` score
+It stands on base, report and the steps of training, and knows nothing of ASHEM. `evaluate` and `Protocol` score
 any system with this interface; they are loaded when they are asked for, so that no stage depends on them for nothing.
 """
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from lego.base.harness import StageError
 from lego.base.params import ParamsError
 from lego.cvfp import forms, peers, rivals
-from lego.cvfp.contest import epochs_of, made_of, size_on_paper
+from lego.cvfp.contest import epochs_of, made_of, size_on_paper, trial_digest
 from lego.cvfp.sections import changed, with_profile
 from lego.cvfp.store import build
 from lego.cvfp.text import Text
@@ -20,7 +20,7 @@ from lego.report.page import Page
 from stages.cvfp.baselines.contest import Run, chosen
 from stages.cvfp.compared import NGRAMS, Compared
 from stages.cvfp.figures import scaling
-from stages.cvfp.trials import shown, trial_digest
+from stages.cvfp.trials import shown
 from tests.conftest import ROOT
 from tests.cvfp.conftest import PARAMS, SMALL
 

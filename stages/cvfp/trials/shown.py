@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from lego.cvfp.contest import trial_digest
 from lego.cvfp.sections import PARAMS, CvfpParams, changed
 from lego.cvfp.text import SPLITS
 from lego.report.page import Page
-from stages.cvfp.trials import trial_digest
 
 BASE = "unchanged"
 NOT_RUN = "Not run yet: `dvc repro stages/cvfp/trials/dvc.yaml`."

@@ -10,10 +10,10 @@ from typing import Any
 from lego.base.artifacts import write_json
 from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.cvfp import forms
+from lego.cvfp.contest import trial_digest
 from lego.cvfp.sections import PARAMS, WRITTEN, changed, load
 from lego.cvfp.text import read_text_ids
 from stages.cvfp.baselines.contest import Run, kept, one_run
-from stages.cvfp.trials import trial_digest
 
 SHOWN = ("val_loss", "ppl")
 
