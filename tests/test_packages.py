@@ -59,7 +59,7 @@ def test_no_module_imports_itself_by_a_detour():
 
 
 def test_no_module_takes_a_name_from_a_package_itself():
-    """What depends on a package names its modules, so that a stage's code is what its imports say; `__init__` hands on."""
+    """A stage's code is what its imports say: they name modules, and an `__init__` only hands on."""
     for file in [*(ROOT / "lego").rglob("*.py"), *(ROOT / "stages").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and ROOT.joinpath(*str(node.module).split(".")).is_dir():

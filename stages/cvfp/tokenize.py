@@ -6,7 +6,9 @@ dvc repro stages/cvfp/dvc.yaml:tokenize          (python -m stages.cvfp.tokenize
 import math
 
 from lego.base.artifacts import atomic_folder, write_json
-from lego.base.harness import Stage, exit_cleanly
+from lego.base.harness import Stage, StageError, exit_cleanly
+from lego.base.params import load_params
+from lego.base.sections import DataParams
 from lego.cvfp.sections import OWN, PARAMS, WRITTEN, load
 from lego.cvfp.text import read_text_ids, write_text_ids
 from lego.text.ngram import KneserNey, references
@@ -22,8 +24,22 @@ def of_this_pipeline(sentence: str) -> str:
     return sentence
 
 
+def require_one_path(own: DataParams, root: DataParams) -> None:
+    """DVC watches the path of this pipeline's file; whoever set the root's alone would train on other text, unawares.
+
+    Raises:
+        StageError: the two differ, and text is read from there.
+    """
+    if own.source == "text" and own.path != root.path:
+        raise StageError(
+            f"{PARAMS}: data.path is {own.path} and params.yaml: data.path is {root.path}; set both, "
+            f"as in -S data.path={root.path} -S {PARAMS}:data.path={root.path}"
+        )
+
+
 def main() -> None:
     params = load()
+    require_one_path(params.data, load_params().data)
     with Stage("cvfp/tokenize", params.seed) as stage, atomic_folder("data/cvfp/tokens") as folder:
         try:
             done = write_splits(params.data, params.text.block_length, None, folder)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lego.base.artifacts import ArtifactError, read_json, read_tensors, write_json, write_tensors
+from lego.base.harness import StageError
 from lego.base.params import ParamsError
 from lego.cvfp import text as policy
 from lego.cvfp.contest import size_on_paper
@@ -34,7 +35,7 @@ from lego.cvfp.text import (
 )
 from lego.text.tokenizer import TextEncoder, fit_bpe, write_tokens
 from lego.tokens.blocks import BlockWriter
-from stages.cvfp.tokenize import of_this_pipeline
+from stages.cvfp.tokenize import of_this_pipeline, require_one_path
 from tests.conftest import ROOT, SOURCE
 from tests.cvfp.conftest import PARAMS
 
@@ -306,6 +307,14 @@ def test_a_fault_of_the_text_names_the_file_that_has_its_key():
         "params.yaml: model.seq_len is 9": "stages/cvfp/params.yaml: text.block_length is 9",
     }
     assert {one: of_this_pipeline(one) for one in told} == told
+
+
+def test_a_path_that_is_set_in_one_file_alone_is_refused_with_what_to_type():
+    own = PARAMS.data.model_copy(update={"source": "text"})
+    require_one_path(own, own)
+    require_one_path(PARAMS.data, own.model_copy(update={"path": "mine"}))  # the standard library is read
+    with pytest.raises(StageError, match=r"data\.path is text and .* -S stages/cvfp/params\.yaml:data\.path=mine$"):
+        require_one_path(own, own.model_copy(update={"path": "mine"}))
 
 
 def test_ids_must_be_those_of_the_rows_of_gpt2():
