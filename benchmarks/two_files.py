@@ -18,7 +18,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from lego.base.artifacts import atomic_folder
-from lego.base.params import ParamsError, load_params
+from lego.base.parameter_files import ParamsError
+from lego.base.params import load_params
 from lego.base.sections import DataParams
 from lego.text.corpus import split_of, unit_hash
 from lego.text.readers import kind_of

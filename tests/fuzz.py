@@ -26,7 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from lego.base.artifacts import ArtifactError, sha256  # noqa: E402
-from lego.base.params import ParamsError, load_params  # noqa: E402
+from lego.base.parameter_files import ParamsError  # noqa: E402
+from lego.base.params import load_params  # noqa: E402
 from lego.growing.hard_batches import HardTokenBatches  # noqa: E402
 from lego.mining.hidden_states import HiddenStateStore, StoreWriter  # noqa: E402
 from lego.model.checkpoint import load_model, save_model  # noqa: E402

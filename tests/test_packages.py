@@ -67,6 +67,13 @@ def test_no_module_takes_a_name_from_a_package_itself():
                 assert all((place / f"{alias.name}.py").exists() for alias in node.names), f"{file}: {node.module}"
 
 
+def test_an_init_computes_nothing():
+    """So that pipelines and fingerprints need not name it; two hand on public names, and one refuses a wrong Python."""
+    handing = {ROOT / "lego/__init__.py", ROOT / "lego/satipatthana/__init__.py", ROOT / "stages/__init__.py"}
+    for file in {*(ROOT / "lego").rglob("__init__.py"), *(ROOT / "stages").rglob("__init__.py")} - handing:
+        assert len(ast.parse(file.read_text()).body) == 1, file  # its docstring
+
+
 @pytest.mark.parametrize("front", FRONTS)
 def test_a_front_hands_on_one_package_and_no_module_imports_it(front):
     assert {one.parts[0] for one in imports(ROOT / f"lego/{front}.py")} == {FRONTS[front]}

@@ -26,7 +26,7 @@ dvc exp run -S ashem.hard_example_ratio=0.3 -n harder
 dvc exp run --queue -S 'ashem.hard_example_ratio=0.1,0.3,0.5,0.7,0.9'
 dvc queue start -j 2
 dvc queue status
-dvc exp show --only-changed --drop '^data/' --md
+dvc exp show --only-changed --drop '^(data|lego|stages|metrics/details)' --md
 dvc metrics diff baseline harder
 dvc params diff baseline harder
 dvc exp apply harder

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,16 +62,25 @@ def write_json(path: str | Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 
-def write_metrics(path: str | Path, content: dict[str, Any]) -> None:
+def write_metrics(path: str | Path, content: Mapping[str, Any]) -> None:
     """Writes what people compare day by day, rounded: so another processor's last digits do not show as a change.
 
     Args:
         path: a file that `metrics:` of a dvc.yaml names.
-        content: few numbers; each keeps DIGITS significant digits.
+        content: few numbers; each keeps DIGITS significant digits, and one that is None, not defined, is left out.
+
+    Raises:
+        TypeError: a value is no number.
+        ValueError: a value is not finite.
     """
-    rounded = {
-        key: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value for key, value in content.items()
-    }
+    rounded: dict[str, float] = {}
+    for key, value in content.items():
+        if isinstance(value, bool):
+            rounded[key] = value
+        elif isinstance(value, int | float):
+            rounded[key] = type(value)(float(f"{value:.{DIGITS}g}"))
+        elif value is not None:
+            raise TypeError(f"{path}: {key} must be a number, got {value!r}")
     write_json(path, rounded)
 
 

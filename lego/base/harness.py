@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lego.base.artifacts import ArtifactError, derived_seed, write_json
-from lego.base.params import ParamsError
+from lego.base.parameter_files import ParamsError
 from lego.base.scratch import SCRATCH, BusyError, fingerprint, only_run
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's malloc.h

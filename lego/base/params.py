@@ -1,17 +1,15 @@
-"""Typed, validated configuration: the one reader of params.yaml.
+"""The parameters of the root pipeline, params.yaml.
 
 python -m lego.params            checks params.yaml and says what is wrong with it
 """
 
 from __future__ import annotations
 
-import difflib
 import sys
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
-import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from lego.base.ashem_sections import (
     AshemParams,
@@ -22,13 +20,8 @@ from lego.base.ashem_sections import (
     SearchParams,
     YardstickParams,
 )
+from lego.base.parameter_files import ParamsError, read_params
 from lego.base.sections import DataParams, ModelParams, Section, TrainParams, pretrained_tokenizer
-
-P = TypeVar("P", bound=Section)
-
-
-class ParamsError(ValueError):
-    """A parameter file that cannot be used; the message names file, key and remedy."""
 
 
 class Params(Section):
@@ -57,96 +50,9 @@ class Params(Section):
         return self
 
 
-def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _known_keys(field.annotation, f"{prefix}{name}.")
-    return keys
-
-
-def _sentence(error: Any, shape: type[BaseModel]) -> str:
-    """One pydantic error as `key does what is wrong, got value`."""
-    key, value = ".".join(str(part) for part in error["loc"]), error["input"]
-    shown = "nothing" if value is None else repr(value)
-    match error["type"]:
-        case "missing":
-            return f"{key} is missing"
-        case "extra_forbidden":
-            close = difflib.get_close_matches(key, _known_keys(shape), n=1)
-            return f"{key} is not a known key" + (f"; did you mean {close[0]}?" if close else "")
-        case "value_error" if isinstance(value, dict):  # a check across several keys names them itself
-            return f"{key}.{error['ctx']['error']}".removeprefix(".")
-        case "value_error":
-            return f"{key} {error['ctx']['error']}, got {shown}"
-        case "literal_error":
-            return f"{key} must be one of {error['ctx']['expected']}, got {shown}"
-        case "int_type":
-            return f"{key} must be a whole number, got {shown}"
-        case "float_type":
-            return f"{key} must be a number, got {shown}"
-        case "string_type":
-            return f"{key} must be text, got {shown}"
-        case "bool_type":
-            return f"{key} must be true or false, got {shown}"
-        case "model_type" | "dict_type" | "model_attributes_type":
-            return f"{key} must be a section of keys, got {shown}"
-        case _:
-            return f"{key}: {error['msg']}, got {shown}"
-
-
-class _RepeatedKeyError(ValueError):
-    pass
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses what it otherwise lets pass: a key that is given twice, of which the last one would win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                line = node.value[number][0].start_mark.line + 1
-                raise _RepeatedKeyError(f"{key} is given twice, again at line {line}; remove one")
-        return super().construct_mapping(node, deep)
-
-
 def load_params(path: str | Path = "params.yaml") -> Params:
     """The parameters of the root pipeline; see `read_params`."""
     return read_params(path, Params)
-
-
-def read_params(path: str | Path, shape: type[P], given: dict[str, dict[str, Any]] | None = None) -> P:
-    """Reads and checks a parameter file.
-
-    Args:
-        path: a YAML file with every key of `shape`; `1e-05` is read as a number.
-        shape: the sections it has.
-        given: by section, values of keys that the file may leave out.
-
-    Raises:
-        ParamsError: unreadable file, unknown or missing key, wrong type or range; the message names file and key.
-    """
-    try:
-        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise ParamsError(f"{path}: cannot be read ({error.strerror}); run from the repository root") from None
-    except _RepeatedKeyError as error:
-        raise ParamsError(f"{path}: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise ParamsError(f"{path}: is not valid YAML{line}") from None
-    if not isinstance(raw, dict):
-        raise ParamsError(f"{path}: must hold the sections {', '.join(shape.model_fields)}")
-    for section, values in (given or {}).items():
-        if isinstance(raw.get(section), dict):
-            raw[section] = values | raw[section]
-    try:
-        return shape.model_validate(raw)
-    except ValidationError as error:
-        raise ParamsError("; ".join(f"{path}: {_sentence(e, shape)}" for e in error.errors())) from None
 
 
 def main() -> int:

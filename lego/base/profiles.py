@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 import yaml
 from pydantic import ValidationError
 
-from lego.base.params import ParamsError
+from lego.base.parameter_files import ParamsError
 from lego.base.sections import Section
 
 P = TypeVar("P", bound=Section)

@@ -1,7 +1,7 @@
 """What outlives a killed stage: a scratch folder, found again by a fingerprint; and the lock that keeps it to one run.
 
-The fingerprint covers what decides a stage's result: the parameters and files that dvc.yaml names for it, code among
-them, and the versions of Python and torch. A rerun with the same fingerprint continues, any other starts fresh.
+The fingerprint covers what decides a stage's result: the parameters and files that dvc.yaml names for it, the modules
+that it imports, and the versions of Python and torch. A rerun with the same one continues, any other starts fresh.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def fingerprint(stage: str) -> str:
     for dep in entry["deps"]:
         if "${data.path}" in dep:  # of the parameter file beside the dvc.yaml, which is named last
             dep = dep.replace("${data.path}", values["data"]["path"])
-        if not dep.startswith("lego/") and not dep.endswith(".py"):
+        if not dep.startswith("lego/") and not (dep.startswith("stages/") and dep.endswith(".py")):
             inputs[dep] = sha256(dep) if Path(dep).exists() else None  # the stage will say what it misses
     for code in code_of(entry["cmd"].split()[2]):
         inputs[code.relative_to(ROOT).as_posix()] = sha256(code)

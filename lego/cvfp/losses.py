@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lego.base.params import ParamsError
+from lego.base.parameter_files import ParamsError
 
 CENTRE = 0.1  # weight of the centre's norm in oacd
 

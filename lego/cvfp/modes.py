@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lego.base.params import ParamsError
+from lego.base.parameter_files import ParamsError
 from lego.base.progress import track
 from lego.cvfp.losses import BATCH, cvfp_loss
 from lego.cvfp.model import NewLLMResidual

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from lego.base.params import read_params
+from lego.base.parameter_files import read_params
 from lego.base.profiles import Sibling
 from lego.base.sections import (
     Count,
@@ -274,6 +274,11 @@ class CvfpParams(Section):
         return self
 
 
+def root_data(root: str | Path = ROOT_PARAMS) -> DataParams:
+    """The section `data` of the root's file; it raises as `load` does."""
+    return read_params(root, RootParams).data
+
+
 def load(path: str | Path = PARAMS, root: str | Path = ROOT_PARAMS) -> CvfpParams:
     """The parameters of the CVFP pipeline.
 
@@ -284,8 +289,7 @@ def load(path: str | Path = PARAMS, root: str | Path = ROOT_PARAMS) -> CvfpParam
     Raises:
         ParamsError: unreadable file, unknown or missing key, wrong type or range; the message names file and key.
     """
-    rest = read_params(root, RootParams).data.model_dump(exclude=set(OWN))
-    return read_params(path, CvfpParams, {"data": rest})
+    return read_params(path, CvfpParams, {"data": root_data(root).model_dump(exclude=set(OWN))})
 
 
 SIBLING = Sibling(load, PARAMS, PROFILES)

@@ -1,1 +1,1 @@
-"""Numbers of models: routed ones and plain ones, thresholds, exit criteria, risk, latency, comparison."""
+"""Numbers of models: routed ones and plain ones, thresholds and how criteria route, risk, latency, comparison."""

@@ -18,7 +18,7 @@ import torch
 
 from lego.base.artifacts import ArtifactError, write_text
 from lego.base.harness import StageError
-from lego.base.params import ParamsError
+from lego.base.parameter_files import ParamsError
 from lego.base.progress import track
 from lego.satipatthana.jobs import probabilities
 from lego.satipatthana.store import Use, load, standardized

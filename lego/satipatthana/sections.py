@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from lego.base.params import read_params
+from lego.base.parameter_files import read_params
 from lego.base.profiles import Sibling
 from lego.base.sections import Count, NonNegative, Positive, Section, at_least
 from lego.satipatthana.settings import (

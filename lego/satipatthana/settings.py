@@ -19,11 +19,11 @@ from lego.base.sections import (
     Positive,
     Section,
     Share,
+    Unit,
     at_least,
     within,
 )
 
-Unit = Annotated[Number, within("[0, 1]")]
 Cosine = Annotated[Number, within("[-1, 1]")]
 Attention = Literal["soft", "hard"]
 PATHS = ("clean", "augmented", "drunk", "mismatch", "void")

@@ -225,9 +225,9 @@ class Compared:
             f"{one['parameters_without_embeddings'] / 1e3:,.0f} k",
             f"{one['tokens'] / 1e6:.2f} M",
             f"{one['updates']:,.0f}" if "updates" in one else "",
-            f"{one['seconds']:.0f} s",
+            f"{one['seconds']:.0f} s" if one["seconds"] is not None else "",
             f"{one['tokens'] / one['seconds']:,.0f}" if one["seconds"] else "",
-            f"{one['peak_mib']:,.0f} MiB",
+            f"{one['peak_mib']:,.0f} MiB" if one["peak_mib"] is not None else "",
             f"{one['lr']:g}",
             "; ".join(notes),
         ]

@@ -7,9 +7,8 @@ import math
 
 from lego.base.artifacts import atomic_folder, write_json
 from lego.base.harness import Stage, StageError, exit_cleanly
-from lego.base.params import load_params
 from lego.base.sections import DataParams
-from lego.cvfp.sections import OWN, PARAMS, WRITTEN, load
+from lego.cvfp.sections import OWN, PARAMS, WRITTEN, load, root_data
 from lego.cvfp.text import read_text_ids, write_text_ids
 from lego.text.ngram import KneserNey, references
 from lego.text.packing import write_splits
@@ -39,7 +38,7 @@ def require_one_path(own: DataParams, root: DataParams) -> None:
 
 def main() -> None:
     params = load()
-    require_one_path(params.data, load_params().data)
+    require_one_path(params.data, root_data())
     with Stage("cvfp/tokenize", params.seed) as stage, atomic_folder("data/cvfp/tokens") as folder:
         try:
             done = write_splits(params.data, params.text.block_length, None, folder)

@@ -173,7 +173,7 @@ class _Builder:
         entry, values = pipeline_entry(stage), self.values
         if stage in self.factors:
             values = changed(values, {"search.lr_factors": self.factors[stage]})
-        files = [file for dep in entry["deps"] for file in producers() if file == dep or file.startswith(f"{dep}/")]
+        files = [dep for dep in entry["deps"] if dep.startswith(("data/", "metrics/"))]
         inputs = tuple((file, self.task(producers()[file])) for file in files)
         facts = {
             "stage": stage,

@@ -26,7 +26,7 @@ import yaml
 from lego.base.artifacts import ArtifactError, read_json, write_text
 from lego.base.code import ROOT
 from lego.base.harness import RECOVERY, StageError
-from lego.base.params import ParamsError
+from lego.base.parameter_files import ParamsError
 from lego.base.scratch import SCRATCH, BusyError, only_run, pipeline_entry
 from stages.evidence.graph import FULL, Suite, Task, load_suites
 from stages.evidence.wanted import Wanted, adopt, drop_stale, missing, put, searched

@@ -28,8 +28,7 @@ def main() -> None:
             print(f"seed {seed}: {in_short(found[-1])}", flush=True)
         mean = means(found)
         write_json("metrics/satipatthana/evaluate.json", mean)
-        summary = {key: mean[key] for key in SUMMARY_KEYS if mean.get(key) is not None}
-        write_metrics("metrics/satipatthana/summary.json", summary)
+        write_metrics("metrics/satipatthana/summary.json", {key: mean.get(key) for key in SUMMARY_KEYS})
         write_json("metrics/satipatthana/seeds.json", {str(seed): written(one) for seed, one in enumerate(found)})
 
 

@@ -9,7 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lego.base.params import Params, ParamsError, load_params, read_params
+from lego.base.parameter_files import ParamsError, read_params
+from lego.base.params import Params, load_params
 from lego.base.sections import Section, TrainParams
 from tests.conftest import ROOT
 

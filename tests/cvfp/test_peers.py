@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from lego.base.harness import StageError
-from lego.base.params import ParamsError
+from lego.base.parameter_files import ParamsError
 from lego.cvfp import forms, peers, rivals
 from lego.cvfp.contest import epochs_of, made_of, size_on_paper, trial_digest
 from lego.cvfp.sections import changed, with_profile

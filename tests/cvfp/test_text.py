@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lego.base.artifacts import ArtifactError, read_json, read_tensors, write_json, write_tensors
 from lego.base.harness import StageError
-from lego.base.params import ParamsError
+from lego.base.parameter_files import ParamsError
 from lego.cvfp import text as policy
 from lego.cvfp.contest import size_on_paper
 from lego.cvfp.sections import OWN, CvfpParams, changed, load, profiles, with_profile

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lego.base.params import ParamsError
+from lego.base.parameter_files import ParamsError
 from lego.satipatthana.augment import Augmenter
 from tests.satipatthana.conftest import COMPAT, PARAMS, small
 

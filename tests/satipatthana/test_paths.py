@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from lego.base.params import ParamsError
+from lego.base.parameter_files import ParamsError
 from lego.satipatthana.paths import Rows, Way, allocate, by_path, damaged, floor, floors, losses
 from lego.satipatthana.settings import PATHS
 from lego.satipatthana.void import VoidSource, derangement, derangements

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lego.base.params import ParamsError
+from lego.base.parameter_files import ParamsError
 from lego.satipatthana.sections import changed
 from tests.satipatthana.conftest import PARAMS, small
 

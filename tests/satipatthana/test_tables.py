@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lego.base.params import ParamsError
+from lego.base.parameter_files import ParamsError
 from lego.satipatthana import tasks
 from lego.satipatthana.ablation import heads
 from lego.satipatthana.curriculum import advance, begin

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lego.base.harness import StageError, exit_cleanly
-from lego.base.params import ParamsError
+from lego.base.parameter_files import ParamsError
 from lego.satipatthana import tasks, training
 from lego.satipatthana.curriculum import advance, begin
 from lego.satipatthana.specs import spec_of, start_probes

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lego.base.params import ParamsError
+from lego.base.parameter_files import ParamsError
 from lego.satipatthana.specs import spec_of
 from lego.satipatthana.void import VoidError, VoidSource, acceptance
 from tests.satipatthana.conftest import PARAMS, clusters, small, system

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import sys
 
@@ -31,6 +32,7 @@ from lego.tokens.batches import EvaluationBatches
 from lego.tokens.blocks import PackedBlocks, train_text
 from tests.conftest import TINY, Clone, ran, run_in_process
 from tests.stages.conftest import ORDER, outs, reruns
+from tests.workflow import LINES
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +46,11 @@ def clone(tmp_path_factory) -> Clone:
 
 
 def recorded(clone: Clone) -> dict[str, str]:
-    """Digest of every out as dvc.lock holds it, times apart."""
+    """Digest of every out as dvc.lock holds it."""
     import yaml
 
     lock = yaml.safe_load((clone.folder / "dvc.lock").read_text())["stages"]
-    found = {out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"]}
-    return {path: md5 for path, md5 in found.items() if "timing" not in path}
+    return {out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"]}
 
 
 def test_all_outs_are_there_and_the_two_models_report_the_same_keys(clone):
@@ -211,16 +212,12 @@ def test_an_experiment_reruns_what_it_affects_and_dvc_shows_the_difference(clone
     assert len(clone.run("dvc", "metrics", "diff").splitlines()) <= 20  # one screen says who is better
     changed = [line[3:] for line in clone.run("git", "status", "--short").splitlines()]
     assert len(changed) <= 8 + 1, changed  # and params.yaml, which the experiment changed
-    for flags, most in (([], 16), (["--drop", "^data/"], 14)):
-        shown = clone.run("dvc", "exp", "show", "--only-changed", "--csv", *flags).splitlines()
-        columns = set(shown[0].split(",")) - {
-            "rev",
-            "typ",
-            "parent",
-            "ashem.hard_example_ratio",
-        }  # the first three are csv's
-        assert len(columns) <= most, columns
-        assert {"Experiment", "metrics/summary.json:ppl"} <= columns
+    line = next(line for line in LINES if line.startswith("dvc exp show")).removesuffix(" --md")
+    shown = clone.run(*shlex.split(line), "--csv").splitlines()
+    columns = set(shown[0].split(",")) - {"rev", "typ", "parent"}  # which are csv's
+    assert columns >= {"Experiment", "metrics/summary.json:ppl", "ashem.hard_example_ratio"}
+    assert len(columns) <= 16 + 1, columns
+    assert not any("/" in one and ":" not in one for one in columns)  # no digests of files
     assert clone.json("data/facts/compute_threshold.json")["hard_share"] == pytest.approx(0.3, abs=0.001)
     changed = json.loads(clone.run("dvc", "params", "diff", "--json"))["params.yaml"]
     assert changed.keys() == {"ashem.hard_example_ratio"}
@@ -284,14 +281,13 @@ def test_a_bad_parameter_touches_no_result_and_what_dvc_removed_comes_back(clone
 
 
 def test_a_second_run_gives_the_same_bytes_and_a_leaky_one_says_so(clone, tmp_path):
-    """In another folder, in this process, without cache or lock: every out but the timing files."""
+    """In another folder, in this process, without cache or lock: every out."""
     shutil.copy(clone.folder / "params.yaml", tmp_path / "params.yaml")
     run_in_process(tmp_path, ORDER)
     compared = 0
     for out in sorted(set().union(*(outs(stage) for stage in ORDER))):
-        if "timing" not in out:
-            assert sha256(tmp_path / out) == sha256(clone.folder / out), out
-            compared += 1
+        assert sha256(tmp_path / out) == sha256(clone.folder / out), out
+        compared += 1
     assert compared == len(recorded(clone))
     digests = {f"{s}_sha256": read_json(tmp_path / "data/tokens/corpus.json")["splits"][s]["sha256"] for s in SPLITS}
     for stage in ORDER:
@@ -307,7 +303,7 @@ def test_a_second_run_gives_the_same_bytes_and_a_leaky_one_says_so(clone, tmp_pa
     validation_tokens = PackedBlocks(tmp_path / "data/tokens", "validation").tokens
     assert (manifest["split"], manifest["tokens"]) == ("validation", validation_tokens)
     assert manifest["hard_tokens"] == pytest.approx(0.5 * validation_tokens, abs=1)
-    made = {out for stage in ORDER[2:] for out in outs(stage) if out.endswith(".json") and "timing" not in out}
+    made = {out for stage in ORDER[2:] for out in outs(stage) if out.endswith(".json")}
     gathered = "metrics/details/stages.json"
     assert len(written := made - {gathered}) == 10
     assert load_model(tmp_path / "data/phase2").block2_context == "token"

@@ -18,7 +18,7 @@ import torch
 import yaml
 
 from lego import DeepSupervisionTransformer, Trainer, create_standard_config
-from lego.base import scratch
+from lego.base import code, scratch
 from lego.base.artifacts import read_json, sha256
 from lego.base.params import load_params
 from lego.base.scratch import BusyError, fingerprint, only_run, pipeline_entry
@@ -100,19 +100,24 @@ def test_the_fingerprint_follows_parameters_inputs_and_nothing_else(tmp_path, mo
     assert fingerprint("train_phase1") != first
 
 
-def test_a_sibling_system_has_stages_and_parameters_of_its_own(tmp_path, monkeypatch):
+def test_a_sibling_system_has_stages_code_and_parameters_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scratch, "ROOT", tmp_path)
+    for module in (scratch, code):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
     folder = tmp_path / "stages/other"
     folder.mkdir(parents=True)
     declared = {"cmd": "python -m stages.other.learn", "deps": ["text.txt"]}
     entry = declared | {"params": [{"stages/other/params.yaml": ["a.b"]}]}
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"learn": entry}}))
+    (folder / "learn.py").write_text("import stages.other.helper")
+    (folder / "helper.py").write_text("")
     found = []
     for section in ({"b": 1, "c": 0}, {"b": 1, "c": 9}, {"b": 2, "c": 0}):
         (folder / "params.yaml").write_text(yaml.safe_dump({"a": section}))
         found.append(fingerprint("other/learn"))
     assert found[0] == found[1] != found[2]
+    (folder / "helper.py").write_text("changed = True")  # what dvc.yaml names need not be every module
+    assert fingerprint("other/learn") != found[2]
     assert pipeline_entry("other/learn") == entry
 
 
@@ -152,7 +157,7 @@ def clone(tmp_path_factory) -> Clone:
 
 
 def digests(stage: str) -> dict[str, str]:
-    return {out: sha256(out) for out in sorted(outs(stage)) if "timing" not in out}
+    return {out: sha256(out) for out in sorted(outs(stage))}
 
 
 @pytest.mark.parametrize("stage", ["train_phase1", "collect_hard", "train_phase2", "train_shallow_continued"])

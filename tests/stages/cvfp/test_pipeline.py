@@ -21,7 +21,7 @@ from lego.cvfp.passes import sequential_pass
 from lego.cvfp.phase1 import ContextTrainer
 from lego.cvfp.reports import validate
 from lego.cvfp.run import first_phase
-from lego.cvfp.sections import PARAMS, ROOT_PARAMS, CvfpParams, changed, load, with_profile
+from lego.cvfp.sections import OWN, PARAMS, ROOT_PARAMS, CvfpParams, changed, load, with_profile
 from lego.cvfp.store import build
 from lego.cvfp.text import SPLITS, Text, digest, stream
 from tests.conftest import ROOT, Clone
@@ -71,6 +71,15 @@ def declared(entry: dict) -> list[str]:
 def test_deps_equal_the_transitive_imports(stage):
     assert code_deps(ENTRIES[stage]) == code_lines(stage, guest=True)
     assert ENTRIES[stage]["cmd"].removesuffix(" ${key}") == f"python -m stages.{stage.replace('/', '.')}"
+
+
+def test_tokenize_and_the_page_depend_on_both_files_with_a_section_data():
+    for stage in ("tokenize", "report"):
+        keys = {file: keys for one in STAGES[stage]["params"] for file, keys in one.items()}
+        assert keys[ROOT_PARAMS.as_posix()] == ["data"]
+        assert "data" in keys[PARAMS.as_posix()]
+    others = [entry for name, entry in ENTRIES.items() if name not in ("cvfp/tokenize", "cvfp/report")]
+    assert not any(ROOT_PARAMS.as_posix() in one for entry in others for one in entry["params"])
 
 
 def test_every_section_is_declared_and_every_declared_key_exists():
@@ -138,6 +147,7 @@ def clone(tmp_path_factory) -> Clone:
     clone = Clone.of_this_tree(tmp_path_factory.mktemp("cvfp"))
     file = clone.folder / PARAMS
     values = changed(load(ROOT / PARAMS, ROOT / ROOT_PARAMS), TINY, "tiny").model_dump()
+    values["data"] = {key: values["data"][key] for key in OWN}  # the rest stands in the root's file, which is tiny too
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     (clone.folder / "metrics/cvfp").mkdir(parents=True)
     for name in ("contest", "scaling", "trials"):
