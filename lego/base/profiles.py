@@ -71,7 +71,25 @@ def changed(params: P, changes: dict[str, Any], where: str, file: str | Path) ->
     Raises:
         ParamsError: there is no such key, or the values are not valid.
     """
-    values = copy.deepcopy(params.model_dump())
+    values = with_keys(params.model_dump(), changes, where, file)
+    try:
+        return type(params).model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key, said = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+        raise ParamsError(f"{where}: {key} {said}".replace(":  ", ": ")) from None
+
+
+def with_keys(values: dict[str, Any], changes: dict[str, Any], where: str, file: str | Path) -> dict[str, Any]:
+    """A copy with some of its keys, written as section.key, set to other values.
+
+    Args:
+        values, changes, where, file: as for `changed`; values in sections.
+
+    Raises:
+        ParamsError: there is no such key.
+    """
+    values = copy.deepcopy(values)
     for key, value in changes.items():
         *path, last = key.split(".")
         place = values
@@ -80,12 +98,7 @@ def changed(params: P, changes: dict[str, Any], where: str, file: str | Path) ->
         if not isinstance(place, dict) or last not in place:
             raise ParamsError(f"{where}: {key} is no key of {file}")
         place[last] = value
-    try:
-        return type(params).model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key, said = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
-        raise ParamsError(f"{where}: {key} {said}".replace(":  ", ": ")) from None
+    return values
 
 
 def options(changes: dict[str, Any], file: str | Path) -> str:

@@ -8,7 +8,6 @@ versions of the packages that compute. So it is known without running anything.
 from __future__ import annotations
 
 import ast
-import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -25,7 +24,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from lego.base.artifacts import sha256
 from lego.base.code import ROOT, code_of
 from lego.base.harness import StageError
+from lego.base.parameter_files import ParamsError
 from lego.base.params import Params
+from lego.base.profiles import with_keys
 from lego.base.scratch import pipeline_entry
 from lego.base.sections import DataParams
 from lego.text.sources import documents
@@ -114,16 +115,10 @@ def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     Raises:
         StageError: there is no such key.
     """
-    values = copy.deepcopy(values)
-    for key, value in changes.items():
-        *path, last = key.split(".")
-        place = values
-        for part in path:
-            place = place.get(part, {}) if isinstance(place, dict) else {}
-        if not isinstance(place, dict) or last not in place:
-            raise StageError(f"suites.yaml: {key} is no key of params.yaml")
-        place[last] = value
-    return values
+    try:
+        return with_keys(values, changes, "suites.yaml", "params.yaml")
+    except ParamsError as error:
+        raise StageError(str(error)) from None
 
 
 def stage_of(model: str, params: Params) -> str:
