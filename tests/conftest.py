@@ -73,6 +73,11 @@ def _seeded() -> Iterator[None]:
     torch.set_num_threads(1)
 
 
+def committed(path: str) -> str:
+    """A file of the tree as the last commit has it: runs rewrite metrics and locks in the work tree."""
+    return subprocess.run(["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 def logits_close(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -12,14 +13,13 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from lego.base.artifacts import read_json
 from lego.base.params import Params
 from lego.cvfp import sections as cvfp
 from lego.evaluation.routed import comparison_lines
 from lego.satipatthana import sections as satipatthana
 from stages.evidence.summary import Suite
 from stages.evidence.tables import short_table
-from tests.conftest import ROOT
+from tests.conftest import ROOT, committed
 from tests.workflow import LINES
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
@@ -62,14 +62,14 @@ def test_every_experiment_in_the_pages_is_valid(command):
 
 
 def test_the_readme_shows_the_numbers_of_the_committed_metrics():
-    routed, yardstick = (read_json(ROOT / f"metrics/details/{n}.json") for n in ("ashem", "shallow_continued"))
+    routed, yardstick = (json.loads(committed(f"metrics/details/{n}.json")) for n in ("ashem", "shallow_continued"))
     readme = (ROOT / "README.md").read_text()
     for line in comparison_lines(routed, yardstick):
         assert line in readme, line
 
 
 def test_the_readme_shows_every_model_of_the_core_suite():
-    suite = Suite("core", read_json(ROOT / "metrics/evidence/core.json"))
+    suite = Suite("core", json.loads(committed("metrics/evidence/core.json")))
     header, rows, _ = short_table(suite, "default")
     readme = (ROOT / "README.md").read_text()
     for row in (header, *rows):

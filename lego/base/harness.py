@@ -23,8 +23,7 @@ from lego.base.parameter_files import ParamsError
 from lego.base.scratch import SCRATCH, BusyError, fingerprint, only_run
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's malloc.h
-WRITTEN = "params.yaml dvc.lock metrics"  # what git keeps of a run of the root pipeline
-RECOVERY = f"earlier results come back with: git checkout {WRITTEN} && dvc checkout"
+RECOVERY = "mend it and run the same command again: what was made before comes from dvc's cache"
 RECORDED_PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers", "datasets", "pydantic")
 
 
@@ -140,13 +139,8 @@ class Stage:
             shutil.rmtree(SCRATCH / self.name, ignore_errors=True)
 
 
-def exit_cleanly(main: Callable[[], None], written: str = WRITTEN) -> None:
-    """Runs a stage's main(); errors a user can mend become one line on stderr and exit code 1.
-
-    Args:
-        main: of the stage.
-        written: what git keeps of a run of its pipeline.
-    """
+def exit_cleanly(main: Callable[[], None]) -> None:
+    """Runs a stage's main(); errors a user can mend become one line on stderr and exit code 1."""
     try:
         main()
     except (ParamsError, ArtifactError, StageError, BusyError, FloatingPointError) as error:
@@ -157,7 +151,7 @@ def exit_cleanly(main: Callable[[], None], written: str = WRITTEN) -> None:
         sentence = f"{error.filename or 'a file'}: {error.strerror or error}; {_remedy(error)}"
     else:
         return
-    print(f"error: {' '.join(sentence.split())} ({RECOVERY.replace(WRITTEN, written)})", file=sys.stderr)
+    print(f"error: {' '.join(sentence.split())} ({RECOVERY})", file=sys.stderr)
     raise SystemExit(1)
 
 

@@ -29,7 +29,6 @@ from lego.base.sections import (
 )
 from lego.cvfp.contest_sections import ContestParams, PeersParams
 
-WRITTEN = "stages/cvfp/params.yaml params.yaml stages/cvfp/dvc.lock metrics/cvfp"  # what git keeps of a run
 PARAMS, PROFILES = Path("stages/cvfp/params.yaml"), Path("stages/cvfp/profiles.yaml")
 ROOT_PARAMS = Path("params.yaml")
 OWN = (  # keys of `data` that the file must have itself; path, as DVC looks for it there

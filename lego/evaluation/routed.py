@@ -268,9 +268,9 @@ def summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def comparison_lines(ashem: Mapping[str, float | None], yardstick: Mapping[str, float | None]) -> list[str]:
-    """The two models side by side, as the pipeline prints them last."""
+    """The two models side by side, as the pipeline prints them last, in as many digits as any processor agrees on."""
     lines = [f"{'test':>26} {'ASHEM':>12} {'shallow_continued':>18}"]
     for key in PRINTED_KEYS:
-        left, right = (f"{value:.4f}" if value is not None else "-" for value in (ashem.get(key), yardstick.get(key)))
+        left, right = (f"{value:.4g}" if value is not None else "-" for value in (ashem.get(key), yardstick.get(key)))
         lines.append(f"{key:>26} {left:>12} {right:>18}")
     return lines

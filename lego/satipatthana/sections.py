@@ -33,7 +33,6 @@ from lego.satipatthana.settings import (
     VoidParams,
 )
 
-WRITTEN = "stages/satipatthana/params.yaml stages/satipatthana/dvc.lock metrics/satipatthana"
 PARAMS, PROFILES = Path("stages/satipatthana/params.yaml"), Path("stages/satipatthana/profiles.yaml")
 SAME = {  # kinds of void and of test that are one kind, however they are called
     "gaussian": ("gaussian", "gauss_matched", "noisy_0.5"),

@@ -6,7 +6,7 @@ dvc repro stages/cvfp/dvc.yaml:build_contexts          (python -m stages.cvfp.bu
 from lego.base.artifacts import atomic_folder, write_json, write_tensors
 from lego.base.harness import Stage, exit_cleanly
 from lego.cvfp.run import MADE_OF, settled, weights_digest
-from lego.cvfp.sections import WRITTEN, load
+from lego.cvfp.sections import load
 from lego.cvfp.store import load_network
 from lego.cvfp.text import read_text_ids
 
@@ -29,4 +29,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

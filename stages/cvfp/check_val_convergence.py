@@ -11,7 +11,7 @@ from lego.base.artifacts import write_csv, write_json
 from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.cvfp.checks import validation_trend
 from lego.cvfp.run import telling
-from lego.cvfp.sections import WRITTEN, load
+from lego.cvfp.sections import load
 from lego.cvfp.store import load_network
 from lego.cvfp.text import read_text_ids
 
@@ -48,4 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

@@ -10,7 +10,7 @@ from lego.base.harness import Stage, exit_cleanly
 from lego.cvfp.evaluation import critical_checks, mandatory, ranks, worth
 from lego.cvfp.reports import report
 from lego.cvfp.run import fixed_text, telling
-from lego.cvfp.sections import WRITTEN, load
+from lego.cvfp.sections import load
 from lego.cvfp.store import load_network, parameter_counts
 from lego.cvfp.text import LABELS, SPLITS, read_text_ids
 
@@ -58,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

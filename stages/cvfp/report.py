@@ -12,7 +12,7 @@ from lego.base.artifacts import read_json
 from lego.base.harness import Stage, exit_cleanly
 from lego.base.progress import share
 from lego.cvfp.reports import validate
-from lego.cvfp.sections import WRITTEN, CvfpParams, load
+from lego.cvfp.sections import CvfpParams, load
 from lego.report.page import Figure, Page, drawn, versions
 from stages.cvfp.compared import FOLDER, Compared
 from stages.cvfp.figures import Column, memory, perplexities, scaling, settling
@@ -182,4 +182,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

@@ -8,7 +8,7 @@ import math
 from lego.base.artifacts import atomic_folder, write_json
 from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.base.sections import DataParams
-from lego.cvfp.sections import OWN, PARAMS, WRITTEN, load, root_data
+from lego.cvfp.sections import OWN, PARAMS, load, root_data
 from lego.cvfp.text import read_text_ids, write_text_ids
 from lego.text.ngram import KneserNey, references
 from lego.text.packing import write_splits
@@ -59,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

@@ -7,7 +7,7 @@ from lego.base.artifacts import atomic_folder, write_csv, write_json
 from lego.base.harness import Stage, exit_cleanly
 from lego.cvfp.ranks import effective_rank
 from lego.cvfp.run import first_phase
-from lego.cvfp.sections import WRITTEN, load
+from lego.cvfp.sections import load
 from lego.cvfp.store import save, save_reader
 from lego.cvfp.text import read_text_ids
 
@@ -31,4 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

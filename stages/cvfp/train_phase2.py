@@ -8,7 +8,7 @@ from lego.base.harness import Stage, exit_cleanly
 from lego.cvfp.checks import require_no_identity
 from lego.cvfp.phase2 import train_head
 from lego.cvfp.run import fixed_text
-from lego.cvfp.sections import WRITTEN, load
+from lego.cvfp.sections import load
 from lego.cvfp.store import load_network, load_reader, parameter_counts, save
 from lego.cvfp.text import read_text_ids
 
@@ -42,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

@@ -12,7 +12,7 @@ from lego.satipatthana.ablation import heads, macs
 from lego.satipatthana.curriculum import STAGES, advance, begin, means, resume, written
 from lego.satipatthana.jobs import classification_only
 from lego.satipatthana.peers import plain_network
-from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, changed, load
+from lego.satipatthana.sections import SatipatthanaParams, changed, load
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Task, read_task
 from stages.satipatthana.seeds import for_each_seed
@@ -52,4 +52,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

@@ -36,7 +36,6 @@ from stages.evaluate_routing import decide, scored
 from stages.satipatthana.seeds import for_each_seed
 
 CLASSES = ["wrong", "right"]
-WRITTEN = "stages/satipatthana/params.yaml stages/satipatthana/ashem/dvc.lock metrics/satipatthana/ashem"
 
 
 class Criterion:
@@ -176,4 +175,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

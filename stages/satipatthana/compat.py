@@ -9,7 +9,7 @@ from lego.base.artifacts import write_json
 from lego.base.harness import Stage, exit_cleanly
 from lego.satipatthana.curriculum import STAGES, advance, begin, how_to_use, in_short, judge, means, written
 from lego.satipatthana.jobs import classification_only
-from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load, with_profile
+from lego.satipatthana.sections import SatipatthanaParams, load, with_profile
 from lego.satipatthana.tasks import read_task
 from stages.satipatthana.seeds import for_each_seed
 
@@ -34,4 +34,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

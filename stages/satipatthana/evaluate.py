@@ -6,7 +6,7 @@ dvc repro stages/satipatthana/dvc.yaml:evaluate          (python -m stages.satip
 from lego.base.artifacts import atomic_folder, write_json, write_metrics
 from lego.base.harness import Stage, exit_cleanly
 from lego.satipatthana.curriculum import STAGES, how_to_use, in_short, judge, means, resume, written
-from lego.satipatthana.sections import WRITTEN, load
+from lego.satipatthana.sections import load
 from lego.satipatthana.store import save
 from lego.satipatthana.tasks import read_task
 
@@ -33,4 +33,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

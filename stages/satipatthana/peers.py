@@ -12,7 +12,7 @@ from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.satipatthana.curriculum import means, written
 from lego.satipatthana.jobs import classification_only
 from lego.satipatthana.peers import OWN, judge, networks, peer
-from lego.satipatthana.sections import WRITTEN, PeerName, SatipatthanaParams, load
+from lego.satipatthana.sections import PeerName, SatipatthanaParams, load
 from lego.satipatthana.tasks import read_task
 from stages.satipatthana.plain import read, seed_of
 from stages.satipatthana.seeds import for_each_seed
@@ -41,4 +41,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

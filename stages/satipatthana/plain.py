@@ -10,7 +10,7 @@ from lego.base.artifacts import ArtifactError, atomic_folder, derived_seed, read
 from lego.base.harness import Stage, exit_cleanly
 from lego.satipatthana.jobs import classification_only
 from lego.satipatthana.peers import Plain, networks, plain_network
-from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load
+from lego.satipatthana.sections import SatipatthanaParams, load
 from lego.satipatthana.tasks import Task, read_task
 from stages.satipatthana.seeds import for_each_seed
 
@@ -53,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lego.base.artifacts import atomic_folder, write_json
 from lego.base.harness import Stage, exit_cleanly
-from lego.satipatthana.sections import WRITTEN, load
+from lego.satipatthana.sections import load
 from lego.satipatthana.settings import TaskParams
 from lego.satipatthana.tasks import load as load_task
 from lego.satipatthana.tasks import write_task
@@ -36,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

@@ -11,7 +11,7 @@ from lego.base.harness import Stage, exit_cleanly
 from lego.report.page import Figure, Page, drawn, versions
 from lego.satipatthana.evaluation import SWEEP
 from lego.satipatthana.jobs import classification_only
-from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load
+from lego.satipatthana.sections import SatipatthanaParams, load
 from lego.satipatthana.targets import AHEAD, FAR, SUCCESSOR, less_recon, reproduced, targets
 from stages.satipatthana.figures import abstaining, settling, strangers, trust_by_path
 from stages.satipatthana.latency import latencies
@@ -203,4 +203,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

@@ -11,7 +11,7 @@ from pathlib import Path
 from lego.base.artifacts import atomic_folder, write_csv, write_json, write_text
 from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.satipatthana.curriculum import STAGES, advance, begin, resume
-from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load
+from lego.satipatthana.sections import SatipatthanaParams, load
 from lego.satipatthana.store import Use, save
 from lego.satipatthana.tasks import read_task
 from stages.satipatthana.seeds import for_each_seed
@@ -60,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

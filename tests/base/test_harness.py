@@ -39,9 +39,7 @@ def test_errors_a_user_can_mend_become_one_line_without_traceback(capsys):
         exit_cleanly(main)
     assert stop.value.code == 1
     line = capsys.readouterr().err
-    assert line.startswith(
-        "error: something to mend (earlier results come back with: git checkout params.yaml dvc.lock"
-    )
+    assert line.startswith("error: something to mend (mend it and run the same command again: what was made before")
     assert line.count("\n") == 1
 
     def bug() -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
-from lego.base.artifacts import read_json
 from lego.report.page import Page
 from lego.satipatthana import tasks
 from lego.satipatthana.curriculum import STAGES, advance, begin, how_to_use, judge
@@ -13,10 +14,10 @@ from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.targets import AHEAD, AT_LEAST, AT_MOST, FAR, REFERENCE, targets
 from stages.satipatthana.report import asked
 from stages.satipatthana.wording import over_seeds
-from tests.conftest import ROOT
+from tests.conftest import committed
 from tests.satipatthana.conftest import PARAMS
 
-SEEDS = read_json(ROOT / "metrics/satipatthana/seeds.json")
+SEEDS = json.loads(committed("metrics/satipatthana/seeds.json"))
 
 
 def means() -> dict[str, float]:

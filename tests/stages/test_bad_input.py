@@ -26,7 +26,7 @@ from lego.base.harness import exit_cleanly
 from tests.conftest import ROOT, Clone, run_in_process
 from tests.stages.conftest import ORDER, outs
 
-RECOVERY = "(earlier results come back with: git checkout params.yaml dvc.lock metrics && dvc checkout)"
+RECOVERY = "(mend it and run the same command again: what was made before comes from dvc's cache)"
 
 
 @pytest.fixture(scope="module")

@@ -267,7 +267,7 @@ def test_a_bad_parameter_touches_no_result_and_what_dvc_removed_comes_back(clone
     for remedy in ("correct it", "checkout"):
         path.write_text(re.sub(r"(?m)^(  hard_example_ratio: )\S+", r"\g<1>1.5", right))
         output = clone.run("dvc", "repro", fails=True)
-        reason = "error: params.yaml: ashem.hard_example_ratio must be in (0, 1), got 1.5 (earlier results come back"
+        reason = "error: params.yaml: ashem.hard_example_ratio must be in (0, 1), got 1.5 (mend it and run the same"
         assert reason in output
         assert "Traceback" not in output
         assert not (clone.folder / "data/facts/compute_threshold.json").exists()  # dvc removes a stage's outs first

@@ -11,7 +11,7 @@ from typing import Any
 from lego.base.artifacts import read_json, write_json
 from lego.base.harness import Stage, exit_cleanly
 from lego.cvfp.contest import made_of
-from lego.cvfp.sections import WRITTEN, load
+from lego.cvfp.sections import load
 from lego.cvfp.text import Text, read_text_ids
 from lego.text.ngram import KneserNey
 
@@ -36,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

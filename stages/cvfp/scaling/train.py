@@ -10,7 +10,7 @@ from lego.base.artifacts import read_json, write_json
 from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.cvfp import forms, rivals
 from lego.cvfp.contest import made_of
-from lego.cvfp.sections import WRITTEN, load
+from lego.cvfp.sections import load
 from lego.cvfp.text import read_text_ids
 from stages.cvfp.baselines.contest import Run, kept, one_run
 
@@ -42,4 +42,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

@@ -7,7 +7,7 @@ The file is no out of this pipeline: else the page, which depends on it, would m
 
 from lego.base.artifacts import read_json, write_json
 from lego.base.harness import Stage, exit_cleanly
-from lego.cvfp.sections import WRITTEN, load
+from lego.cvfp.sections import load
 
 
 def main() -> None:
@@ -18,4 +18,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

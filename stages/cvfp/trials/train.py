@@ -11,7 +11,7 @@ from lego.base.artifacts import write_json
 from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.cvfp import forms
 from lego.cvfp.contest import trial_digest
-from lego.cvfp.sections import PARAMS, WRITTEN, changed, load
+from lego.cvfp.sections import PARAMS, changed, load
 from lego.cvfp.text import read_text_ids
 from stages.cvfp.baselines.contest import Run, kept, one_run
 
@@ -37,4 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

@@ -10,7 +10,7 @@ from lego.base.artifacts import read_json
 from lego.base.harness import Stage, exit_cleanly
 from lego.report.page import Page
 from lego.report.stats import mean_interval, verdict
-from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load, profiles, with_profile
+from lego.satipatthana.sections import SatipatthanaParams, load, profiles, with_profile
 from stages.satipatthana.wording import Found, interval, over_seeds, shown
 
 FOLDER = Path("metrics/satipatthana/tasks")
@@ -136,4 +136,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)

@@ -15,7 +15,7 @@ from lego.satipatthana import jobs, metrics
 from lego.satipatthana.curriculum import STAGES, advance, begin, how_to_use, in_short, judge, means, written
 from lego.satipatthana.peers import judge as judge_peer
 from lego.satipatthana.peers import networks, of_inputs, peer
-from lego.satipatthana.sections import WRITTEN, SatipatthanaParams, load, with_profile
+from lego.satipatthana.sections import SatipatthanaParams, load, with_profile
 from lego.satipatthana.system import Satipatthana
 from lego.satipatthana.tasks import Task
 from lego.satipatthana.tasks import load as load_task
@@ -71,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    exit_cleanly(main, WRITTEN)
+    exit_cleanly(main)
