@@ -1,4 +1,4 @@
-"""The README's way back from a killed experiment, in the state it is hardest in: results not committed, in a fresh clone."""
+"""The README's way back from a killed experiment, where it is hardest: a fresh clone, its results not committed."""
 
 from __future__ import annotations
 
