@@ -4,6 +4,7 @@ dvc repro tokenize          (python -m stages.tokenize)
 """
 
 from lego.base.artifacts import atomic_folder, write_json
+from lego.base.experiments import require_tracked
 from lego.base.harness import Stage, exit_cleanly
 from lego.base.params import load_params
 from lego.text.ngram import references
@@ -12,6 +13,8 @@ from lego.text.packing import write_splits
 
 def main() -> None:
     params = load_params()
+    if params.data.source == "text":
+        require_tracked(params.data.path, "data.path")
     with Stage("tokenize") as stage, atomic_folder("data/tokens") as folder:
         done = write_splits(params.data, params.model.seq_len, params.model.init_from, folder)
         facts, counted = done.facts, ("documents", "tokens", "bytes", "sha256")

@@ -6,6 +6,7 @@ dvc repro stages/cvfp/dvc.yaml:tokenize          (python -m stages.cvfp.tokenize
 import math
 
 from lego.base.artifacts import atomic_folder, write_json
+from lego.base.experiments import require_tracked
 from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.base.sections import DataParams
 from lego.cvfp.sections import OWN, PARAMS, load, root_data
@@ -39,6 +40,8 @@ def require_one_path(own: DataParams, root: DataParams) -> None:
 def main() -> None:
     params = load()
     require_one_path(params.data, root_data())
+    if params.data.source == "text":
+        require_tracked(params.data.path, f"{PARAMS}: data.path")
     with Stage("cvfp/tokenize", params.seed) as stage, atomic_folder("data/cvfp/tokens") as folder:
         try:
             done = write_splits(params.data, params.text.block_length, None, folder)

@@ -7,6 +7,7 @@ from os.path import abspath
 from pathlib import Path
 
 from lego.base.artifacts import atomic_folder, write_json
+from lego.base.experiments import require_tracked
 from lego.base.harness import Stage, exit_cleanly
 from lego.satipatthana.sections import load
 from lego.satipatthana.settings import TaskParams
@@ -16,16 +17,23 @@ from lego.satipatthana.tasks import write_task
 TABLES = Path("tables")  # what DVC watches: a dependency of this stage
 
 
+def tables(settings: TaskParams) -> dict[str, str]:
+    """Tables of one's own by the key that names them."""
+    named = {"task.file": settings.file, "task.strangers": settings.strangers}
+    return {key: file for key, file in named.items() if file}
+
+
 def unwatched(settings: TaskParams) -> list[str]:
     """Keys of tables that lie where DVC does not notice a change."""
-    named = {"task.file": settings.file, "task.strangers": settings.strangers}
-    return [key for key, file in named.items() if file and TABLES.absolute() not in Path(abspath(file)).parents]
+    return [key for key, file in tables(settings).items() if TABLES.absolute() not in Path(abspath(file)).parents]
 
 
 def main() -> None:
     params = load()
     for key in unwatched(params.task):
         print(f"warning: {key} lies outside of {TABLES}/, so DVC does not notice when it changes; move it there")
+    for key, file in tables(params.task).items():
+        require_tracked(file, key)
     with Stage("satipatthana/prepare", params.seed):
         task = load_task(params.task, params.test)
         with atomic_folder("data/satipatthana/task") as folder:

@@ -228,6 +228,22 @@ def test_an_experiment_reruns_what_it_affects_and_dvc_shows_the_difference(clone
 
 
 @pytest.mark.slow
+def test_a_temporary_experiment_says_what_it_does_not_see(clone):
+    text = clone.folder / "text"
+    for number in range(60):
+        (text / f"{number}.txt").write_text(f"Text {number} has some words, and here are more of them. " * 100)
+    command = ("dvc", "exp", "run", "--temp", "-S", "data.source=text")
+    said = clone.run(*command, fails=True)
+    assert "error: data.path text: 60 of 60 files are not in git, text/" in said
+    clone.run("git", "add", "text")
+    assert "are not in git" not in clone.run(*command)
+    clone.run("git", "rm", "-rqf", "--cached", "text/*.txt")
+    for file in text.glob("*.txt"):
+        file.unlink()
+    clone.run("git", "checkout", "-q", ".")
+
+
+@pytest.mark.slow
 def test_a_baseline_runs_alone_and_again_only_for_its_own_keys(clone):
     target = "stages/evidence/dvc.yaml:joint@grow_copy"
     assert f"Running stage '{target}'" in clone.run("dvc", "repro", "-s", target)

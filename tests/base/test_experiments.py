@@ -1,0 +1,47 @@
+"""What an experiment in a temporary folder does not see."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lego.base.experiments import origin, require_tracked
+from lego.base.harness import StageError
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch) -> Path:
+    """A temporary experiment's folder with two of the three texts of its work tree."""
+    folder = tmp_path / "tree/.dvc/tmp/exps/tmp1"
+    for where, names in ((tmp_path / "tree/text", ("a.txt", "sub/b.txt", "sub/c.txt")), (folder / "text", ("a.txt",))):
+        for name in names:
+            (where / name).parent.mkdir(parents=True, exist_ok=True)
+            (where / name).write_text("x")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_a_temporary_folder_knows_the_tree_it_came_from(experiment, tmp_path):
+    assert origin(experiment) == origin(experiment / "deeper") == tmp_path / "tree"
+    assert origin(tmp_path / "tree") is None
+    assert origin(tmp_path / "tree/.dvc/tmp") is None
+
+
+def test_files_that_git_does_not_track_are_counted_and_refused(experiment):
+    with pytest.raises(StageError, match=r"^data\.path text: 2 of 3 files are not in git, text/sub/\w\.txt among them"):
+        require_tracked("text", "data.path")
+    with pytest.raises(StageError, match=r"^task\.file text/sub/b\.txt: 1 of 1 files"):
+        require_tracked("text/sub/b.txt", "task.file")
+
+
+def test_what_is_all_there_or_is_no_part_of_the_tree_is_fine(experiment, tmp_path, monkeypatch):
+    require_tracked("text/a.txt", "data.path")
+    require_tracked("absent", "data.path")  # the reader will say so
+    require_tracked(tmp_path / "tree/text", "data.path")  # read where it is
+    for name in ("b", "c"):
+        (tmp_path / f"tree/text/sub/{name}.txt").unlink()
+    (tmp_path / "tree/text/.DS_Store").write_text("hidden files are not read")
+    require_tracked("text", "data.path")
+    monkeypatch.chdir(tmp_path / "tree")
+    require_tracked("text", "data.path")
