@@ -1,10 +1,11 @@
-"""What an experiment in a temporary folder (`dvc exp run --temp`, `--queue`) lacks: DVC copies what git tracks."""
+"""Experiments in temporary folders (`dvc exp run --temp`, `--queue`): what they lack, and who runs beside them.
+
+DVC copies there what git tracks. Nothing here loads torch at import: how its threads wait is decided before.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
-
-from lego.base.harness import StageError
 
 TEMPORARY = (".dvc", "tmp", "exps")
 
@@ -22,6 +23,14 @@ def origin(folder: Path) -> Path | None:
     return None
 
 
+def side_by_side() -> int:
+    """How many runs of this tree there are now: temporary experiments, and this one if it is none."""
+    here = Path.cwd()
+    tree = origin(here)
+    others = (tree or here).joinpath(*TEMPORARY).glob("tmp*")
+    return sum(folder.is_dir() for folder in others) + (tree is None)
+
+
 def require_tracked(path: str | Path, key: str) -> None:
     """Refuses to run an experiment on a part of the user's files, unawares.
 
@@ -32,6 +41,8 @@ def require_tracked(path: str | Path, key: str) -> None:
     Raises:
         StageError: there are files of it in the work tree that the experiment does not see.
     """
+    from lego.base.harness import StageError
+
     here = Path.cwd()
     tree = origin(here)
     if tree is None or Path(path).is_absolute():

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from lego.base.experiments import origin, require_tracked
+from lego.base.experiments import origin, require_tracked, side_by_side
 from lego.base.harness import StageError
+from tests.conftest import ROOT
 
 
 @pytest.fixture
@@ -45,3 +49,32 @@ def test_what_is_all_there_or_is_no_part_of_the_tree_is_fine(experiment, tmp_pat
     require_tracked("text", "data.path")
     monkeypatch.chdir(tmp_path / "tree")
     require_tracked("text", "data.path")
+
+
+def test_runs_of_one_tree_are_counted(experiment, tmp_path, monkeypatch):
+    assert side_by_side() == 1
+    (experiment.parent / "tmp2").mkdir()
+    (experiment.parent / "celery").mkdir()
+    assert side_by_side() == 2
+    monkeypatch.chdir(tmp_path / "tree")
+    assert side_by_side() == 3  # the work tree's own
+    monkeypatch.chdir(tmp_path)
+    assert side_by_side() == 1
+
+
+@pytest.mark.parametrize(("others", "policy"), [(0, "None"), (1, "PASSIVE")])
+def test_a_stage_beside_another_lets_its_threads_sleep_while_they_wait(experiment, others, policy):
+    """Decided before torch is loaded, which reads it then."""
+    for number in range(others):
+        (experiment.parent / f"tmp-other{number}").mkdir()
+    script = "import sys, os, stages; print(os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)"
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_WAIT_POLICY"}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=experiment,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [policy, "False"]
