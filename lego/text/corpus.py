@@ -22,6 +22,11 @@ from lego.tokens.blocks import CorpusError
 if TYPE_CHECKING:
     from datasketch import MinHash
 
+
+class FewDocumentsError(CorpusError):
+    """A split has no document."""
+
+
 SPLITS = ("train", "validation", "calibration", "test")
 SPOOL_BYTES = 2**20  # text per record batch of the spool file
 SHINGLE = 5  # words per shingle of near-duplicate detection
@@ -71,7 +76,7 @@ class Corpus:
         enough: stop reading once each split has this many bytes, if given.
 
     Raises:
-        CorpusError: a split has no document.
+        FewDocumentsError: a split has no document.
     """
 
     def __init__(
@@ -131,7 +136,7 @@ class Corpus:
         for split, numbers in self.order.items():
             if not len(numbers):
                 key = f"data.{split}_share" if split != "train" else "data.validation_share"
-                raise CorpusError(
+                raise FewDocumentsError(
                     f"params.yaml: {key} leaves the {split} split without a document (of {len(kept)} different ones); "
                     "change it, give more documents, or cut a big file into documents with data.split_on"
                 )

@@ -28,21 +28,15 @@ def _capped(texts: Iterable[str], max_bytes: int) -> Iterator[str]:
             return
 
 
-def _require_full(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
-    if tokenizer.get_vocab_size() != vocab_size:
-        raise CorpusError(
-            f"params.yaml: data.vocab_size is {vocab_size}, but the train text fills only "
-            f"{tokenizer.get_vocab_size()} entries; lower it or use more text"
-        )
+def _told(tokenizer: Tokenizer, vocab_size: int) -> Tokenizer:
+    """The tokenizer; a text that cannot fill the vocabulary is told of, which then has as many entries as it fills."""
+    if (filled := tokenizer.get_vocab_size()) < vocab_size:
+        print(f"vocabulary: {filled:,} entries, as the train text fills no more of data.vocab_size {vocab_size:,}")
     return tokenizer
 
 
 def fit_bpe(texts: Iterable[str], vocab_size: int, max_bytes: int) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) fitted on the first max_bytes of the texts.
-
-    Raises:
-        CorpusError: the text is too small to fill the vocabulary.
-    """
+    """Byte-level BPE (Sennrich et al. 2016; Radford et al. 2019) fitted on the first max_bytes of the texts."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -51,15 +45,11 @@ def fit_bpe(texts: Iterable[str], vocab_size: int, max_bytes: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=sorted(alphabet), show_progress=False
     )
     tokenizer.train_from_iterator(_capped(texts, max_bytes), trainer)
-    return _require_full(tokenizer, vocab_size)
+    return _told(tokenizer, vocab_size)
 
 
 def fit_words(texts: Iterable[str], vocab_size: int, max_bytes: int) -> Tokenizer:
-    """The most frequent lower-cased words between white space, all others `<unk>`: the historical protocol.
-
-    Raises:
-        CorpusError: the text is too small to fill the vocabulary.
-    """
+    """The most frequent lower-cased words between white space, all others `<unk>`: the historical protocol."""
     tokenizer = Tokenizer(models.WordLevel(unk_token=UNKNOWN))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -67,7 +57,7 @@ def fit_words(texts: Iterable[str], vocab_size: int, max_bytes: int) -> Tokenize
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT, UNKNOWN], show_progress=False
     )
     tokenizer.train_from_iterator(_capped(texts, max_bytes), trainer)
-    return _require_full(tokenizer, vocab_size)
+    return _told(tokenizer, vocab_size)
 
 
 class TextEncoder:

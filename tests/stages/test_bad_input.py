@@ -80,7 +80,6 @@ KEYS = [  # stage, keys to set, what it says
         {"model.seq_len": "90000"},
         r"model\.seq_len is 90000, but the \w+ split has only \d+ tokens",
     ),
-    ("tokenize", {"data.vocab_size": "60000"}, r"data\.vocab_size is 60000, but the train text fills only \d+ entries"),
     (
         "tokenize",
         {"data.test_share": "1.0e-09"},
