@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -177,7 +178,8 @@ def exit_cleanly(main: Callable[[], None], written: str = WRITTEN) -> None:
 def _remedy(error: OSError) -> str:
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
-            return "make room on the disk"
+            unpacked = f", or on that of {tempfile.gettempdir()}, where files are unpacked; TMPDIR names another folder"
+            return "make room on the disk" + ("" if error.filename else unpacked)
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return "let this user write there"
         case _:
