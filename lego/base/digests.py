@@ -180,18 +180,3 @@ def inside(folder: str | Path, name: object, said_by: str | Path) -> Path:
             f"{said_by}: names the file {str(name)[:200]!r}, which does not lie in {folder}; name files beside it alone"
         )
     return Path(folder) / str(name)
-
-
-def require_inside(folder: str | Path) -> None:
-    """Refuses a folder whose index files name weights that lie elsewhere; names of the hub are let through.
-
-    Raises:
-        ArtifactError: naming the index file.
-    """
-    for index in sorted(Path(folder).glob("*.index.json")) if Path(folder).is_dir() else ():
-        try:
-            files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise ArtifactError(f"{index}: has no weight_map of tensors to files; take it from its source") from None
-        for file in sorted(map(str, files)):
-            inside(folder, file, index)

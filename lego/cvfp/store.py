@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from lego.base.artifacts import ArtifactError, read_json, read_tensors, write_json, write_tensors
-from lego.base.digests import require_inside, way_back
+from lego.base.digests import way_back
+from lego.base.given import require_inside
 from lego.cvfp.model import NewLLMResidual, Reader
 from lego.cvfp.sections import CvfpParams, ModelParams, Phase1Params
 

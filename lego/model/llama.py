@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from lego.base.artifacts import ArtifactError
-from lego.base.digests import require_inside
+from lego.base.given import require_inside, where_from
 from lego.model.naming import from_llama, require_numbers
 from lego.model.transformer import DeepSupervisionTransformer
 
@@ -79,24 +77,6 @@ def require_fit(model: DeepSupervisionTransformer, vocab_size: int, seq_len: int
         )
     if seq_len > context:
         raise ArtifactError(f"params.yaml: model.seq_len {seq_len} exceeds the {context} tokens of model.init_from")
-
-
-def where_from(name: str) -> tuple[str, dict[str, Any]]:
-    """What transformers is told to read: a name or folder, and its keywords; none of them lets code of a folder run.
-
-    Args:
-        name: of a model on the hub, a folder, or a file in GGUF format.
-
-    Raises:
-        ArtifactError: a GGUF file that is missing or cannot be read here.
-    """
-    if not name.lower().endswith(".gguf"):
-        return name, {"trust_remote_code": False}
-    if not Path(name).is_file():
-        raise ArtifactError(f"params.yaml: model.init_from {name} is no file; name a file in GGUF format")
-    if find_spec("gguf") is None:
-        raise ArtifactError(f"params.yaml: model.init_from {name} needs the package gguf: pip install gguf")
-    return str(Path(name).parent), {"trust_remote_code": False, "gguf_file": Path(name).name}
 
 
 def _require_readable(key: str, name: str, told: Mapping[str, Any]) -> None:
@@ -181,7 +161,7 @@ def load_llama(name: str, num_layers: int | None = None) -> DeepSupervisionTrans
     logging.set_verbosity_error()  # its report of missing weights would stand before our sentence
     key = f"params.yaml: model.init_from {name}"
     try:
-        source, told = where_from(name)
+        source, told = where_from(name, key)
         _require_readable(key, source, told)
         config = AutoConfig.from_pretrained(source, **told)
         if what := _unsupported(config):

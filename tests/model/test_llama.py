@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+from lego.base import given
 from lego.base.artifacts import ArtifactError, read_json, write_json
 from lego.model import llama as module
 from lego.model.checkpoint import grow_model, load_model, save_model
@@ -309,6 +310,6 @@ def test_a_gguf_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     if find_spec("gguf"):
         with pytest.raises(ArtifactError, match="cannot be loaded as a model"):
             load_llama(str(tmp_path / "x.gguf"))
-    monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(ArtifactError, match=r"x\.gguf needs the package gguf: pip install gguf"):
+    monkeypatch.setattr(given, "find_spec", lambda name: None)
+    with pytest.raises(ArtifactError, match=r"x\.gguf needs the package gguf, which reads it: pip install gguf"):
         load_llama(str(tmp_path / "x.gguf"))
