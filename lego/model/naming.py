@@ -37,7 +37,15 @@ COUNTS = {  # whole numbers of at least 1, and at most this many: more would fil
     "original_max_position_embeddings": 2**30,
     "exit_layer": 2**14,
 }
-POSITIVE = ("rms_norm_eps", "rope_theta", "factor", "low_freq_factor", "high_freq_factor")  # finite ones
+TINY = 1e-30  # the least number that is not nothing in single precision arithmetic
+LOWEST = {  # of finite numbers
+    "rms_norm_eps": TINY,
+    "rope_theta": TINY,
+    "factor": TINY,
+    "low_freq_factor": TINY,
+    "high_freq_factor": TINY,
+    "initializer_range": 0.0,
+}
 OPTIONAL = {  # may be null
     "trained_context",
     "head_dim",
@@ -76,25 +84,16 @@ def require_numbers(config: Mapping[str, Any]) -> None:
         if isinstance(found := config.get(name), Mapping):
             rope |= found
     for field, value in {**rope, **config}.items():
-        if value is None and field in OPTIONAL:
+        known = field in COUNTS or field in LOWEST
+        if not known or (value is None and field in OPTIONAL):
             continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if field in COUNTS and not (number and value == int_of(value) and 1 <= value <= COUNTS[field]):
-            raise ValueError(f"{field} must be a whole number from 1 to {COUNTS[field]:,}, got {shortly(value)}")
-        if field in POSITIVE and not (number and 0 < value < math.inf):
-            raise ValueError(f"{field} must be a finite number above 0, got {shortly(value)}")
-        if field == "initializer_range" and not (number and 0 <= value < math.inf):
-            raise ValueError(f"{field} must be a finite number of at least 0, got {shortly(value)}")
-
-
-def int_of(value: float) -> int | None:
-    """The whole number that a finite one is or lies above; None if it is not finite."""
-    return int(value) if math.isfinite(value) else None
-
-
-def shortly(value: object) -> str:
-    """A value of a file as a sentence can show it."""
-    return repr(value) if len(repr(value)) < 40 else f"{repr(value)[:40]}..."
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{field} is no number")
+        if field in COUNTS:
+            if not (1 <= value <= COUNTS[field] and value == int(value)):
+                raise ValueError(f"{field} must be a whole number from 1 to {COUNTS[field]:,}, got {value!r:.40}")
+        elif not (LOWEST[field] <= value < math.inf):  # NaN fails every comparison
+            raise ValueError(f"{field} must be a finite number of at least {LOWEST[field]:g}, got {value!r:.40}")
 
 
 def sizes_of(config: dict[str, Any]) -> dict[str, Any]:

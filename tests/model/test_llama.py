@@ -189,7 +189,7 @@ def test_a_number_with_which_nothing_can_be_computed_is_named(tmp_path, field, v
     small_llama(tmp_path)
     change(tmp_path / "config.json", **{field: value})
     inner = "rope_theta|factor" if field == "rope_parameters" else field
-    with pytest.raises(ArtifactError, match=rf"describes no model: ({inner}) must be a (finite|whole) number") as error:
+    with pytest.raises(ArtifactError, match=rf"describes no model: ({inner}) (is no|must be a \w+) number") as error:
         load_llama(str(tmp_path))
     assert "\n" not in str(error.value)
 
