@@ -77,7 +77,9 @@ def load_model(folder: str | Path) -> BaseTransformer:
         raise ArtifactError(f"{folder / CONFIG}: {what}; {way_back(folder / CONFIG)}") from None
     model.load_state_dict(tensors)
     if (folder / GENERATION).exists():
-        model.generation_config = read_json(folder / GENERATION)
+        found = read_json(folder / GENERATION)
+        found.pop("transformers_version", None)  # in folders that transformers wrote
+        model.generation_config = found
     return model
 
 
