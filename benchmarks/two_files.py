@@ -54,7 +54,7 @@ def arrange(train: Path, test: Path, folder: Path, data: DataParams) -> Counter[
         # a line break at the end, so that the next document begins at a line
         whole = [text if text.endswith("\n") else text + "\n" for text in file_texts(file, data) if text.strip()]
         texts[is_test] = [padded(text, is_test, data.test_share) for text in whole]
-    with atomic_folder(folder) as written:
+    with atomic_folder(folder, digests=False) as written:
         for is_test, name in ((False, "train.txt"), (True, "test.txt")):
             (written / name).write_text("".join(texts[is_test]), "utf-8")
     found = list(documents(data.model_copy(update={"source": "text", "path": str(folder)})))

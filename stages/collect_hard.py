@@ -3,7 +3,7 @@
 dvc repro collect_hard      (python -m stages.collect_hard)
 """
 
-from lego.base.artifacts import publish, read_number, sha256, write_json
+from lego.base.artifacts import identity, publish, read_number, write_facts
 from lego.base.harness import Stage, exit_cleanly, resolve_device
 from lego.base.params import load_params
 from lego.base.progress import share, track
@@ -40,12 +40,12 @@ def main() -> None:
         manifest = writer.close(
             split=ashem.hard_split,
             text="all" if ashem.hard_split == "validation" else ashem.phase2_text,
-            block1_sha256=sha256("data/phase1"),
-            tokenizer_sha256=sha256("data/tokens/tokenizer/tokenizer.json"),
+            block1_sha256=identity("data/phase1"),
+            tokenizer_sha256=identity("data/tokens/tokenizer/tokenizer.json"),
             macs=macs,
         )
         hard, tokens = manifest["hard_tokens"], manifest["tokens"]
-        write_json(
+        write_facts(
             "data/facts/collect_hard.json",
             {
                 "n_hard": hard,

@@ -5,7 +5,7 @@ dvc repro compute_threshold      (python -m stages.compute_threshold)
 
 import torch
 
-from lego.base.artifacts import atomic_folder, write_json
+from lego.base.artifacts import atomic_folder, write_facts, write_json
 from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.base.params import load_params
 from lego.mining.thresholds import collect_confidences, quantile_threshold
@@ -55,7 +55,7 @@ def main() -> None:
             "mean_confidence": confidences.double().mean().item(),
             "leaky": leaky,
         }
-        write_json("data/facts/compute_threshold.json", found | counted)
+        write_facts("data/facts/compute_threshold.json", found | counted)
         with atomic_folder("data/exit") as folder:
             probe.solve(params.exits.probe_l2).save(folder / "probe.safetensors")
             write_json(folder / "exit.json", found | {"block1_sha256": block1_sha256(model), "fit_tokens": fit_tokens})

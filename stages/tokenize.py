@@ -3,7 +3,7 @@
 dvc repro tokenize          (python -m stages.tokenize)
 """
 
-from lego.base.artifacts import atomic_folder, write_json
+from lego.base.artifacts import atomic_folder, write_facts
 from lego.base.experiments import require_tracked
 from lego.base.harness import Stage, exit_cleanly
 from lego.base.params import load_params
@@ -22,7 +22,7 @@ def main() -> None:
         per_byte = {split: facts[split]["tokens"] / facts[split]["bytes"] for split in facts}
         held_out = {split: done.ids[split] for split in ("validation", "test")}
         metrics |= references(done.ids["train"], held_out, done.encoder.vocab_size, per_byte)
-        write_json("data/facts/tokenize.json", metrics | done.dropped)
+        write_facts("data/facts/tokenize.json", metrics | done.dropped)
         stage.record |= {f"{split}_sha256": fact["sha256"] for split, fact in facts.items()}
         stage.record |= {"counts": {"tokens": sum(fact["tokens"] for fact in facts.values())}}
 

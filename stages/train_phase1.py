@@ -5,7 +5,7 @@ dvc repro train_phase1      (python -m stages.train_phase1)
 
 import torch
 
-from lego.base.artifacts import atomic_folder, write_csv, write_json
+from lego.base.artifacts import atomic_folder, write_csv, write_facts
 from lego.base.harness import Stage, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
 from lego.model.checkpoint import save_model
@@ -78,7 +78,7 @@ def main() -> None:
         seen = batches.seen(result["total_epochs"])
         write_csv("data/curves/train_phase1.csv", epoch_rows(result, seen, macs) or untrained)
         facts = corpus_facts("data/tokens")["splits"]
-        write_json(
+        write_facts(
             "data/facts/train_phase1.json",
             {
                 "val_ppl": best["ppl"],

@@ -5,7 +5,7 @@ dvc repro train_phase2      (python -m stages.train_phase2)
 
 from typing import Any
 
-from lego.base.artifacts import atomic_folder, read_number, sha256, write_csv, write_json
+from lego.base.artifacts import atomic_folder, identity, read_number, write_csv, write_facts
 from lego.base.harness import Stage, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
 from lego.growing.phase2 import Batches, grown, hard_batches, train_block2
@@ -54,7 +54,7 @@ def report(params: Params, found: Search, batches: Batches, store: HiddenStateSt
     budget = {"collect_hard_macs": store.manifest["macs"], "train_phase2_macs": macs}
     before = read_number("data/facts/train_phase1.json", "train_macs") + store.manifest["macs"]
     write_csv("data/curves/train_phase2.csv", epoch_rows(result, seen, macs, before))
-    write_json("data/facts/added_macs.json", budget | {"added_macs": sum(budget.values()), "leaky": leaky})
+    write_facts("data/facts/added_macs.json", budget | {"added_macs": sum(budget.values()), "leaky": leaky})
     return {
         "val_ppl": history.best["ppl"],
         "val_bits_per_byte": bits_per_byte(history.best["ppl"], facts["splits"]["validation"]),
@@ -72,7 +72,7 @@ def main() -> None:
     params = load_params()
     with Stage("train_phase2", params.seed, params.train.threads) as stage:
         store, seq_len = HiddenStateStore("data/hard"), corpus_facts("data/tokens")["seq_len"]
-        store.verify(sha256("data/phase1"), sha256("data/tokens/tokenizer/tokenizer.json"))
+        store.verify(identity("data/phase1"), identity("data/tokens/tokenizer/tokenizer.json"))
         block1 = load_model("data/phase1")
         learned = with_replay(store, params.ashem.replay_share, stage.seed)
         batches = hard_batches(learned, params.ashem.phase2_context, params.train, seq_len, stage.seed)
@@ -83,7 +83,7 @@ def main() -> None:
         with atomic_folder("data/phase2") as folder:
             save_model(found.best.model, folder, tokenizer="data/tokens/tokenizer")
         metrics = report(params, found, batches, store)
-        write_json(
+        write_facts(
             "data/facts/train_phase2.json", metrics | {"block1_unchanged": same_block1(block1, found.best.model)}
         )
         seen = metrics["hard_tokens_seen"] * len(found.tried)

@@ -5,7 +5,7 @@ It reads the part of train that phase 2 mines (ashem.phase2_text), also where ha
 dvc repro train_shallow_continued      (python -m stages.train_shallow_continued)
 """
 
-from lego.base.artifacts import atomic_folder, read_json, read_number, write_csv, write_json, write_metrics
+from lego.base.artifacts import atomic_folder, read_json, read_number, write_csv, write_facts, write_json, write_metrics
 from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
 from lego.evaluation.plain import Comparison
@@ -80,7 +80,7 @@ def main() -> None:
         trained = {"best_epoch": history.best_epoch, "total_epochs": len(history.evaluations), "leaky": leaky}
         validation = corpus_facts("data/tokens")["splits"]["validation"]
         reached = {"val_ppl": found.best.ppl, "val_bits_per_byte": bits_per_byte(found.best.ppl, validation)}
-        write_json("data/facts/train_shallow_continued.json", spent | found.facts | trained | reached)
+        write_facts("data/facts/train_shallow_continued.json", spent | found.facts | trained | reached)
         counted = {"trained_tokens": tokens * len(found.tried)}
         stage.record |= data_digests("data/tokens") | {"counts": counted}
 

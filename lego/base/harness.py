@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import cached_property
@@ -19,8 +20,9 @@ from typing import Any
 import torch
 
 from lego.base.artifacts import ArtifactError, derived_seed, write_json
+from lego.base.digests import verify
 from lego.base.parameter_files import ParamsError
-from lego.base.scratch import SCRATCH, BusyError, fingerprint, only_run
+from lego.base.scratch import SCRATCH, BusyError, fingerprint, only_run, pipeline_entry
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # numbers of glibc's malloc.h
 RECOVERY = "mend it and run the same command again: what was made before comes from dvc's cache"
@@ -61,6 +63,16 @@ def _interpreter() -> str:
     return str(executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else executable)
 
 
+def _verify_inputs(stage: str) -> None:
+    try:
+        deps = pipeline_entry(stage)["deps"]
+    except KeyError:  # of no pipeline
+        return
+    for dep in deps:
+        if dep.startswith("data/"):
+            verify(dep)
+
+
 class Stage:
     """Context of one stage: `with Stage("tokenize", seed=0, threads=2) as stage: ...`
 
@@ -75,6 +87,7 @@ class Stage:
 
     Raises:
         BusyError: the stage is already running here.
+        ArtifactError: an input is not as its stage wrote it; said at once, not after hours of training.
     """
 
     def __init__(self, name: str, seed: int = 0, threads: int = 1) -> None:
@@ -97,6 +110,7 @@ class Stage:
         return folder
 
     def __enter__(self) -> Stage:
+        _verify_inputs(self.name)
         self.lock.__enter__()
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
         reuse_freed_memory()
@@ -158,7 +172,8 @@ def exit_cleanly(main: Callable[[], None]) -> None:
 def _remedy(error: OSError) -> str:
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
-            return "make room on the disk"
+            unpacked = f", or on that of {tempfile.gettempdir()}, where files are unpacked; TMPDIR names another folder"
+            return "make room on the disk" + ("" if error.filename else unpacked)
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return "let this user write there"
         case _:

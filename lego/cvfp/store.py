@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from lego.base.artifacts import ArtifactError, read_json, read_tensors, write_json, write_tensors
+from lego.base.digests import way_back
+from lego.base.given import require_inside
 from lego.cvfp.model import NewLLMResidual, Reader
 from lego.cvfp.sections import CvfpParams, ModelParams, Phase1Params
 
@@ -75,7 +77,8 @@ def embedding_matrix(name: str) -> Tensor:
             return matrices[0]
         from transformers import AutoModel
 
-        model, told = AutoModel.from_pretrained(name, output_loading_info=True)
+        require_inside(folder)
+        model, told = AutoModel.from_pretrained(name, output_loading_info=True, trust_remote_code=False)
         rows = model.get_input_embeddings().weight
         own = next(key for key, parameter in model.named_parameters() if parameter is rows)
         if own in told["missing_keys"]:  # transformers would have made it up
@@ -151,7 +154,7 @@ def load_reader(folder: str | Path) -> Reader | None:
         return None
     tensors = read_tensors(file)
     if set(tensors) != {"weight", "bias"}:
-        raise ArtifactError(f"{file}: is not as it was written; run dvc checkout or dvc repro")
+        raise ArtifactError(f"{file}: is not as it was written; {way_back(file)}")
     return Reader(**tensors)
 
 
@@ -166,12 +169,14 @@ def load_network(folder: str | Path) -> tuple[NewLLMResidual, CvfpParams, dict[s
     try:
         settings = CvfpParams.model_validate(facts["parameters"])
     except ValueError:
-        raise ArtifactError(f"{folder}/config.json: is not as it was written; run dvc checkout or dvc repro") from None
+        what = f"is not as it was written; {way_back(folder / 'config.json')}"
+        raise ArtifactError(f"{folder}/config.json: {what}") from None
     network = bare(settings.model, settings.phase1, facts["vocab_size"])
     try:
         network.load_state_dict(read_tensors(folder / "model.safetensors"))
     except RuntimeError:
-        raise ArtifactError(f"{folder}/model.safetensors: does not fit config.json; run dvc checkout") from None
+        what = f"does not fit config.json; {way_back(folder)}"
+        raise ArtifactError(f"{folder}/model.safetensors: {what}") from None
     return network.eval(), settings, facts
 
 

@@ -11,7 +11,16 @@ from pydantic import BaseModel, ConfigDict, FiniteFloat, NonNegativeInt, Positiv
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from lego.base.artifacts import ArtifactError, read_checked, read_tensors, sha256, write_json, write_tensors
+from lego.base.artifacts import (
+    ArtifactError,
+    read_checked,
+    read_tensors,
+    sha256,
+    write_facts,
+    write_json,
+    write_tensors,
+)
+from lego.base.digests import inside, verify, way_back
 
 MANIFEST = "manifest.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -54,12 +63,23 @@ class StoreWriter:
         self.shards: list[dict[str, Any]] = []
         self.error = self.norm = self.confidence = 0.0
         self.progress = self.folder.with_name(f".{self.folder.name}.progress.json")
+        if self.progress.exists():
+            self._continue()
+
+    def _continue(self) -> None:
+        """Takes up what a killed run had finished, if all of it is as that run wrote it."""
         try:
             done = _Progress.model_validate(read_checked(self.progress, _Progress))
-        except ArtifactError:  # nothing whole to continue from
+            files = [inside(self.folder, shard.file, self.progress) for shard in done.shards]
+        except ArtifactError:
+            print(f"{self.progress}: is damaged, so mining starts afresh", flush=True)
             return
-        if not all((self.folder / shard.file).exists() for shard in done.shards):  # they were published
+        if not all(file.exists() for file in files):  # they were published
             return
+        for file, shard in zip(files, done.shards, strict=True):
+            if sha256(file) != shard.sha256:  # the sums below count every shard: none can be left out
+                print(f"{file}: is damaged, so mining starts afresh", flush=True)
+                return
         self.shards = [shard.model_dump() for shard in done.shards]
         self.error, self.norm, self.confidence = done.error, done.norm, done.confidence
 
@@ -114,7 +134,7 @@ class StoreWriter:
         )
         self.pending = []
         sums = {"error": self.error, "norm": self.norm, "confidence": self.confidence}
-        write_json(self.progress, {"shards": self.shards, **sums})
+        write_facts(self.progress, {"shards": self.shards, **sums})
 
     def close(self, **origin: Any) -> dict[str, Any]:
         """Writes and returns the manifest.
@@ -178,7 +198,8 @@ class HiddenStateStore:
         self.threshold: float = self.manifest["threshold"]
         counted = sum(shard["hard_tokens"] for shard in self.shards)
         if counted != self.hard_tokens or not counted:
-            raise ArtifactError(f"{self.folder / MANIFEST}: its counts disagree; run dvc checkout or dvc repro")
+            file = self.folder / MANIFEST
+            raise ArtifactError(f"{file}: its counts disagree; {way_back(file)}")
 
     def verify(self, block1_sha256: str, tokenizer_sha256: str) -> None:
         """Makes sure the store is whole and was made by this block 1 and tokenizer.
@@ -190,8 +211,9 @@ class HiddenStateStore:
             if self.manifest.get(f"{what}_sha256") != wanted:
                 raise ArtifactError(f"{self.folder}: was made by another {what}; run dvc repro collect_hard")
         for shard in self.shards:
-            if sha256(self.folder / shard["file"]) != shard["sha256"]:
-                raise ArtifactError(f"{self.folder / shard['file']}: was changed; run dvc checkout or dvc repro")
+            file = inside(self.folder, shard["file"], self.folder / MANIFEST)
+            if not verify(file) and sha256(file) != shard["sha256"]:
+                raise ArtifactError(f"{file}: was changed; {way_back(file)}")
 
     def selecting(self, masks: list[Tensor]) -> HiddenStateStore:
         """The same states with other tokens in the place of the hard ones.
@@ -212,7 +234,7 @@ class HiddenStateStore:
 
     def read_shard(self, index: int) -> dict[str, Tensor]:
         """Whole blocks: inputs, targets, confidences, hard (b, T) and exit_states (b, T, D) in the stored dtype."""
-        shard = read_tensors(self.folder / self.shards[index]["file"])
+        shard = read_tensors(inside(self.folder, self.shards[index]["file"], self.folder / MANIFEST))
         return shard if self.masks is None else shard | {"hard": self.masks[index]}
 
     def hard_counts(self, index: int) -> Tensor:
@@ -223,12 +245,13 @@ class HiddenStateStore:
         """
         if self.masks is not None:
             return self.masks[index].sum(dim=1)
-        file = self.folder / self.shards[index]["file"]
+        file = inside(self.folder, self.shards[index]["file"], self.folder / MANIFEST)
+        verify(file)
         try:
             with safe_open(file, "pt") as shard:
                 return shard.get_tensor("hard").sum(dim=1)
         except (OSError, SafetensorError) as error:
-            raise ArtifactError(f"{file}: cannot be read as safetensors ({error}); run dvc checkout") from None
+            raise ArtifactError(f"{file}: cannot be read as safetensors ({error}); {way_back(file)}") from None
 
     def hard_examples(self, index: int) -> dict[str, Tensor]:
         """The flattened view of one shard's hard tokens, as collect_hard_examples returns it (float32)."""

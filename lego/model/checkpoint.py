@@ -13,12 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import nn
 
 from lego.base.artifacts import ArtifactError, read_checked, read_json, read_tensors, write_json, write_tensors
+from lego.base.digests import verify, way_back
 from lego.model.exit_criteria import CRITERIA, LOGIT_CRITERIA, Criterion, StateCriterion, max_prob
 from lego.model.layers import TransformerLayer
-from lego.model.naming import ROUTED, config_of, from_llama, model_of
+from lego.model.naming import ROUTED, config_of, from_llama, is_tied, model_of
 from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
 INITS = ("copy", "zero", "random")
 
 
@@ -26,7 +27,7 @@ def save_model(model: BaseTransformer, folder: str | Path, tokenizer: str | Path
     """Writes a model into an existing folder, with the files of a tokenizer folder beside it.
 
     Args:
-        model: a StandardTransformer or DeepSupervisionTransformer.
+        model: a StandardTransformer or DeepSupervisionTransformer; its generation_config goes with it.
         folder: where config.json and model.safetensors go.
         tokenizer: a folder in Hugging Face format whose files are copied.
     """
@@ -36,8 +37,12 @@ def save_model(model: BaseTransformer, folder: str | Path, tokenizer: str | Path
         del tensors["output_head.weight"]  # the same storage as embedding.weight
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     write_json(folder / CONFIG, config_of(model))
-    for file in sorted(Path(tokenizer).iterdir()) if tokenizer else ():
-        shutil.copyfile(file, folder / file.name)
+    if model.generation_config:
+        write_json(folder / GENERATION, model.generation_config)
+    if tokenizer:
+        verify(tokenizer)
+        for file in sorted(Path(tokenizer).iterdir()):
+            shutil.copyfile(file, folder / file.name)
 
 
 def load_model(folder: str | Path) -> BaseTransformer:
@@ -51,12 +56,13 @@ def load_model(folder: str | Path) -> BaseTransformer:
     if (kind := config.get("model_type", "lego")) != "lego":
         what = f"is of model_type {kind}, not lego; to extend a trained Llama set model.init_from"
         raise ArtifactError(f"{folder / CONFIG}: {what}")
-    misfit = ArtifactError(f"{folder / WEIGHTS}: does not fit {CONFIG} beside it; run dvc checkout or dvc repro")
+    misfit = ArtifactError(f"{folder / WEIGHTS}: does not fit {CONFIG} beside it; {way_back(folder / WEIGHTS)}")
     try:
         if config["num_hidden_layers"] != sum(name.endswith(".input_layernorm.weight") for name in tensors):
             raise misfit
         if config["architectures"] == [ROUTED]:
             tensors = from_llama(tensors, config["num_hidden_layers"], config["exit_layer"])
+        config["tie_word_embeddings"] = is_tied(tensors, config["tie_word_embeddings"])
         with torch.device("meta"):  # shapes without memory: a damaged size must not allocate what it says
             shapes = {name: tensor.shape for name, tensor in model_of(config).state_dict().items()}
         if config["tie_word_embeddings"] and "embedding.weight" in tensors:
@@ -68,8 +74,12 @@ def load_model(folder: str | Path) -> BaseTransformer:
         if error is misfit:
             raise
         what = f"describes no model ({str(error).splitlines()[0]})"
-        raise ArtifactError(f"{folder / CONFIG}: {what}; run dvc checkout or dvc repro") from None
+        raise ArtifactError(f"{folder / CONFIG}: {what}; {way_back(folder / CONFIG)}") from None
     model.load_state_dict(tensors)
+    if (folder / GENERATION).exists():
+        found = read_json(folder / GENERATION)
+        found.pop("transformers_version", None)  # in folders that transformers wrote
+        model.generation_config = found
     return model
 
 
@@ -91,6 +101,7 @@ def load_routed(folder: str | Path) -> RoutedModel:
     Raises:
         ArtifactError: see `load_model`, or the criterion is missing.
     """
+    verify(folder)  # the tokenizer too, which is used beside the model
     model, config = load_model(folder), read_json(Path(folder) / CONFIG)
     if config["architectures"] != [ROUTED]:
         return RoutedModel(model, getattr(model, "routing_threshold", 0.0) or None, max_prob)
@@ -142,6 +153,7 @@ def grow_model(
     grown = DeepSupervisionTransformer(
         **sizes, exit_layer=k, routing_threshold=routing_threshold, block2_context=block2_context
     )
+    grown.generation_config = dict(block1.generation_config)
     grown.embedding.load_state_dict(block1.embedding.state_dict())
     grown.output_head.load_state_dict(block1.output_head.state_dict())
     if grown.deep_head is not None:

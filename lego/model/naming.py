@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +24,35 @@ FIELDS = {  # our argument -> Hugging Face's field
     "own_head": "own_head",
     "context": "trained_context",
 }
-NUMBERS = {*FIELDS.values(), "rope_theta"} - {"tie_word_embeddings", "own_head", "trained_context"}
+COUNTS = {  # whole numbers of at least 1, and at most this many: more would fill memory before weights are compared
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "num_hidden_layers": 2**14,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "intermediate_size": 2**22,
+    "head_dim": 2**16,
+    "max_position_embeddings": 2**30,
+    "trained_context": 2**30,
+    "original_max_position_embeddings": 2**30,
+    "exit_layer": 2**14,
+}
+TINY = 1e-30  # the least number that is not nothing in single precision arithmetic
+LOWEST = {  # of finite numbers
+    "rms_norm_eps": TINY,
+    "rope_theta": TINY,
+    "factor": TINY,
+    "low_freq_factor": TINY,
+    "high_freq_factor": TINY,
+    "initializer_range": 0.0,
+}
+OPTIONAL = {  # may be null
+    "trained_context",
+    "head_dim",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+}
 ROUTING_FIELDS = ("exit_layer", "routing_threshold", "block2_context")
 ROUTED = "LegoForCausalLM"  # architecture of folders that lego.hf writes
 
@@ -40,16 +70,41 @@ def config_of(model: BaseTransformer) -> dict[str, Any]:
     return config
 
 
+def require_numbers(config: Mapping[str, Any]) -> None:
+    """Refuses sizes, counts and constants of a config.json with which nothing can be computed.
+
+    Args:
+        config: with Hugging Face's field names; fields that are not there are not missed.
+
+    Raises:
+        ValueError: a field is no number, or not a positive finite one, or one beyond what a model can have.
+    """
+    rope: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):  # the latter in files of older versions
+        if isinstance(found := config.get(name), Mapping):
+            rope |= found
+    for field, value in {**rope, **config}.items():
+        known = field in COUNTS or field in LOWEST
+        if not known or (value is None and field in OPTIONAL):
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{field} is no number")
+        if field in COUNTS:
+            if not (1 <= value <= COUNTS[field] and value == int(value)):
+                raise ValueError(f"{field} must be a whole number from 1 to {COUNTS[field]:,}, got {value!r:.40}")
+        elif not (LOWEST[field] <= value < math.inf):  # NaN fails every comparison
+            raise ValueError(f"{field} must be a finite number of at least {LOWEST[field]:g}, got {value!r:.40}")
+
+
 def sizes_of(config: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a model from Hugging Face's fields.
 
     Raises:
         KeyError: a field is missing.
+        ValueError: a number is none that a model can have.
     """
     rope = config["rope_parameters"]
-    for field, value in {**config, **rope}.items():
-        if field in NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise TypeError(f"{field} is no number")
+    require_numbers(config)
     sizes = {name: config[field] for name, field in FIELDS.items()}
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     return sizes | {
@@ -73,6 +128,17 @@ def model_of(config: dict[str, Any]) -> BaseTransformer:
     if config["architectures"] == [DeepSupervisionTransformer.__name__]:
         return DeepSupervisionTransformer(**sizes, **{name: config[name] for name in ROUTING_FIELDS})
     return StandardTransformer(**sizes)
+
+
+def is_tied(tensors: Mapping[str, Tensor], said: bool) -> bool:
+    """Whether the output head is the embedding: the tensors decide, whatever the file says of them.
+
+    Args:
+        tensors: under our names.
+        said: `tie_word_embeddings`, which counts where both are there and equal, or where the head is missing.
+    """
+    embedding, head = tensors.get("embedding.weight"), tensors.get("output_head.weight")
+    return said if embedding is None or head is None else said and torch.equal(embedding, head)
 
 
 def to_llama(tensors: dict[str, Tensor], num_layers: int, exit_layer: int) -> dict[str, Tensor]:

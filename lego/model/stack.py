@@ -82,6 +82,7 @@ class LayerStack(nn.Module):
             "tie_embeddings": tie_embeddings,
             "own_head": own_head,
         }
+        self.generation_config: dict[str, Any] = {}  # of the checkpoint it comes from: stop ids and the like
         self.num_layers = num_layers
         self.exit_layer = num_layers
         self.block2_context = "full"

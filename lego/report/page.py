@@ -6,10 +6,12 @@ import base64
 import html
 import platform
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import quote
 
 from lego.base.artifacts import atomic_folder, write_text
 from lego.base.harness import RECORDED_PACKAGES
@@ -36,6 +38,8 @@ figure img { width: 100%; min-width: 34rem; height: auto; background: #fff; bord
 code, pre { font-family: ui-monospace, monospace; font-size: .9em; } pre { overflow-x: auto; white-space: pre-wrap; }
 """
 
+LINK = r"\[([^\]]+)\]\(([^)\s]+)\)"
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -60,17 +64,18 @@ class Page:
 
     def heading(self, text: str) -> None:
         self.headings.append(text)
-        self.parts.append((f'<h2 id="{_anchor(text)}">{html.escape(text)}</h2>', f"## {text}"))
+        self.parts.append((f'<h2 id="{_anchor(text)}">{html.escape(text)}</h2>', f"## {_markdown(text)}"))
 
     def text(self, text: str, lead: bool = False) -> None:
         """A paragraph; `lead` sets it off, for the answer."""
         kind = ' class="lead"' if lead else ""
-        self.parts.append((f"<p{kind}>{_inline(text)}</p>", f"**{text}**" if lead and "**" not in text else text))
+        shown = _markdown(text)
+        self.parts.append((f"<p{kind}>{_inline(text)}</p>", f"**{shown}**" if lead and "**" not in text else shown))
 
     def points(self, items: Sequence[str]) -> None:
         """A list."""
         listed = "".join(f"<li>{_inline(item)}</li>" for item in items)
-        self.parts.append((f"<ul>{listed}</ul>", "\n".join(f"- {item}" for item in items)))
+        self.parts.append((f"<ul>{listed}</ul>", "\n".join(f"- {_markdown(item)}" for item in items)))
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> None:
         """A table whose first column names the row; on a narrow screen it scrolls by itself.
@@ -87,9 +92,9 @@ class Page:
             f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table><caption>{_inline(caption)}'
             f"</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
         )
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (header, *rows)]
+        lines = ["| " + " | ".join(_cell(cell) for cell in row) + " |" for row in (header, *rows)]
         rule = "|---" + "|---:" * (len(header) - 1) + "|"
-        self.parts.append((shown, "\n".join([lines[0], rule, *lines[1:], "", caption])))
+        self.parts.append((shown, "\n".join([lines[0], rule, *lines[1:], "", _markdown(caption)])))
 
     def figure(self, figure: Figure, relative_to: Path) -> None:
         """A picture, inside the HTML file; Markdown links to it as seen from the folder `relative_to`."""
@@ -102,10 +107,11 @@ class Page:
             f"<figcaption>{_inline(figure.caption)}</figcaption></figure>"
         )
         link = figure.file.relative_to(relative_to).as_posix()
-        self.parts.append((shown, f"![{figure.alt}]({link})\n\n{figure.caption}"))
+        alt = re.sub(r"[\[\]]", r"\\\g<0>", _markdown(figure.alt))
+        self.parts.append((shown, f"![{alt}]({quote(link)})\n\n{_markdown(figure.caption)}"))
 
     def code(self, text: str) -> None:
-        self.parts.append((f"<pre><code>{html.escape(text)}</code></pre>", f"```\n{text}\n```"))
+        self.parts.append((f"<pre><code>{html.escape(text)}</code></pre>", _fenced(text)))
 
     def html(self) -> str:
         """The whole page; it loads nothing."""
@@ -121,7 +127,7 @@ class Page:
         )
 
     def markdown(self) -> str:
-        return "\n\n".join([f"# {self.title}", *(text for _, text in self.parts)]) + "\n"
+        return "\n\n".join([f"# {_markdown(self.title)}", *(text for _, text in self.parts)]) + "\n"
 
     def write(self, folder: str | Path) -> None:
         """report.html and report.md."""
@@ -136,7 +142,7 @@ def drawn(pictures: Path, draw: Callable[[Path], dict[str, Figure]]) -> dict[str
         pictures: the folder that they get.
         draw: writes into the folder it is given, and returns the figures that lie there.
     """
-    with atomic_folder(pictures) as folder:
+    with atomic_folder(pictures, digests=False) as folder:
         figures = draw(folder)
     return {name: replace(figure, file=pictures / figure.file.name) for name, figure in figures.items()}
 
@@ -162,5 +168,54 @@ def _inline(text: str) -> str:
     for number in range(0, len(pieces), 2):
         marked = re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", pieces[number])
         marked = re.sub(r"\*([^*\s][^*]*)\*", r"<em>\1</em>", marked)
-        pieces[number] = re.sub(r"\[([^\]]+)\]\(([^)\s]+)\)", r'<a href="\2">\1</a>', marked)
+        pieces[number] = re.sub(LINK, lambda found: _link(found[1], found[2]), marked)
     return "".join(f"<code>{piece}</code>" if n % 2 else piece for n, piece in enumerate(pieces))
+
+
+def _link(text: str, target: str) -> str:
+    """A link of HTML that is escaped already, or its text alone if the target is not one that a page may have."""
+    return f'<a href="{target}">{text}</a>' if _allowed(html.unescape(target)) else text
+
+
+def _allowed(target: str) -> bool:
+    """Whether a link leads to the web, into the page, or to a file beside it; never to a script or another scheme."""
+    plain = "".join(letter for letter in target if unicodedata.category(letter)[0] != "C")  # browsers skip these
+    if plain != target or target.startswith(("//", "/", "\\")):
+        return False
+    scheme = re.match(r"[^/?#]*?:", target)
+    return scheme is None or target.lower().startswith(("https://", "http://"))
+
+
+def _markdown(text: str) -> str:
+    """A line of Markdown that shows what `_inline` shows: no HTML is in it, and no link but those that are allowed."""
+    pieces = re.split(r"`([^`]+)`", " ".join(text.splitlines()))  # every other one is code, in which nothing is marked
+    for number in range(0, len(pieces), 2):
+        parts = re.split(f"({LINK})", pieces[number])  # plain, link, its text, its target, plain, ...
+        shown = [_plain(parts[0])]
+        for _, said, target, plain in zip(*(parts[n::4] for n in range(1, 5)), strict=True):
+            allowed = _allowed(html.unescape(target))
+            shown += [f"[{_plain(said)}]({target})" if allowed else _plain(said), _plain(plain)]
+        pieces[number] = "".join(shown)
+    line = "".join(f"`{piece}`" if number % 2 else piece for number, piece in enumerate(pieces))
+    return re.sub(r"^(?=[#>]|[-+*] |={3,}|-{3,}|\[[^\]]*\]:)", r"\\", line)
+
+
+def _plain(text: str) -> str:
+    """Markdown of text that is neither code nor link: what only Markdown would take for a mark is text."""
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", text)
+    text = re.sub(r"<(?=[A-Za-z/!?])", "&lt;", text)
+    text = re.sub(r"\](?=[(\[])", r"\\]", text)  # a link with a title, a link by name
+    text = re.sub(r"!(?=\[)|!$", r"\\!", text)  # a picture, which a reader would fetch
+    return re.sub(r"(?<!\w)_|_(?!\w)|~(?=~)", r"\\\g<0>", text)
+
+
+def _cell(text: str) -> str:
+    """A cell of a Markdown table."""
+    return _markdown(text).replace("\\|", "|").replace("|", "\\|")
+
+
+def _fenced(text: str) -> str:
+    """Text as it is, in a fence that it cannot close."""
+    longest = max((len(run) for run in re.findall(r"`{3,}", text)), default=2)
+    fence = "`" * (longest + 1)
+    return f"{fence}\n{text}\n{fence}"

@@ -25,6 +25,7 @@ from lego.satipatthana.store import Use, load, standardized
 from lego.satipatthana.system import Output, Satipatthana
 from lego.satipatthana.tables import TaskError, features_of, read_table
 
+FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")  # with which a cell begins that a spreadsheet computes
 AT_A_TIME = 1024  # rows, which changes no answer
 
 
@@ -71,6 +72,28 @@ def _answer(system: Satipatthana, use: Use, found: Output) -> dict[str, Any]:
         return {"answer": np.where(found.trust[:, 0].double().numpy() >= use.threshold, normal, anomaly)}
     p = probabilities(found.output, use.temperature)
     return {"answer": [use.classes[one] for one in p.argmax(axis=1)], "probability": p.max(axis=1)}
+
+
+def for_spreadsheets(frame: pd.DataFrame) -> pd.DataFrame:
+    """The same table, in which no spreadsheet takes a text for a formula: names of classes come from data.
+
+    A text that begins like a formula gets an apostrophe in front, as a spreadsheet itself marks text; a number stays.
+    """
+    shown = frame.copy()
+    for column in shown.columns:
+        if not pd.api.types.is_numeric_dtype(shown[column]):
+            shown[column] = [_as_text(one) for one in shown[column]]
+    return shown.rename(columns=_as_text)
+
+
+def _as_text(cell: Any) -> Any:
+    if not isinstance(cell, str) or not cell.lstrip(" ").startswith(FORMULA):
+        return cell
+    try:
+        float(cell)
+    except ValueError:
+        return f"'{cell}"
+    return cell
 
 
 def rights(system: Satipatthana, use: Use, found: pd.DataFrame, truth: pd.Series, name: str) -> np.ndarray:
@@ -127,7 +150,7 @@ def main() -> int:
             raise TaskError(f"{asked.table}: row {row} is too large for single precision; correct it or leave it out")
         found = answers(system, use, x.view(len(x), *system.shape))
         right = rights(system, use, found, frame[asked.label], str(asked.table)) if asked.label else None
-        text = found.to_csv(index=False)
+        text = for_spreadsheets(found).to_csv(index=False)
         if asked.out:
             try:
                 write_text(asked.out, text)

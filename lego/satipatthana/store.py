@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from lego.base.artifacts import ArtifactError, read_json, read_tensors, write_json, write_tensors
+from lego.base.digests import way_back
 from lego.satipatthana.reject import TrustMap
 from lego.satipatthana.sections import SatipatthanaParams
 from lego.satipatthana.system import Satipatthana
@@ -117,9 +118,9 @@ def load(folder: str | Path) -> tuple[Satipatthana, Use]:
             system.aux = None
         system.load_state_dict(weights)
     except (RuntimeError, ValueError):
-        raise ArtifactError(f"{folder}/system.safetensors: does not fit system.json; run dvc repro") from None
+        raise ArtifactError(f"{folder}/system.safetensors: does not fit system.json; {way_back(folder)}") from None
     if not all(bool(torch.isfinite(one).all()) for one in system.parameters()):
-        raise ArtifactError(f"{folder}/system.safetensors: holds weights that are not finite; run dvc repro")
+        raise ArtifactError(f"{folder}/system.safetensors: holds weights that are not finite; {way_back(folder)}")
     of_use = ("classes", "columns", "mean", "std", "temperature", "threshold", "answer", "names")
     use = Use(**{key: getattr(facts, key) for key in of_use}, trust=TrustMap(facts.trust.x, facts.trust.y))
     return system.eval().requires_grad_(False), use
@@ -133,7 +134,7 @@ def _read_facts(file: Path) -> _Facts:
         return _Facts.model_validate(read_json(file, *_Facts.model_fields))
     except ValidationError as error:
         key = ".".join(map(str, error.errors()[0]["loc"]))
-        raise ArtifactError(f"{file}: {key} is not as it was written; run dvc checkout or dvc repro") from None
+        raise ArtifactError(f"{file}: {key} is not as it was written; {way_back(file)}") from None
 
 
 def restore(system: Satipatthana, folder: str | Path, rooms: set[str]) -> None:

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveInt
 from torch import Tensor
 
 from lego.base.artifacts import ArtifactError, derived_seed, named, read_checked, read_json, sha256
+from lego.base.digests import inside, verify, way_back
 
 ROWS_AT_A_TIME = 8192  # blocks per record batch
 
@@ -115,7 +116,8 @@ def _read_arrow(folder: Path) -> list[np.ndarray]:
 
     `datasets.load_from_disk` would map the same files, but importing it costs every stage a second.
     """
-    files = [folder / entry["filename"] for entry in read_json(folder / "state.json", "_data_files")["_data_files"]]
+    listed = folder / "state.json"
+    files = [inside(folder, entry["filename"], listed) for entry in read_json(listed, "_data_files")["_data_files"]]
     pieces = []
     for file in files:
         column = pa.ipc.open_stream(pa.memory_map(str(file))).read_all()["input_ids"]
@@ -144,9 +146,10 @@ class PackedBlocks:
         if (Path(folder) / "corpus.json").exists():  # first of all: Arrow ends the process at some damages
             facts = corpus_facts(folder)["splits"]
             if split not in facts:
-                raise ArtifactError(f"{folder}/corpus.json: says nothing of {split}; run dvc checkout or dvc repro")
-            if source.exists() and facts[split]["files_sha256"] != sha256(source):
-                raise ArtifactError(f"{source}: was changed; run dvc checkout or dvc repro to restore it")
+                what = f"says nothing of {split}; {way_back(Path(folder) / 'corpus.json')}"
+                raise ArtifactError(f"{folder}/corpus.json: {what}")
+            if not verify(source) and source.exists() and facts[split]["files_sha256"] != sha256(source):
+                raise ArtifactError(f"{source}: was changed; {way_back(source)}")
         try:
             self.pieces = _read_arrow(source)
             self.starts = np.cumsum([0, *(len(piece) for piece in self.pieces)])

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lego.base.artifacts import write_tensors
+from lego.base.digests import of_tensors
 from lego.training.steps import NonFiniteLossError
 
 
@@ -71,18 +72,17 @@ class TrainingState:
             "scheduler": self.scheduler.state_dict() if self.scheduler else None,
         }
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(self.file, tensors, {"state": json.dumps(rest)})
+        text = json.dumps(rest)
+        write_tensors(self.file, tensors, {"state": text, "sha256": of_tensors(tensors, text)})
 
     def load(self, best: dict[str, Tensor]) -> History | None:
         """Restores what was saved, `best` included; None if there is nothing whole to continue from."""
         if not self.file.exists():
             return None
-        try:
-            with safe_open(self.file, "pt") as file:
-                rest = json.loads(file.metadata()["state"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        if (saved := self._read()) is None:
+            print(f"{self.file}: is damaged, so training starts afresh", flush=True)
             return None
+        tensors, rest = saved
         groups = [group | {"betas": tuple(group["betas"])} for group in rest["groups"]]
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -98,6 +98,18 @@ class TrainingState:
         torch.set_rng_state(tensors["rng"])
         self.continued = True
         return History(**rest["history"])
+
+    def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What the file holds; None if it is not as it was written."""
+        try:
+            with safe_open(self.file, "pt") as file:
+                said = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            if said["sha256"] == of_tensors(tensors, said["state"]):
+                return tensors, json.loads(said["state"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OverflowError):
+            pass
+        return None
 
 
 def _epoch_line(epoch: int, max_epochs: int, history: History) -> str:

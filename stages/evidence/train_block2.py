@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lego.base.artifacts import atomic_folder, read_number, sha256, write_csv, write_json, write_metrics
+from lego.base.artifacts import atomic_folder, identity, read_number, write_csv, write_json, write_metrics
 from lego.base.ashem_sections import AshemParams
 from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
@@ -250,7 +250,7 @@ def prepare(name: str, params: Params, stage: Stage) -> Baseline:
         store = mine_validation(params, stage, block1)
     else:
         store = HiddenStateStore("data/hard")
-        store.verify(sha256("data/phase1"), sha256("data/tokens/tokenizer/tokenizer.json"))
+        store.verify(identity("data/phase1"), identity("data/tokens/tokenizer/tokenizer.json"))
     return Baseline(name, params, stage, block1, store, budget, n_hard=store.hard_tokens)
 
 

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from lego.base.artifacts import ArtifactError, atomic_folder, derived_seed, read_json, write_csv, write_json
+from lego.base.digests import DIGESTS
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
@@ -17,11 +18,14 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError), atomic_folder(target) as folder:
         (folder / "b").write_text("half")
         raise RuntimeError
-    assert [path.name for path in target.iterdir()] == ["a"]
+    assert sorted(path.name for path in target.iterdir()) == ["a", DIGESTS]
     assert [path.name for path in target.parent.iterdir()] == ["out"]
     with atomic_folder(target) as folder:
         (folder / "c").write_text("new")
-    assert [path.name for path in target.iterdir()] == ["c"]
+    assert sorted(path.name for path in target.iterdir()) == ["c", DIGESTS]
+    with atomic_folder(target, digests=False) as folder:
+        (folder / "d").write_text("for people")
+    assert [path.name for path in target.iterdir()] == ["d"]
 
 
 def test_json_is_sorted_finite_and_complete(tmp_path):
@@ -32,7 +36,7 @@ def test_json_is_sorted_finite_and_complete(tmp_path):
         write_json(path, {"b": math.nan})
     assert read_json(path) == {"a": None, "b": 1}
     path.write_text('{"a": 1')
-    with pytest.raises(ArtifactError, match=r"m\.json: is not valid JSON; run dvc checkout or dvc repro"):
+    with pytest.raises(ArtifactError, match=r"m\.json: is not valid JSON; take it again from where it came from"):
         read_json(path)
     path.write_text("[1]")
     with pytest.raises(ArtifactError, match="must hold a JSON object"):

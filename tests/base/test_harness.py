@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import re
+
 import pytest
 import torch
 
-from lego.base.artifacts import read_json
+from lego.base.artifacts import ArtifactError, atomic_folder, read_json
 from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
 
 
@@ -55,3 +58,28 @@ def test_devices():
     if not torch.cuda.is_available():
         with pytest.raises(StageError, match=r"train\.device is cuda, but this machine has none; use auto or cpu"):
             resolve_device("cuda")
+
+
+def test_a_full_disk_without_a_name_is_that_of_the_temporary_folder_too(capsys, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", "/some/tmp")
+
+    def main() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")  # as writing says it, to whatever file
+
+    with pytest.raises(SystemExit):
+        exit_cleanly(main)
+    assert re.search(r"No space left .* on that of /some/tmp, where files are unpacked", capsys.readouterr().err)
+
+
+def test_a_stage_begins_with_whole_inputs_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for stage, dep in (("cvfp/build_contexts", "cvfp/phase1"), ("satipatthana/train_stage2", "satipatthana/task")):
+        with atomic_folder(f"data/{dep}") as folder:
+            (folder / "weights").write_bytes(b"whole")
+        with Stage(stage):
+            pass
+        (folder.with_name(dep.split("/")[1]) / "weights").write_bytes(b"whale")
+        pipeline = f"stages/{dep.split('/')[0]}/dvc.yaml"
+        sentence = rf"data/{dep}/weights: is not as it was written; .*rm -rf data/{dep}; dvc repro {pipeline}"
+        with pytest.raises(ArtifactError, match=sentence), Stage(stage):
+            pass

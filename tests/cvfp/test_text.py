@@ -358,3 +358,18 @@ def test_embeddings_of_a_transformers_folder(tmp_path):
     save_file({key: one for key, one in weights.items() if "wte" not in key}, tmp_path / "model.safetensors")
     with pytest.raises(EmbeddingError, match=r"cannot be loaded \(its weights lack wte\.weight\)"):
         embedding_matrix(str(tmp_path))  # transformers makes the missing matrix up
+
+
+@pytest.mark.parametrize("fault", ["code", "a path"])
+def test_an_embedding_is_read_without_the_folders_code_and_from_the_folder_alone(tmp_path, monkeypatch, fault):
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Config", "AutoModel": "own.Model"}}
+    code = f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Config: pass\nclass Model: pass\n"
+    (tmp_path / "own.py").write_text(code)
+    write_json(tmp_path / "config.json", config if fault == "code" else {"model_type": "gpt2"})
+    if fault == "a path":
+        write_json(tmp_path / "model.safetensors.index.json", {"weight_map": {"wte.weight": "/etc/passwd"}})
+    said = "contains custom code" if fault == "code" else "'/etc/passwd', which does not lie in"
+    with pytest.raises(EmbeddingError, match=said):
+        embedding_matrix(str(tmp_path))
+    assert not (tmp_path / "executed").exists()

@@ -100,8 +100,17 @@ def test_a_damaged_store_is_refused(tmp_path, model):
         HiddenStateStore(tmp_path)
     del manifest["threshold"]
     write_json(tmp_path / "manifest.json", manifest)
-    with pytest.raises(ArtifactError, match="lacks threshold; run dvc checkout"):
+    with pytest.raises(ArtifactError, match="lacks threshold; take it again"):
         HiddenStateStore(tmp_path)
+
+
+def test_a_manifest_names_no_file_outside_its_folder(tmp_path, model):
+    (tmp_path / "store").mkdir()
+    store, _ = write(tmp_path / "store", model)
+    store.shards[0]["file"] = "../secret.safetensors"
+    for read in (lambda: store.verify("b", "t"), lambda: store.read_shard(0), lambda: store.hard_counts(0)):
+        with pytest.raises(ArtifactError, match=r"manifest\.json: names the file '\.\./secret\.safetensors', which"):
+            read()
 
 
 def test_no_hard_token_is_an_error_before_the_manifest(tmp_path):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lego import DeepSupervisionTransformer, StandardTransformer, grow_model, load_model, save_model
-from lego.base.artifacts import ArtifactError, read_json, sha256, write_json, write_tensors
+from lego import DeepSupervisionTransformer, StandardTransformer, grow_model, load_model, load_routed, save_model
+from lego.base.artifacts import ArtifactError, atomic_folder, read_json, sha256, write_json, write_tensors
 from tests.conftest import VOCAB, logits_close, random_batches
 
 
@@ -83,3 +83,26 @@ def test_a_grown_model_starts_with_block_1s_function(tmp_path):
     grown = grow_model(block1, 4)
     x = torch.randint(0, VOCAB, (2, 6))
     logits_close(grown.forward_train(x)["shallow_logits"], block1(x), 0)
+
+
+def test_a_published_model_is_read_as_it_was_written_or_not_at_all(tmp_path, block1):
+    tokenizer = tmp_path / "tokens" / "tokenizer"
+    with atomic_folder(tmp_path / "tokens") as folder:
+        (folder / "tokenizer").mkdir()
+        (folder / "tokenizer" / "tokenizer.json").write_text('{"model": "whole"}')
+    model = tmp_path / "phase1"
+    with atomic_folder(model) as folder:
+        save_model(block1, folder, tokenizer)
+    x = torch.randint(0, VOCAB, (2, 6))
+    assert torch.equal(load_routed(model).model(x), block1(x))
+    for name, read in (("model.safetensors", load_model), ("config.json", load_model), ("tokenizer.json", load_routed)):
+        file = model / name
+        before = file.read_bytes()
+        file.write_bytes(before[:-9] + bytes([before[-9] ^ 1]) + before[-8:])
+        with pytest.raises(ArtifactError, match=f"{name}: is not as it was written; take it again"):
+            read(model)
+        file.write_bytes(before)
+    (tokenizer / "tokenizer.json").write_text('{"model": "whale"}')
+    (tmp_path / "phase2").mkdir()
+    with pytest.raises(ArtifactError, match=r"tokens/tokenizer/tokenizer\.json: is not as it was written"):
+        save_model(block1, tmp_path / "phase2", tokenizer)

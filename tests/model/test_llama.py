@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from lego.base.artifacts import ArtifactError
+from lego.base import given
+from lego.base.artifacts import ArtifactError, read_json, write_json
+from lego.model import llama as module
+from lego.model.checkpoint import grow_model, load_model, save_model
 from lego.model.llama import load_llama, require_fit
 
 ROPES = [
@@ -89,3 +98,218 @@ def test_checkpoints_that_are_not_supported_are_named(tmp_path, checkpoint):
         require_fit(block1, 305, 32)
     with pytest.raises(ArtifactError, match=r"model\.seq_len 65 exceeds the 64 tokens of model\.init_from"):
         require_fit(block1, 300, 65)
+
+
+SMALL = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def small_llama(folder: Path, tied: bool = False) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SMALL, tie_word_embeddings=tied))
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[7, 9], pad_token_id=0, temperature=0.5)
+    model.generation_config.do_sample = True
+    model.save_pretrained(folder)
+    return model.eval()
+
+
+def change(file: Path, **changes: object) -> None:
+    write_text = json.dumps(json.loads(file.read_text()) | changes)
+    file.write_text(write_text)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("said", [True, False])
+@torch.no_grad()
+def test_whether_the_head_is_the_embedding_is_seen_in_the_tensors(tmp_path, tied, said):
+    small_llama(tmp_path, tied)
+    if tied and not said:  # a file that has both
+        tensors = load_file(tmp_path / "model.safetensors")
+        head = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+        save_file(tensors | head, tmp_path / "model.safetensors", {"format": "pt"})
+    change(tmp_path / "config.json", tie_word_embeddings=said)
+    block1, x = load_llama(str(tmp_path)).eval(), torch.randint(0, 60, (2, 20))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(block1(x), theirs(x).logits)
+    assert block1.sizes["tie_embeddings"] == (block1.output_head.weight is block1.embedding.weight) == tied
+
+
+@torch.no_grad()
+def test_a_model_folder_whose_flag_is_wrong_keeps_its_embedding(tmp_path, block1):
+    save_model(block1, tmp_path)  # untied
+    write_json(tmp_path / "config.json", read_json(tmp_path / "config.json") | {"tie_word_embeddings": True})
+    x = torch.randint(0, 97, (2, 9))
+    assert torch.equal(load_model(tmp_path)(x), block1(x))
+
+
+def test_where_a_checkpoint_stops_and_how_it_samples_stays_with_the_model(tmp_path):
+    small_llama(tmp_path / "given")
+    wanted = {"bos_token_id": 1, "eos_token_id": [7, 9], "pad_token_id": 0, "temperature": 0.5, "do_sample": True}
+    block1 = load_llama(str(tmp_path / "given"))
+    assert block1.generation_config == wanted
+    (tmp_path / "phase2").mkdir()
+    save_model(grow_model(block1, 3), tmp_path / "phase2")
+    assert read_json(tmp_path / "phase2/generation_config.json") == wanted
+    assert load_model(tmp_path / "phase2").generation_config == wanted
+    (tmp_path / "given/generation_config.json").unlink()  # then config.json alone knows
+    change(tmp_path / "given/config.json", eos_token_id=[3, 4], bos_token_id=5)
+    assert load_llama(str(tmp_path / "given")).generation_config == {"bos_token_id": 5, "eos_token_id": [3, 4]}
+
+
+NUMBERS = [
+    ("rms_norm_eps", float("nan")),
+    ("rms_norm_eps", -1e-6),
+    ("rms_norm_eps", 0),
+    ("rms_norm_eps", float("inf")),
+    ("rope_theta", -1.0),
+    ("rope_parameters", {"rope_type": "default", "rope_theta": float("nan")}),
+    ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0}),
+    ("num_hidden_layers", -1),
+    ("num_hidden_layers", 10**9),
+    ("num_hidden_layers", 1.5),
+    ("num_attention_heads", 0),
+    ("num_key_value_heads", -2),
+    ("hidden_size", "many"),
+    ("vocab_size", 0),
+    ("intermediate_size", True),
+    ("max_position_embeddings", -4),
+    ("initializer_range", float("nan")),
+]
+
+
+@pytest.mark.parametrize(("field", "value"), NUMBERS)
+def test_a_number_with_which_nothing_can_be_computed_is_named(tmp_path, field, value):
+    small_llama(tmp_path)
+    change(tmp_path / "config.json", **{field: value})
+    inner = "rope_theta|factor" if field == "rope_parameters" else field
+    with pytest.raises(ArtifactError, match=rf"describes no model: ({inner}) (is no|must be a \w+) number") as error:
+        load_llama(str(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("field", "value"), [one for one in NUMBERS if one[0] not in ("rope_theta",)])
+def test_so_it_is_in_a_model_folder(tmp_path, block1, field, value):
+    save_model(block1, tmp_path)
+    field = "trained_context" if field == "max_position_embeddings" else field
+    change(tmp_path / "config.json", **{field: value})
+    with pytest.raises(ArtifactError, match=r"config\.json: describes no model \(|does not fit config\.json"):
+        load_model(tmp_path)
+
+
+def test_code_of_a_folder_is_not_run_whatever_stands_on_stdin(tmp_path, monkeypatch):
+    small_llama(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    code = f"open({str(tmp_path / 'executed')!r}, 'w')\nclass Config: pass\nclass Model: pass\n"
+    (tmp_path / "evil.py").write_text(code)
+    change(tmp_path / "config.json", auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
+    with pytest.raises(ArtifactError, match=r"brings code of its own \(auto_map in config\.json\), which is not run"):
+        load_llama(str(tmp_path))
+    change(tmp_path / "config.json", model_type="evil")
+    with pytest.raises(ArtifactError, match="brings code of its own"):
+        load_llama(str(tmp_path))
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../model.safetensors", "a/../../model.safetensors"])
+def test_an_index_names_no_file_outside_its_folder(tmp_path, name):
+    model = small_llama(tmp_path / "given")
+    (tmp_path / "given/model.safetensors").rename(tmp_path / "model.safetensors")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(model.state_dict(), name)}
+    write_json(tmp_path / "given/model.safetensors.index.json", index)
+    with pytest.raises(ArtifactError, match=r"index\.json: names the file .* which does not lie in"):
+        load_llama(str(tmp_path / "given"))
+
+
+def test_biases_adapters_and_other_logits_are_named(tmp_path, monkeypatch):
+    model = small_llama(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    biased = tensors | {"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}
+    save_file(biased, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ArtifactError, match=r"has model\.layers\.0\.self_attn\.q_proj\.bias, which its architecture"):
+        load_llama(str(tmp_path))
+    old = tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # holds no weight
+    save_file(old, tmp_path / "model.safetensors", {"format": "pt"})
+    load_llama(str(tmp_path))
+    monkeypatch.setattr(module, "_sizes", lambda *a, real=module._sizes: real(*a) | {"rope_theta": 3.0})
+    with pytest.raises(ArtifactError, match=r"cannot be converted: its logits differ by \S+ from those that transf"):
+        load_llama(str(tmp_path))
+    monkeypatch.undo()
+    write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "x"})
+    with pytest.raises(ArtifactError, match=r"has an adapter beside it \(adapter_config\.json\), which is not read"):
+        load_llama(str(tmp_path))
+    assert model.config.num_hidden_layers == 2
+
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def write_gguf(model: LlamaForCausalLM, file: Path) -> None:
+    """As llama.cpp's converter writes it: rows of queries and keys in the order of its rotation."""
+    import gguf
+
+    config, writer = model.config, gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_eos_token_id(7)
+    names = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    for name, tensor in model.state_dict().items():
+        part, values = name.removesuffix(".weight"), tensor.numpy()
+        if part.startswith("model.layers."):
+            number, part = part.removeprefix("model.layers.").split(".", 1)
+            if part.endswith(("q_proj", "k_proj")):
+                heads = config.num_attention_heads if "q_" in part else config.num_key_value_heads
+                halves = values.reshape(heads, 2, len(values) // heads // 2, -1)
+                values = np.ascontiguousarray(halves.swapaxes(1, 2).reshape(values.shape))
+            part = f"blk.{number}.{GGUF_NAMES[part]}"
+        writer.add_tensor(f"{names.get(part, part)}.weight", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@torch.no_grad()
+def test_a_gguf_file_is_read_as_transformers_reads_it(tmp_path):
+    pytest.importorskip("gguf")
+    model, x = small_llama(tmp_path), torch.randint(0, 60, (2, 20))
+    write_gguf(model, tmp_path / "tiny.gguf")
+    block1 = load_llama(str(tmp_path / "tiny.gguf")).eval()
+    torch.testing.assert_close(block1(x), model(x).logits)
+    assert block1.generation_config == {"eos_token_id": 7, "bos_token_id": 1}  # the latter is that of all Llamas
+
+
+def test_a_gguf_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "x.gguf").write_bytes(b"GGUF and no more")
+    with pytest.raises(ArtifactError, match=r"model\.init_from nowhere\.gguf is no file"):
+        load_llama("nowhere.gguf")
+    if find_spec("gguf"):
+        with pytest.raises(ArtifactError, match="cannot be loaded as a model"):
+            load_llama(str(tmp_path / "x.gguf"))
+    monkeypatch.setattr(given, "find_spec", lambda name: None)
+    with pytest.raises(ArtifactError, match=r"x\.gguf needs the package gguf, which reads it: pip install gguf"):
+        load_llama(str(tmp_path / "x.gguf"))

@@ -109,3 +109,70 @@ def test_pictures_have_the_same_bytes_for_the_same_numbers(page, tmp_path):
         axes.plot([1, 2], [3, 4])
     for suffix in ("svg", "png"):
         assert (tmp_path / f"again/one.{suffix}").read_bytes() == (tmp_path / f"one.{suffix}").read_bytes()
+
+
+LINKS = {
+    "[a](https://x.org/b_c?d=e&f=1)": True,
+    "[a](http://x.org)": True,
+    "[a](#part)": True,
+    "[a](data/curve.csv)": True,
+    "[a](../x.md#b)": True,
+    "[a](javascript:alert(1))": False,
+    "[a](JavaScript:x)": False,
+    "[a](java&#x73;cript:x)": False,
+    "[a](data:text/html;base64,PHM+)": False,
+    "[a](vbscript:x)": False,
+    "[a](file:///etc/passwd)": False,
+    "[a](//evil.org)": False,
+    "[a](mailto:a@b.c)": False,
+    "[a](java\x01script:x)": False,
+}
+
+
+@pytest.mark.parametrize("text", LINKS)
+def test_a_link_leads_to_the_web_or_into_the_page_or_beside_it(text):
+    page = Page("links")
+    page.text(text)
+    shown = Elements()
+    shown.feed(page.html())
+    targets = [at["href"] for tag, at in shown.found if tag == "a"]
+    assert all(re.match(r"https?://|[^:]*$|[^:]*#", target) for target in targets)
+    kept = text in page.markdown()
+    assert (kept, LINKS[text]) in ((True, True), (False, False))
+    if LINKS[text]:
+        assert targets == [re.search(r"\((.*)\)", text)[1]]
+    else:
+        assert "](" not in page.markdown()
+
+
+@pytest.mark.parametrize(
+    ("text", "markdown"),
+    [
+        ("<script>alert(1)</script>", "&lt;script>alert(1)&lt;/script>"),
+        ("<img src=x onerror=y>", "&lt;img src=x onerror=y>"),
+        ("&lt;b&gt; & co", "&amp;lt;b&amp;gt; & co"),
+        ("![p](http://tracker/x.png)", r"\![p](http://tracker/x.png)"),
+        ("[a]( javascript:x)", r"[a\]( javascript:x)"),
+        ('[a](javascript:x "t")', r'[a\](javascript:x "t")'),
+        ("[a][b]", r"[a\][b]"),
+        ("[b]: javascript:x", r"\[b]: javascript:x"),
+        ("# no heading", r"\# no heading"),
+        ("one\n\n# two", "one  # two"),
+        ("__init__ and ~~x~~", r"\__init_\_ and \~~x\~~"),
+        ("`<b>` 1 < 2, a_b, [0, 1]: *so* **be** it", "`<b>` 1 < 2, a_b, [0, 1]: *so* **be** it"),
+    ],
+)
+def test_markdown_is_escaped_as_the_page_is(text, markdown):
+    page = Page("t")
+    page.text(text)
+    assert page.markdown() == f"# t\n\n{markdown}\n"
+    page = Page(text.splitlines()[0])
+    page.heading(text)
+    page.points([text])
+    page.table(["name", "value"], [[text, "a | b"], ["c", r"x\|y"]], text)
+    page.code("```\nclosed?")
+    rows = page.markdown().split("\n")
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows if row.startswith("| "))
+    assert "````\n```\nclosed?\n````" in page.markdown()
+    outside = re.sub(r"`[^`\n]*`", "", page.markdown())
+    assert not re.search(r"<[A-Za-z/!]|!\[p\]|^\[b\]:", outside.replace(r"\![", ""), re.M)

@@ -14,6 +14,19 @@ from lego.satipatthana.tasks import Task
 from tests.satipatthana.conftest import ONCE, a_task, small
 
 
+def test_no_cell_is_a_formula_and_numbers_stay_numbers():
+    bad = ["=1+1", "+cmd", "-x", "@sum", "\tx", "\r=x", " =1", "-", '=HYPERLINK("http://x")']
+    good = ["-0.5", "+3", "-1e-9", "a-b", "", "1=2", None, 4]
+    frame = pd.DataFrame({"answer": [*bad, *good], "trust": np.linspace(-1, 1, len(bad + good))})
+    shown = predict.for_spreadsheets(frame)
+    assert list(shown["answer"]) == [*(f"'{one}" for one in bad), *good]
+    assert shown["trust"].equals(frame["trust"])
+    assert list(frame["answer"]) == [*bad, *good]  # the table that is counted is another one
+    assert predict.for_spreadsheets(pd.DataFrame({"=x": [-0.5]})).to_csv(index=False) == "'=x\n-0.5\n"
+    words = pd.DataFrame({"answer": pd.Series(["=a", "b"], dtype="string").astype("category")})
+    assert list(predict.for_spreadsheets(words)["answer"]) == ["'=a", "b"]
+
+
 def test_the_command_line_answers_a_table(tmp_path, monkeypatch, capsys):
     params, task = small(**ONCE), a_task()
     task = Task(**{**vars(task), "columns": [f"c{n}" for n in range(12)]})

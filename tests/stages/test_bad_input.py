@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from lego.base.artifacts import read_json, read_tensors, sha256, write_json, write_tensors
+from lego.base.digests import DIGESTS, ArtifactError, verify
 from lego.base.harness import exit_cleanly
 from tests.conftest import ROOT, Clone, run_in_process
 from tests.stages.conftest import ORDER, outs
@@ -205,7 +206,11 @@ DAMAGES: dict[str, tuple[str, Callable[[], object], str]] = {
     "no tokens": ("train_phase1", lambda: shutil.rmtree("data/tokens"), r"data/tokens/\S+ cannot be read .*dvc repro"),
     "no split": ("train_phase1", lambda: shutil.rmtree("data/tokens/validation"), r"data/tokens/validation"),
     "truncated tokens": ("train_phase1", lambda: truncate(TOKENS), r"data/tokens/train: was changed"),
-    "edited tokens": ("train_phase1", lambda: flip_tokens(), r"data/tokens/train: was changed; run dvc checkout"),
+    "edited tokens": (
+        "train_phase1",
+        lambda: flip_tokens(),
+        r"data/tokens/train: was changed; bring it back",
+    ),
     "truncated facts": (
         "train_phase1",
         lambda: truncate("data/tokens/corpus.json"),
@@ -214,17 +219,17 @@ DAMAGES: dict[str, tuple[str, Callable[[], object], str]] = {
     "edited facts": (
         "train_phase1",
         lambda: edit_json("data/tokens/corpus.json", splits=...),
-        r"corpus\.json: lacks splits; run dvc checkout",
+        r"corpus\.json: lacks splits; bring it back with: find",
     ),
     "facts of another kind": (
         "train_phase1",
         lambda: edit_json("data/tokens/corpus.json", vocab_size="many"),
-        r"corpus\.json: vocab_size is not as it was written; run dvc checkout",
+        r"corpus\.json: vocab_size is not as it was written; bring it",
     ),
     "no budget of phase 1": (
         "evaluate_routing",
         lambda: edit_json("data/facts/train_phase1.json", train_macs=...),
-        r"data/facts/train_phase1\.json: lacks train_macs; run dvc checkout",
+        r"data/facts/train_phase1\.json: lacks train_macs; bring it back",
     ),
     "mining without its share": (
         "evaluate_routing",
@@ -275,7 +280,7 @@ DAMAGES: dict[str, tuple[str, Callable[[], object], str]] = {
     "truncated manifest": (
         "train_phase2",
         lambda: truncate("data/hard/manifest.json"),
-        r"manifest\.json: is not valid JSON; run dvc checkout",
+        r"manifest\.json: is not valid JSON; bring it back",
     ),
     "manifest without shards": (
         "train_phase2",
@@ -285,7 +290,7 @@ DAMAGES: dict[str, tuple[str, Callable[[], object], str]] = {
     "manifest of another kind": (
         "train_phase2",
         lambda: edit_json("data/hard/manifest.json", shards=[3]),
-        r"manifest\.json: .*; run dvc checkout or dvc repro",
+        r"manifest\.json: .*; bring it back with: .*rm -rf data/hard",
     ),
     "no budget": (
         "train_shallow_continued",
@@ -325,7 +330,42 @@ def flip_tokens() -> None:
 def test_a_damaged_input_is_named(folder, capsys, damage):
     stage, break_it, sentence = DAMAGES[damage]
     break_it()
+    as_if_meant()
     assert re.search(sentence, complaint(stage, capsys))
+
+
+def as_if_meant() -> None:
+    """Takes the digests away where they tell of a change, as the sentence offers to whoever wanted it."""
+    for folder in sorted(Path("data").iterdir()):
+        try:
+            verify(folder)
+        except ArtifactError:
+            (folder / DIGESTS).unlink()
+
+
+READ = {  # stage: what it reads
+    "train_phase1": ("data/tokens",),
+    "compute_threshold": ("data/tokens", "data/phase1"),
+    "collect_hard": ("data/tokens", "data/phase1", "data/facts/compute_threshold.json"),
+    "train_phase2": ("data/tokens", "data/phase1", "data/hard", "data/facts/train_phase1.json"),
+    "train_shallow_continued": ("data/tokens", "data/phase1", "data/facts/added_macs.json"),
+    "evaluate_routing": ("data/tokens", "data/phase2", "data/exit", "data/facts/collect_hard.json"),
+}
+
+
+@pytest.mark.parametrize("stage", READ)
+def test_one_flipped_bit_in_whatever_a_stage_reads_is_named(folder, capsys, stage):
+    for artifact in map(Path, READ[stage]):
+        files = [artifact] if artifact.is_file() else sorted(file for file in artifact.rglob("*") if file.is_file())
+        for file in files:
+            before, told = file.read_bytes(), file.stat()
+            place = before.index(b"0.") + 2 if artifact.is_file() and b"0." in before else len(before) // 2
+            file.write_bytes(before[:place] + bytes([before[place] ^ 1]) + before[place + 1 :])
+            os.utime(file, ns=(told.st_atime_ns, told.st_mtime_ns))
+            line = complaint(stage, capsys)
+            assert re.search(rf"error: {file}: is (not as it was written|not valid JSON).*; bring it back with: ", line)
+            assert f"rm -rf {artifact}; dvc repro" in line
+            file.write_bytes(before)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -165,6 +166,31 @@ def test_what_dvc_shows_fits_a_screen(clone):
 def test_nothing_changed_nothing_runs(clone):
     assert ran(clone.run("dvc", "repro")) == []
     assert clone.run("dvc", "status", "dvc.yaml").strip().endswith("Data and pipelines are up to date.")
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_rot_that_dvc_does_not_see_is_named_and_what_is_said_brings_it_back(clone, linked):
+    """Once in a file of its own, once in one that is the same as that in dvc's cache, under another name."""
+    file = clone.folder / "data/phase1/model.safetensors"
+    before = sha256(file.parent)
+    if linked:
+        shutil.rmtree(file.parent)
+        clone.run("dvc", "checkout", "data/phase1")
+    content, told = bytearray(file.read_bytes()), file.stat()
+    content[-5] ^= 1
+    file.chmod(0o644)
+    file.write_bytes(content)
+    file.chmod(told.st_mode)
+    os.utime(file, ns=(told.st_atime_ns, told.st_mtime_ns))
+    assert "up to date" in clone.run("dvc", "status", "train_phase1", "compute_threshold")
+    output = clone.run("dvc", "repro", "--force", "--single-item", "compute_threshold", fails=True)
+    said = re.search(
+        r"error: data/phase1/model\.safetensors: is not as it was written; bring it back with: (.*?); or, ", output
+    )
+    assert said is not None, output
+    clone.run("sh", "-c", said[1])
+    assert sha256(file.parent) == before
+    assert "up to date" in clone.run("dvc", "status", "dvc.yaml")
 
 
 @pytest.mark.parametrize(

@@ -121,11 +121,17 @@ def test_a_promise_that_cannot_be_kept_stops_unless_told_otherwise(run, tmp_path
     assert load_routed("data/routed").threshold > 1
 
 
+def test_where_the_given_model_stops_stays_with_it(run):
+    for name in ("phase1", "phase2"):
+        assert read_json(run / f"data/{name}/generation_config.json") == {"eos_token_id": 0, "pad_token_id": 0}
+
+
 def test_a_folder_without_its_criterion_is_refused(run, tmp_path):
     from lego.base.artifacts import read_tensors, write_tensors
 
     for file in (run / "data/routed").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "digests.json").unlink()  # the change is meant
     tensors = read_tensors(tmp_path / "model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if "exit_criterion" not in name}
     write_tensors(tmp_path / "model.safetensors", kept, {"format": "pt"})

@@ -74,13 +74,26 @@ def test_a_finished_run_and_one_stopped_by_patience_train_no_further(tmp_path):
     assert (tmp_path / "state.safetensors").read_bytes() == before
 
 
-def test_a_damaged_state_is_a_fresh_start(tmp_path):
-    _, result = train(tmp_path / "a", 3)
+def test_a_damaged_state_is_a_fresh_start_that_says_so(tmp_path, capsys):
+    """Cut short, or with one bit flipped: in its header's length, names, types, JSON, or in any tensor."""
+    weights, result = train(tmp_path / "a", 3)
     with pytest.raises(KilledError):
-        train(tmp_path / "b", 3, killed_after=1)
+        train(tmp_path / "b", 3, killed_after=2)
     file = tmp_path / "b" / "state.safetensors"
-    file.write_bytes(file.read_bytes()[:500])
+    whole = file.read_bytes()
+    header = int.from_bytes(whole[:8], "little")
+    places = [0, 3, *range(8, header, header // 12), *range(header + 8, len(whole), len(whole) // 8), len(whole) - 1]
+    damaged = [whole[:500], b"", *(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in places)]
+    capsys.readouterr()
+    for content in damaged:
+        file.write_bytes(content)
+        again_weights, again = train(tmp_path / "b", 3)
+        assert again == result
+        assert all(torch.equal(weights[name], again_weights[name]) for name in weights)
+        assert capsys.readouterr().out == f"{file}: is damaged, so training starts afresh\n"
+    file.write_bytes(whole)
     assert train(tmp_path / "b", 3)[1] == result
+    assert capsys.readouterr().out == ""
 
 
 def test_the_fingerprint_follows_parameters_inputs_and_nothing_else(tmp_path, monkeypatch):
@@ -184,6 +197,36 @@ def test_a_stage_killed_half_way_ends_with_the_same_bytes(clone, monkeypatch, ca
     timing = read_json(f"data/timing/{stage}.json")
     assert timing["continued"] is True
     assert not any("per_second" in key for key in timing)  # of a part, over the time of another
+
+
+@pytest.mark.parametrize("damage", ["a state", "a shape", "the list", "a shard is gone"])
+def test_a_damaged_shard_is_noticed_when_mining_continues(clone, monkeypatch, capsys, damage):
+    monkeypatch.chdir(clone.folder)
+    module, expected = importlib.import_module("stages.collect_hard"), digests("collect_hard")
+    original, flushed = StoreWriter._flush, []
+
+    def die_after_two(self, *args):
+        original(self, *args)
+        flushed.append(1)
+        if len(flushed) == 2:
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoreWriter, "_flush", die_after_two)
+        with pytest.raises(KilledError):
+            module.main()
+    (shard,) = clone.folder.glob(".scratch/collect_hard/*/store/shard-00000.safetensors")
+    file = shard.parent.with_name(".store.progress.json") if damage == "the list" else shard
+    content = bytearray(file.read_bytes())
+    content[{"a state": -1, "a shape": 60, "the list": 200, "a shard is gone": 0}[damage]] ^= 1
+    file.write_bytes(content)
+    if damage == "a shard is gone":
+        file.unlink()
+    capsys.readouterr()
+    module.main()
+    said = capsys.readouterr().out
+    assert ("is damaged, so mining starts afresh" in said) is (damage != "a shard is gone")
+    assert digests("collect_hard") == expected
 
 
 def test_what_an_orphan_finished_is_published_at_once_by_the_next_run(clone, monkeypatch, capsys):
