@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lego.base.artifacts import ArtifactError, derived_seed, write_json
+from lego.base.outside import printable
 from lego.base.parameter_files import ParamsError
 from lego.base.scratch import SCRATCH, BusyError, fingerprint, only_run
 
@@ -157,7 +158,7 @@ def exit_cleanly(main: Callable[[], None], written: str = WRITTEN) -> None:
         sentence = f"{error.filename or 'a file'}: {error.strerror or error}; {_remedy(error)}"
     else:
         return
-    print(f"error: {' '.join(sentence.split())} ({RECOVERY.replace(WRITTEN, written)})", file=sys.stderr)
+    print(f"error: {printable(' '.join(sentence.split()))} ({RECOVERY.replace(WRITTEN, written)})", file=sys.stderr)
     raise SystemExit(1)
 
 

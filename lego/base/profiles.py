@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import yaml
 from pydantic import ValidationError
 
 from lego.base.parameter_files import ParamsError
 from lego.base.sections import Section
+from lego.base.yaml_files import YamlError, read_yaml
 
 P = TypeVar("P", bound=Section)
 
@@ -29,8 +29,8 @@ def read_profiles(path: str | Path) -> dict[str, dict[str, Any]]:
         ParamsError: the file cannot be read, or is not a name with keys and values under it each.
     """
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = read_yaml(path, repeated_keys=True)
+    except (OSError, YamlError) as error:
         raise ParamsError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(found, dict):
         raise ParamsError(f"{path}: must hold profiles by name, got {type(found).__name__}; git checkout {path}")
