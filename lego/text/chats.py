@@ -42,9 +42,18 @@ def joined(value: Any, depth: int = 0) -> str:
         case list():
             turns = [joined(turn, depth + 1) for turn in value]
             return "\n\n".join(turn for turn in turns if turn)
+        case dict() if any(isinstance(value.get(key), list) for key in WHO):
+            return joined(_turns(value), depth)
         case dict():
             return _turn(value, depth)
     raise ShapeError(type(value).__name__)
+
+
+def _turns(columns: dict[str, Any]) -> list[dict[str, Any]]:
+    """The turns of a chat that is kept by columns, as `datasets` keeps sequences of dicts."""
+    if not all(isinstance(column, list) for column in columns.values()) or len(set(map(len, columns.values()))) > 1:
+        raise ShapeError(_keys(columns))
+    return [dict(zip(columns, turn, strict=True)) for turn in zip(*columns.values(), strict=True)]
 
 
 def _turn(turn: dict[str, Any], depth: int) -> str:

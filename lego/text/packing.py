@@ -51,7 +51,12 @@ def gather(data: DataParams, path: Path, refused: Counter[str]) -> Corpus:
     enough = {split: BYTES_PER_TOKEN * getattr(data, f"max_{split}_tokens") for split in SPLITS}
     streaming = data.source == "hub" and data.streaming
     read = track(documents(data, refused), None, "reading", "document")
-    return Corpus(read, path, data.held_out_shares, enough if streaming else None)
+    try:
+        return Corpus(read, path, data.held_out_shares, enough if streaming else None)
+    finally:  # also where so few are left that there is no corpus
+        if refused:
+            missed = f"{refused.total():,} chats are left out, as {data.column} has no turns of role and content there"
+            print(f"{missed}: {shown(told(refused))}", flush=True)
 
 
 def text_encoder(data: DataParams, init_from: str | None, corpus: Corpus) -> TextEncoder:
@@ -92,6 +97,4 @@ def write_splits(data: DataParams, seq_len: int, init_from: str | None, folder: 
     dropped = {"duplicates": corpus.duplicates, "near_duplicates": near.dropped if near else 0}
     if refused:  # a key only where there is something to tell: most text has no chats
         dropped["unknown_chats"] = refused.total()
-        missed = f"{refused.total():,} chats are left out, as their {data.column} holds no turns of role and content"
-        print(f"{missed}: {shown(told(refused))}", flush=True)
     return Tokenized(encoder, facts, ids, dropped)

@@ -201,6 +201,7 @@ def _texts(
                 kind = type(row[data.column]).__name__
                 if kind in ("list", "dict"):
                     strange[str(error)] += 1
+                    refused[str(error)] += 1
                     continue
                 sentence = f"{origin}: {data.column} holds {kind}, not text ({unit} {number})"
                 raise CorpusError(f"{sentence}; set params.yaml: data.column") from None
@@ -217,7 +218,6 @@ def _texts(
             )
         if columns and not found:
             raise CorpusError(f"{origin}: has no column {data.column}; set params.yaml: data.column to {columns}")
-        refused.update(strange)
 
     if not data.split_on:
         return texts()

@@ -23,11 +23,12 @@ from tests.text.test_sources import read, source
         ["hi", "yo"],
         [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}],
         [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "yo"}],
+        {"role": ["user", "assistant"], "content": ["hi", "yo"]},
     ],
 )
 def test_the_turns_of_a_chat_are_joined(tmp_path, chat):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": chat}) + "\n")
-    expected = "hi\n\nyo" if isinstance(chat[0], str) else "user: hi\n\nassistant: yo"
+    expected = "hi\n\nyo" if chat == ["hi", "yo"] else "user: hi\n\nassistant: yo"
     assert read(tmp_path) == [expected]
 
 
@@ -95,8 +96,13 @@ def test_what_is_left_out_is_told_at_the_end_and_nothing_where_nothing_is(tmp_pa
         done = write_splits(data, 8, None, tmp_path / name)
         said = capsys.readouterr().out
         expected = (
-            "9 chats are left out, as their text holds no turns of role and content: 9 with speaker, words\\x1b[31m\n"
+            "9 chats are left out, as text has no turns of role and content there: 9 with speaker, words\\x1b[31m\n"
         )
         assert said == (expected if name == "with" else "")
         assert done.dropped.get("unknown_chats") == (9 if name == "with" else None)
     assert read_json(tmp_path / "with" / "corpus.json") == read_json(tmp_path / "without" / "corpus.json")
+    few = source(tmp_path / "a.jsonl", vocab_size=257)
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": chat}) + "\n" for chat in fine[:1] + odd))
+    with pytest.raises(CorpusError, match=r"leaves the .* split without a document"):
+        write_splits(few, 8, None, tmp_path / "with")
+    assert "9 chats are left out" in capsys.readouterr().out
