@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import ValidationError
 
+from lego.base.outside import printable
 from lego.base.parameter_files import ParamsError
 from lego.base.sections import Section
 from lego.base.yaml_files import YamlError, read_yaml
@@ -139,7 +140,7 @@ class Sibling(Generic[P]):
             for name in self.profiles():
                 self.with_profile(params, name)
         except ParamsError as error:
-            print(error, file=sys.stderr)
+            print(printable(str(error)), file=sys.stderr)
             return 1
         print(params.model_dump_json(indent=2))
         return 0
@@ -152,7 +153,7 @@ class Sibling(Generic[P]):
                 raise ParamsError(f"give one of the profiles {', '.join(known)}")
             self.with_profile(self.load(), arguments[0])
         except ParamsError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             return 1
         print(options(known[arguments[0]], self.params))
         return 0

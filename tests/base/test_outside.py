@@ -10,7 +10,7 @@ import pytest
 
 from lego.base.outside import RATIO, ROOM, allowed, encodable, other_separator, printable, special
 from lego.base.parameter_files import ParamsError
-from lego.base.params import load_params
+from lego.base.params import load_params, main
 from lego.base.patterns import LinePattern, SlowPatternError, compiled
 from lego.base.profiles import read_profiles
 from lego.base.yaml_files import YamlError, read_yaml
@@ -125,6 +125,13 @@ def test_what_a_terminal_would_obey_is_spelled_out():
     assert encodable("é☕", "latin-1") == "é\\u2615"
     assert encodable("é☕", "ascii") == "\\xe9\\u2615"
     assert encodable("é\udc80", None) == "é\\udc80"
+
+
+def test_a_key_of_control_characters_is_spelled_out(tmp_path, monkeypatch, capsys):
+    (tmp_path / "params.yaml").write_text('"\\e[31mred": 1\n')
+    monkeypatch.chdir(tmp_path)
+    assert main() == 1
+    assert "params.yaml: \\x1b[31mred is not a known key" in capsys.readouterr().err
 
 
 def test_what_is_no_file_is_told_apart(tmp_path):
