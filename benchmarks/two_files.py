@@ -49,7 +49,7 @@ def arrange(train: Path, test: Path, folder: Path, data: DataParams) -> Counter[
         raise CorpusError(f"{folder}: must be a new or empty folder, as all that it holds is read")
     texts = {}
     for file, is_test in ((train, False), (test, True)):
-        if kind_of(file)[0] not in (".txt", ".md"):
+        if kind_of(file) not in (".txt", ".md"):
             raise CorpusError(f"{file}: must be a .txt or .md file; rows of other kinds would stick together")
         # a line break at the end, so that the next document begins at a line
         whole = [text if text.endswith("\n") else text + "\n" for text in file_texts(file, data) if text.strip()]

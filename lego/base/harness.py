@@ -21,6 +21,7 @@ import torch
 
 from lego.base.artifacts import ArtifactError, derived_seed, write_json
 from lego.base.digests import verify
+from lego.base.outside import printable
 from lego.base.parameter_files import ParamsError
 from lego.base.scratch import SCRATCH, BusyError, fingerprint, only_run, pipeline_entry
 
@@ -165,7 +166,7 @@ def exit_cleanly(main: Callable[[], None]) -> None:
         sentence = f"{error.filename or 'a file'}: {error.strerror or error}; {_remedy(error)}"
     else:
         return
-    print(f"error: {' '.join(sentence.split())} ({RECOVERY})", file=sys.stderr)
+    print(f"error: {printable(' '.join(sentence.split()))} ({RECOVERY})", file=sys.stderr)
     raise SystemExit(1)
 
 

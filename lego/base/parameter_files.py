@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import difflib
+from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from lego.base.sections import Section
+from lego.base.yaml_files import YamlError, read_yaml
 
 P = TypeVar("P", bound=Section)
+MOST_SHOWN = 200  # characters of a wrong value
 
 
 class ParamsError(ValueError):
@@ -27,10 +29,21 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
+def _shown(value: Any) -> str:
+    """A value as it is written, or its beginning."""
+    if value is None:
+        return "nothing"
+    try:
+        text = value.isoformat() if isinstance(value, date) else repr(value)
+    except ValueError:  # of thousands of digits
+        return "a number beyond all use"
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+
+
 def _sentence(error: Any, shape: type[BaseModel]) -> str:
     """One pydantic error as `key does what is wrong, got value`."""
     key, value = ".".join(str(part) for part in error["loc"]), error["input"]
-    shown = "nothing" if value is None else repr(value)
+    shown = _shown(value)
     match error["type"]:
         case "missing":
             return f"{key} is missing"
@@ -48,29 +61,13 @@ def _sentence(error: Any, shape: type[BaseModel]) -> str:
         case "float_type":
             return f"{key} must be a number, got {shown}"
         case "string_type":
-            return f"{key} must be text, got {shown}"
+            return f"{key} must be text, got {shown}" + ("" if isinstance(value, list | dict) else "; put it in quotes")
         case "bool_type":
             return f"{key} must be true or false, got {shown}"
         case "model_type" | "dict_type" | "model_attributes_type":
             return f"{key} must be a section of keys, got {shown}"
         case _:
             return f"{key}: {error['msg']}, got {shown}"
-
-
-class _RepeatedKeyError(ValueError):
-    pass
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that refuses what it otherwise lets pass: a key that is given twice, of which the last one would win."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                line = node.value[number][0].start_mark.line + 1
-                raise _RepeatedKeyError(f"{key} is given twice, again at line {line}; remove one")
-        return super().construct_mapping(node, deep)
 
 
 def read_params(path: str | Path, shape: type[P], given: dict[str, dict[str, Any]] | None = None) -> P:
@@ -85,15 +82,11 @@ def read_params(path: str | Path, shape: type[P], given: dict[str, dict[str, Any
         ParamsError: unreadable file, unknown or missing key, wrong type or range; the message names file and key.
     """
     try:
-        raw = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        raw = read_yaml(path)
     except OSError as error:
         raise ParamsError(f"{path}: cannot be read ({error.strerror}); run from the repository root") from None
-    except _RepeatedKeyError as error:
+    except YamlError as error:
         raise ParamsError(f"{path}: {error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise ParamsError(f"{path}: is not valid YAML{line}") from None
     if not isinstance(raw, dict):
         raise ParamsError(f"{path}: must hold the sections {', '.join(shape.model_fields)}")
     for section, values in (given or {}).items():

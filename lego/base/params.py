@@ -20,6 +20,7 @@ from lego.base.ashem_sections import (
     SearchParams,
     YardstickParams,
 )
+from lego.base.outside import printable
 from lego.base.parameter_files import ParamsError, read_params
 from lego.base.sections import DataParams, ModelParams, Section, TrainParams, pretrained_tokenizer
 
@@ -59,6 +60,6 @@ def main() -> int:
     try:
         print(load_params().model_dump_json(indent=2))
     except ParamsError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 1
     return 0

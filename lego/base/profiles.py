@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-import yaml
 from pydantic import ValidationError
 
+from lego.base.outside import printable
 from lego.base.parameter_files import ParamsError
 from lego.base.sections import Section
+from lego.base.yaml_files import YamlError, read_yaml
 
 P = TypeVar("P", bound=Section)
 
@@ -29,8 +30,8 @@ def read_profiles(path: str | Path) -> dict[str, dict[str, Any]]:
         ParamsError: the file cannot be read, or is not a name with keys and values under it each.
     """
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        found = read_yaml(path, repeated_keys=True)
+    except (OSError, YamlError) as error:
         raise ParamsError(f"{path}: cannot be read ({' '.join(str(error).split())})") from None
     if not isinstance(found, dict):
         raise ParamsError(f"{path}: must hold profiles by name, got {type(found).__name__}; git checkout {path}")
@@ -139,7 +140,7 @@ class Sibling(Generic[P]):
             for name in self.profiles():
                 self.with_profile(params, name)
         except ParamsError as error:
-            print(error, file=sys.stderr)
+            print(printable(str(error)), file=sys.stderr)
             return 1
         print(params.model_dump_json(indent=2))
         return 0
@@ -152,7 +153,7 @@ class Sibling(Generic[P]):
                 raise ParamsError(f"give one of the profiles {', '.join(known)}")
             self.with_profile(self.load(), arguments[0])
         except ParamsError as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {printable(str(error))}", file=sys.stderr)
             return 1
         print(options(known[arguments[0]], self.params))
         return 0

@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 
+from lego.base.patterns import compiled
+
 SCIENTIFIC = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
@@ -113,8 +115,8 @@ class DataParams(Section):
         if self.source == "hub" and not self.hub_name:
             raise ValueError("hub_name must name a dataset when data.source is hub, got nothing")
         try:
-            re.compile(self.split_on or "")
-        except (re.error, OverflowError, RecursionError) as error:
+            compiled(self.split_on or "")
+        except ValueError as error:
             raise ValueError(f"split_on must be a regular expression ({error}), got {self.split_on!r}") from None
         return self
 

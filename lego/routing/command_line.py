@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from lego.base.artifacts import ArtifactError
+from lego.base.outside import encodable, printable
 from lego.model.checkpoint import load_routed
 from lego.routing.generation import Sampling, Token, generate, generate_lossless
+from lego.routing.spelling import spelled
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -50,7 +52,7 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
     routed = load_routed(arguments.folder)
     model = routed.model
     try:
-        tokenizer = AutoTokenizer.from_pretrained(arguments.folder)
+        tokenizer = AutoTokenizer.from_pretrained(arguments.folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{arguments.folder}: has no tokenizer ({str(error).splitlines()[0]})") from None
     prompt = tokenizer(arguments.prompt)["input_ids"]
@@ -71,14 +73,27 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
     between = time.perf_counter()
     full = list(run(exits=False))
     speed, full_speed = len(tokens) / (between - started), len(full) / (time.perf_counter() - between)
+    texts = spelled(tokenizer.decode, prompt, [token.id for token in tokens])
     return {
         "prompt": arguments.prompt,
-        "text": tokenizer.decode([token.id for token in tokens]),
-        "tokens": [{"id": token.id, "text": tokenizer.decode([token.id]), "deep": token.deep} for token in tokens],
+        "text": "".join(texts),
+        "tokens": [
+            {"id": token.id, "text": text, "deep": token.deep} for token, text in zip(tokens, texts, strict=True)
+        ],
         "shallow_ratio": sum(not token.deep for token in tokens) / max(1, len(tokens)),
         "tokens_per_second": speed,
         "full_tokens_per_second": full_speed,
     }
+
+
+def _shown(result: dict[str, Any], exits: bool) -> str:
+    """Prompt and text; what a terminal would obey is spelled out, and only our own colours reach it."""
+    if exits:
+        colours = {True: "\033[33m", False: "\033[32m"}
+        tokens = (f"{colours[token['deep']]}{printable(token['text'])}" for token in result["tokens"])
+        return printable(result["prompt"]) + "".join(tokens) + "\033[0m"
+    text = result["prompt"] + result["text"]
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,17 +101,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = _write(arguments)
     except (ArtifactError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
     if arguments.json:
         print(json.dumps(result))
         return 0
-    if arguments.show_exits:
-        colours = {True: "\033[33m", False: "\033[32m"}
-        shown = "".join(f"{colours[token['deep']]}{token['text']}" for token in result["tokens"]) + "\033[0m"
-    else:
-        shown = result["text"]
-    print(result["prompt"] + shown)
+    print(encodable(_shown(result, arguments.show_exits), sys.stdout.encoding))
     print(
         f"{len(result['tokens'])} tokens, {100 * result['shallow_ratio']:.1f} % shallow, "
         f"{result['tokens_per_second']:.1f} tokens/s; full model {result['full_tokens_per_second']:.1f} tokens/s",

@@ -18,6 +18,7 @@ import torch
 
 from lego.base.artifacts import ArtifactError, write_text
 from lego.base.harness import StageError
+from lego.base.outside import printable
 from lego.base.parameter_files import ParamsError
 from lego.base.progress import track
 from lego.satipatthana.jobs import probabilities
@@ -139,8 +140,8 @@ def main() -> int:
         if asked.out and asked.out.is_dir():
             raise StageError(f"--out {asked.out}: is a folder; name a file")
         system, use = load(asked.system)
-        frame = read_table(asked.table)
         columns = use.columns or [f"feature_{n}" for n in range(int(np.prod(system.shape)))]
+        frame = read_table(asked.table, columns + ([asked.label] if asked.label else []))
         x = torch.tensor(features_of(frame, columns, str(asked.table)))
         if asked.label and asked.label not in frame:
             raise TaskError(f"{asked.table}: has no column {asked.label}, which --label names")
@@ -165,7 +166,7 @@ def main() -> int:
             said += f"; right: {100 * right.mean():.1f} % of all, {100 * share:.1f} % of the accepted"
         print(said, file=sys.stderr)
     except (ArtifactError, ParamsError, StageError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
     return 0
 

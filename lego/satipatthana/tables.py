@@ -8,36 +8,85 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 
 from lego.base.harness import StageError
+from lego.base.outside import RATIO, allowed, other_separator, special
 
 
 class TaskError(StageError):
     """Data that cannot be used; the message names file, column and row."""
 
 
-def read_table(file: Path) -> pd.DataFrame:
+def read_table(file: Path, columns: list[str] | None = None) -> pd.DataFrame:
     """A CSV or Parquet file.
+
+    Args:
+        file: its path.
+        columns: those that are needed; of a Parquet file no others are read, so what they hold does not matter.
 
     Raises:
         TaskError: it cannot be read, a row has more fields than the header, or a column is there twice.
     """
     try:
+        if (what := special(file)) and not str(file).startswith("/dev/fd/") and file != Path("/dev/stdin"):
+            raise TaskError(f"{file}: is {what}, not a file; save what it gives, or hand it over as /dev/stdin")
         if file.suffix.lower() == ".parquet":
-            return pd.read_parquet(file)
-        content = file.read_bytes()  # once, as it may be a pipe
+            return _read_parquet(file, columns)
+        content = _text(file)  # once, as it may be a pipe
         with warnings.catch_warnings():  # else the first column becomes an index, and all others move
             warnings.simplefilter("error", pd.errors.ParserWarning)
             frame = pd.read_csv(io.BytesIO(content), index_col=False)
         header = pd.read_csv(io.BytesIO(content), header=None, nrows=1, dtype=str, keep_default_na=False).iloc[0]
     except pd.errors.ParserWarning:
-        raise TaskError(f"{file}: rows have more fields than the header; name every column, or drop one") from None
-    except (OSError, ValueError, pd.errors.ParserError) as error:
+        raise _other_separator(file, content) or TaskError(
+            f"{file}: rows have more fields than the header; name every column, or drop one"
+        ) from None
+    except (OSError, ValueError, OverflowError, MemoryError, pd.errors.ParserError) as error:
         what = f"as {file.suffix or 'CSV'} ({' '.join(str(error).split())})"
         raise TaskError(f"{file}: cannot be read {what}; give a CSV file with a header, or a .parquet file") from None
+    if wrong := _other_separator(file, content):
+        raise wrong
+    if not any(name.strip() for name in header):
+        raise TaskError(f"{file}: line 1 is blank where the names of the columns should stand; remove it")
     if (twice := header[header.duplicated() & (header != "")]).any():
         raise TaskError(f"{file}: has the column {twice.iloc[0]} twice; drop or rename one")
     return frame
+
+
+def _read_parquet(file: Path, columns: list[str] | None) -> pd.DataFrame:
+    """The columns that are there of those that are needed.
+
+    Raises:
+        TaskError: a small file would fill the memory.
+    """
+    about = pq.read_metadata(file)
+    values = about.num_rows * about.num_columns
+    packed = sum(about.row_group(number).total_byte_size for number in range(about.num_row_groups))
+    if max(8 * values, packed) > allowed(file.stat().st_size):
+        raise TaskError(
+            f"{file}: unpacks to {values:,} values, more than {RATIO} times its size; give fewer rows, or a CSV "
+            "file if it is sound"
+        )
+    names = about.schema.to_arrow_schema().names
+    there = None if columns is None else [name for name in dict.fromkeys(columns) if name in names]
+    return pd.read_parquet(file, columns=there)
+
+
+def _text(file: Path) -> bytes:
+    """The bytes of a CSV file up to the first zero, with which text ends: a sparse file may go on for terabytes."""
+    parts = []
+    with file.open("rb") as source:
+        while part := source.read(2**20):
+            if b"\0" in part:
+                raise ValueError("it holds zero bytes, so it is not text")
+            parts.append(part)
+    return b"".join(parts)
+
+
+def _other_separator(file: Path, content: bytes) -> TaskError | None:
+    separator = other_separator(content.lstrip().partition(b"\n")[0].decode(errors="replace"))
+    return TaskError(f"{file}: separates its cells by {separator}; write it anew with commas") if separator else None
 
 
 def features_of(frame: pd.DataFrame, columns: list[str], name: str) -> np.ndarray:

@@ -130,7 +130,7 @@ def _strangers(file: str, columns: list[str]) -> np.ndarray:
     """
     if not columns:
         raise TaskError(f"{PARAMS}: task.strangers is a table, but the inputs of this task are none; leave it null")
-    return features_of(read_table(Path(file)), columns, file)
+    return features_of(read_table(Path(file), columns), columns, file)
 
 
 def _rows(settings: TaskParams) -> tuple[np.ndarray, np.ndarray, list[str], list[str]]:

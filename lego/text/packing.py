@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import numpy as np
 
 from lego.base.artifacts import write_json
+from lego.base.outside import shown
 from lego.base.progress import track
 from lego.base.sections import DataParams, pretrained_tokenizer
+from lego.text.chats import told
 from lego.text.corpus import SPLITS, Corpus, NearDuplicates
 from lego.text.sources import documents
 from lego.text.tokenizer import TextEncoder, fit_bpe, fit_words, write_tokens
@@ -37,12 +40,23 @@ class Tokenized:
     dropped: dict[str, int]
 
 
-def gather(data: DataParams, path: Path) -> Corpus:
-    """The source's documents by split, in a file; of a stream no more than the token limits can use."""
+def gather(data: DataParams, path: Path, refused: Counter[str]) -> Corpus:
+    """The source's documents by split, in a file; of a stream no more than the token limits can use.
+
+    Args:
+        data: the section of the parameters.
+        path: the file.
+        refused: counts the chats that are left out, as `documents` does.
+    """
     enough = {split: BYTES_PER_TOKEN * getattr(data, f"max_{split}_tokens") for split in SPLITS}
     streaming = data.source == "hub" and data.streaming
-    read = track(documents(data), None, "reading", "document")
-    return Corpus(read, path, data.held_out_shares, enough if streaming else None)
+    read = track(documents(data, refused), None, "reading", "document")
+    try:
+        return Corpus(read, path, data.held_out_shares, enough if streaming else None)
+    finally:  # also where so few are left that there is no corpus
+        if refused:
+            missed = f"{refused.total():,} chats are left out, as {data.column} has no turns of role and content there"
+            print(f"{missed}: {shown(told(refused))}", flush=True)
 
 
 def text_encoder(data: DataParams, init_from: str | None, corpus: Corpus) -> TextEncoder:
@@ -66,7 +80,8 @@ def write_splits(data: DataParams, seq_len: int, init_from: str | None, folder: 
         CorpusError: text that cannot be read or is too little.
     """
     spool = folder / ".documents.arrow"
-    corpus = gather(data, spool)
+    refused: Counter[str] = Counter()
+    corpus = gather(data, spool, refused)
     encoder = text_encoder(data, init_from, corpus)
     encoder.save(folder / "tokenizer")
     near = NearDuplicates(data.near_duplicate_similarity) if data.near_duplicates == "drop" else None
@@ -80,4 +95,6 @@ def write_splits(data: DataParams, seq_len: int, init_from: str | None, folder: 
     sizes = {"vocab_size": encoder.vocab_size, "seq_len": seq_len, "end_of_text": encoder.end}
     write_json(folder / "corpus.json", sizes | {"splits": facts})
     dropped = {"duplicates": corpus.duplicates, "near_duplicates": near.dropped if near else 0}
+    if refused:  # a key only where there is something to tell: most text has no chats
+        dropped["unknown_chats"] = refused.total()
     return Tokenized(encoder, facts, ids, dropped)

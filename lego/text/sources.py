@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from lego.base.outside import shown, special
+from lego.base.patterns import LinePattern, SlowPatternError
 from lego.base.sections import DataParams
+from lego.text.chats import MOST_NESTED, NestedError, ShapeError, joined, told
 from lego.text.corpus import Document
-from lego.text.readers import READABLE, csv_rows, json_rows, kind_of, lines, parquet_rows
+from lego.text.readers import READABLE, Row, csv_rows, json_rows, kind_of, lines
+from lego.text.tables import parquet_rows
 from lego.tokens.blocks import CorpusError
 
 # data-like packages are left out: 82 % of the lines of encodings/ stand in a sibling file
@@ -22,15 +26,20 @@ TEST_FOLDERS = {"test", "tests", "idle_test"}
 EXCLUDED_FILES = "_sysconfigdata"  # written by the build of this very interpreter, paths included
 
 
-def documents(data: DataParams) -> Iterator[Document]:
+def documents(data: DataParams, refused: Counter[str] | None = None) -> Iterator[Document]:
     """The documents of the source that params.yaml names.
+
+    Args:
+        data: section of the parameters.
+        refused: counts the chats of no known shape that are left out, by what they are made of.
 
     Raises:
         CorpusError: a file, column, dataset or revision that cannot be read; the message names it.
     """
     if data.source == "python-stdlib":
         return stdlib_documents(tests=data.stdlib_tests)
-    texts = file_texts(Path(data.path), data) if data.source == "text" else hub_texts(data)
+    refused = Counter() if refused is None else refused
+    texts = file_texts(Path(data.path), data, refused) if data.source == "text" else hub_texts(data, refused)
     return (_named_by_content(text) for text in texts)
 
 
@@ -71,16 +80,18 @@ def text_files(path: Path) -> list[Path]:
     """
     if not path.exists():
         raise CorpusError(f"{path}: is missing; set params.yaml: data.path to a file or folder of {READABLE}")
+    if what := special(path):
+        raise CorpusError(f"{path}: is {what}, neither file nor folder; save what it gives as a file of {READABLE}")
     if path.is_file():
-        if kind_of(path)[0] is None:
+        if kind_of(path) is None:
             raise CorpusError(f"{path}: is of no kind that can be read; params.yaml: data.path takes {READABLE}")
         return [path]
     visible = sorted(_walk(path))
-    files = [file for file in visible if kind_of(file)[0]]
+    files = [file for file in visible if kind_of(file) and file.is_file()]  # no pipe, whose reading may never end
     if not files:
         raise CorpusError(f"{path}: holds no text; put files there ({READABLE}) or set params.yaml: data.path")
     if others := len(visible) - len(files):
-        print(f"{path}: {others} of {len(visible)} files are of another kind and not read", flush=True)
+        print(f"{shown(str(path))}: {others} of {len(visible)} files are of another kind and not read", flush=True)
     return files
 
 
@@ -93,22 +104,29 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         entered.add(real)
         folders[:] = [sub for sub in sorted(folders) if sub[0] != "."]
-        yield from (Path(name, file) for file in files if file[0] != "." and Path(name, file).is_file())
+        yield from (Path(name, file) for file in files if file[0] != ".")
 
 
-def file_texts(path: Path, data: DataParams) -> Iterator[str]:
+def file_texts(path: Path, data: DataParams, refused: Counter[str] | None = None) -> Iterator[str]:
     """One text a file or row, or as `split_on` cuts them.
+
+    Args:
+        path, data: what is read and how.
+        refused: as for `documents`.
 
     Raises:
         CorpusError: naming the file that is empty, damaged, not text, or lacks the column.
     """
     rows = {".jsonl": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
+    counted: Counter[str] = Counter() if refused is None else refused
     for file in text_files(path):
-        kind = str(kind_of(file)[0])
+        kind = str(kind_of(file))
         if kind in rows:
-            texts = _texts(rows[kind](file), str(file), data, ragged=kind == ".jsonl")
+            unit = "row" if kind == ".parquet" else "line"
+            found = rows[kind](file, data.column)
+            texts = _texts(found, str(file), data, counted, unit, ragged=kind == ".jsonl")
         else:
-            texts = _cut(lines(file), data.split_on) if data.split_on else iter(["".join(lines(file))])
+            texts = _cut(lines(file), data.split_on, str(file)) if data.split_on else iter(["".join(lines(file))])
         empty = True
         for text in texts:
             empty = empty and not text.strip()
@@ -117,7 +135,7 @@ def file_texts(path: Path, data: DataParams) -> Iterator[str]:
             raise CorpusError(f"{file}: is empty; put text there or remove the file")
 
 
-def hub_texts(data: DataParams) -> Iterator[str]:
+def hub_texts(data: DataParams, refused: Counter[str]) -> Iterator[str]:
     """Rows of a dataset by its hub name (or a local folder that `datasets` reads), as `split_on` cuts them.
 
     Raises:
@@ -133,7 +151,12 @@ def hub_texts(data: DataParams) -> Iterator[str]:
     )
     try:
         rows = datasets.load_dataset(
-            data.hub_name, data.hub_config, split=data.hub_split, revision=data.hub_revision, streaming=data.streaming
+            data.hub_name,
+            data.hub_config,
+            split=data.hub_split,
+            revision=data.hub_revision,
+            streaming=data.streaming,
+            trust_remote_code=False,
         )
     except Exception as error:  # of the network, the hub, the file system and the dataset alike
         reason = (str(_cause(error)).strip() or type(error).__name__).split("\n")[0].rstrip(".")
@@ -141,7 +164,9 @@ def hub_texts(data: DataParams) -> Iterator[str]:
             f"params.yaml: data.hub_name {what} cannot be loaded ({reason}); check data.hub_name, hub_config, "
             "hub_split and hub_revision, the network, and that the folder HF_HOME names can be written"
         ) from None
-    yield from _texts(_guarded(rows, what), f"params.yaml: data.hub_name {what}", data)
+    if data.column in (rows.column_names or ()):  # unknown of some streams
+        rows = rows.select_columns([data.column])  # what the others hold need not be read, or be readable
+    yield from _texts(enumerate(_guarded(rows, what), 1), f"params.yaml: data.hub_name {what}", data, refused)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -159,66 +184,66 @@ def _guarded(rows: Iterable[dict[str, Any]], what: str) -> Iterator[dict[str, An
         ) from None
 
 
-def _texts(rows: Iterable[dict[str, Any]], origin: str, data: DataParams, ragged: bool = False) -> Iterator[str]:
-    """The text of each row; rows without any are left out, and of `ragged` ones those without the column."""
+def _texts(
+    rows: Iterable[Row], origin: str, data: DataParams, refused: Counter[str], unit: str = "row", ragged: bool = False
+) -> Iterator[str]:
+    """The text of each row; rows without any are left out, and of `ragged` ones those without the column.
+
+    Chats of no known shape are counted in `refused`; where there is nothing else, the source is refused.
+    """
 
     def texts() -> Iterator[str]:
-        columns, found = "", False
-        for row in rows:
+        columns, kind, found, strange = "", "", False, Counter[str]()
+        for number, row in rows:
             if data.column not in row:
                 columns = columns or " ".join(", ".join(row).split())[:200]  # a damaged header can hold anything
                 if ragged:
                     continue
                 break
-            found = True
-            text = _joined(row[data.column])
-            if text is None:
+            try:
+                text = joined(row[data.column])
+            except ShapeError as error:
                 kind = type(row[data.column]).__name__
-                raise CorpusError(f"{origin}: {data.column} holds {kind}, not text; set params.yaml: data.column")
+                if kind in ("list", "dict"):
+                    strange[str(error)] += 1
+                    refused[str(error)] += 1
+                    continue
+                sentence = f"{origin}: {data.column} holds {kind}, not text ({unit} {number})"
+                raise CorpusError(f"{sentence}; set params.yaml: data.column") from None
+            except NestedError:
+                sentence = f"{origin}: {unit} {number} is nested more than {MOST_NESTED} deep, as no chat is; remove it"
+                raise CorpusError(sentence) from None
+            found = True
             if text:
                 yield text
+        if strange and not found:
+            raise CorpusError(
+                f"{origin}: {data.column} holds {kind}, not text or turns of role and content ({told(strange)}); set "
+                "params.yaml: data.column, or write the turns so"
+            )
         if columns and not found:
             raise CorpusError(f"{origin}: has no column {data.column}; set params.yaml: data.column to {columns}")
 
     if not data.split_on:
         return texts()
     lines = (line if line.endswith("\n") else line + "\n" for text in texts() for line in io.StringIO(text))
-    return _cut(lines, data.split_on)
+    return _cut(lines, data.split_on, origin)
 
 
-def _joined(value: Any) -> str | None:
-    """A text; a chat, its turns joined by blank lines; "" where there is none; None if it is nothing of the kind.
-
-    A turn has a role and a content, or from and value; a content may be a list of parts of which those of text count.
-    A turn without content, such as one that calls a tool, is left out.
-    """
-    match value:
-        case None:
-            return ""
-        case str():
-            return value
-        case list():
-            turns = [_joined(turn) for turn in value]
-            return None if None in turns else "\n\n".join(turn for turn in turns if turn)
-        case {"type": "text", "text": text}:
-            return _joined(text)
-        case {"type": str()}:  # an image, a file
-            return ""
-        case {"role": role, **rest} | {"from": role, **rest}:
-            content = _joined(rest.get("content", rest.get("value")))
-            return f"{role}: {content}" if content else content
-        case _:
-            return None
-
-
-def _cut(lines: Iterable[str], split_on: str) -> Iterator[str]:
+def _cut(lines: Iterable[str], split_on: str, origin: str) -> Iterator[str]:
     """Documents, each of which begins at a line that the regular expression matches."""
-    begins = re.compile(split_on)
+    begins = LinePattern(split_on)
     current: list[str] = []
     for line in lines:
-        if begins.match(line) and current:
-            yield "".join(current)
-            current = []
+        try:
+            if begins.matches(line) and current:
+                yield "".join(current)
+                current = []
+        except SlowPatternError as error:
+            raise CorpusError(
+                f"params.yaml: data.split_on {split_on!r} {error} of {origin}; write it without repetitions inside "
+                "repetitions"
+            ) from None
         current.append(line)
     if current:
         yield "".join(current)

@@ -12,6 +12,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from lego.base.artifacts import ArtifactError, sha256
+from lego.base.given import where_from
 from lego.tokens.blocks import BlockWriter, CorpusError
 
 END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<unk>"
@@ -90,7 +91,10 @@ class TextEncoder:
         from transformers import AutoTokenizer
 
         try:
-            loaded = AutoTokenizer.from_pretrained(name)
+            source, told = where_from(name, f"params.yaml: {key} {name}")
+            loaded = AutoTokenizer.from_pretrained(source, **told)
+        except ArtifactError as error:
+            raise CorpusError(str(error)) from None
         except Exception as error:  # transformers raises many kinds; each means the same to the user
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise CorpusError(

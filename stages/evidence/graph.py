@@ -29,6 +29,7 @@ from lego.base.params import Params
 from lego.base.profiles import with_keys
 from lego.base.scratch import pipeline_entry
 from lego.base.sections import DataParams
+from lego.base.yaml_files import YamlError, read_yaml
 from lego.text.sources import documents
 
 FULL = ("core", "regime", "ratios", "selection", "options", "total")  # suites of --full, in this order
@@ -89,9 +90,9 @@ def load_suites() -> dict[str, Suite]:
     """
     file, suites = Path(__file__).with_name("suites.yaml"), {}
     try:
-        found = yaml.safe_load(file.read_text("utf-8"))
-    except yaml.YAMLError as error:
-        raise StageError(f"{file.name}: is not valid YAML ({' '.join(str(error).split())})") from None
+        found = read_yaml(file, repeated_keys=True)
+    except YamlError as error:
+        raise StageError(f"{file.name}: {error}") from None
     if not isinstance(found, dict):
         raise StageError(f"{file.name}: must hold suites by name")
     for name, suite in found.items():

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from lego import load_model, save_model
+from lego.routing import command_line
 from lego.routing.command_line import main
 from lego.routing.generation import generate
-from lego.text.tokenizer import TextEncoder, fit_bpe
+from lego.routing.spelling import spelled
+from lego.text.tokenizer import TextEncoder, fit_bpe, fit_words
 from tests.routing.conftest import greedy_by_recomputing, random_model
 
 
@@ -61,3 +67,73 @@ def test_the_command_names_what_it_cannot_use(saved, tmp_path, capsys):
     ):
         assert main(arguments) == 1
         assert re.search(sentence, capsys.readouterr().err)
+
+
+WORDS = "one two three four five six seven eight nine ten eleven twelve"
+BYTES = fit_bpe([f"{WORDS} naïve ☕ 日本語 "], 290, 10**6)
+
+
+def test_words_are_printed_with_the_spaces_between_them(tmp_path, capsys):
+    texts = [" ".join(WORDS.split()[:n]) for n in range(1, 13)]
+    encoder = TextEncoder.fitted(fit_words(texts, 14, 10**6))
+    encoder.save(tmp_path)
+    model = random_model("sequence", vocab=14)
+    model.sizes["context"], model.routing_threshold = 40, 0.4
+    save_model(model, tmp_path)
+    assert main([str(tmp_path), "One two", "--max-new-tokens", "9", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    tokens = [token["text"] for token in result["tokens"]]
+    assert all(re.fullmatch(r" \S+", text) for text in tokens)
+    assert result["text"] == "".join(tokens)
+    assert main([str(tmp_path), "One two", "--max-new-tokens", "9"]) == 0
+    assert capsys.readouterr().out == "One two" + result["text"] + "\n"
+    assert main([str(tmp_path), "One two", "--max-new-tokens", "9", "--show-exits"]) == 0
+    assert re.sub(r"\x1b\[\d+m", "", capsys.readouterr().out) == "One two" + result["text"] + "\n"
+
+
+@given(text=st.text("a ï☕日本\n語🎉", min_size=1, max_size=20), places=st.tuples(st.floats(0, 1), st.floats(0, 1)))
+def test_what_tokens_add_is_whole_characters_wherever_the_text_is_cut(text, places):
+    ids = BYTES.encode(text, add_special_tokens=False).ids
+    start, end = sorted(round(place * len(ids)) for place in places)
+    added = spelled(BYTES.decode, ids[:start], ids[start:end])
+    assert len(added) == end - start
+    assert "\ufffd" not in "".join(added)
+    assert text.startswith(BYTES.decode(ids[:start]).rstrip("\ufffd") + "".join(added))
+    if end == len(ids):
+        assert text.endswith("".join(added))
+
+
+def test_a_token_that_takes_back_a_space_adds_nothing_twice():
+    joined = {1: "don", 2: "don '", 3: "don't", 4: "don't do"}
+    assert spelled(lambda ids: joined.get(len(ids), ""), [7], [7, 7, 7]) == ["", "'t", " do"]
+    assert spelled(lambda ids: "", [1], []) == []
+
+
+ODD = {"prompt": "p\x1b]0;title\x07", "text": "é☕\x1b[2J\ttab\nline\r"}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "terminal", "exits", "shown"),
+    [
+        ("utf-8", False, False, "p\x1b]0;title\x07é☕\x1b[2J\ttab\nline\r\n"),  # a file has what was written
+        ("utf-8", True, False, "p\\x1b]0;title\\x07é☕\\x1b[2J\ttab\nline\\x0d\n"),
+        ("latin-1", True, False, "p\\x1b]0;title\\x07é\\u2615\\x1b[2J\ttab\nline\\x0d\n"),
+        ("ascii", False, True, "p\\x1b]0;title\\x07\x1b[33m\\xe9\\u2615\\x1b[2J\ttab\nline\\x0d\x1b[0m\n"),
+    ],
+)
+def test_what_a_terminal_cannot_show_or_would_obey_is_spelled_out(monkeypatch, encoding, terminal, exits, shown):
+    tokens = [{"id": 1, "text": ODD["text"], "deep": True}]
+    speeds = {"shallow_ratio": 0.0, "tokens_per_second": 1.0, "full_tokens_per_second": 1.0}
+    monkeypatch.setattr(command_line, "_write", lambda arguments: ODD | speeds | {"tokens": tokens})
+    written = io.BytesIO()
+    stdout = io.TextIOWrapper(written, encoding=encoding, newline="")
+    stdout.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stdout", stdout)
+    assert main(["folder", "p", *(["--show-exits"] if exits else [])]) == 0
+    stdout.flush()
+    assert written.getvalue().decode(encoding) == shown
+
+
+def test_a_sentence_about_a_name_is_shown_as_it_is_spelled(capsys):
+    assert main(["no\x1b[31mfolder", "p"]) == 1
+    assert "error: no\\x1b[31mfolder/" in capsys.readouterr().err

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import gzip
+import os
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -82,6 +85,51 @@ def test_a_table_of_ones_own_and_what_is_wrong_with_it(tmp_path):
     frame.assign(a=1e300 * frame["a"]).to_csv(file, index=False)
     with pytest.raises(TaskError, match="column a spreads beyond double precision; scale it down"):
         tasks.load(settings, PARAMS.test.model_copy(update={"kinds": ["uniform"]}))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.csv", "a;k\n1;x\n2;y\n", r"a\.csv: separates its cells by semicolons; write it anew with commas"),
+        ("a.csv", "a;k\n1,5;x\n2,5;y\n", r"a\.csv: separates its cells by semicolons"),
+        ("a.csv", "\ufeffa\tk\n1\tx\n", r"a\.csv: separates its cells by tabs"),
+        ("a.csv", ",\na,k\n1,x\n", r"a\.csv: line 1 is blank where the names of the columns should stand; remove it"),
+        ("a.csv", "a,k\n1,x\n\0", r"a\.csv: cannot be read as \.csv \(it holds zero bytes, so it is not text\)"),
+        ("pipe", None, r"pipe: is a pipe, not a file; save what it gives"),
+        ("sparse.csv", 2**40, r"sparse\.csv: cannot be read as \.csv \(it holds zero bytes"),
+        ("bomb.parquet", 2 * 10**7, r"bomb\.parquet: unpacks to 20,000,000 values, more than 200 times its size"),
+        ("far.parquet", -1, r"far\.parquet: cannot be read as \.parquet \(year .* out of range\)"),
+    ],
+)
+def test_what_is_no_table_is_named_before_it_fills_the_memory(tmp_path, name, content, sentence):
+    file = tmp_path / name
+    match content:
+        case None:
+            os.mkfifo(file)
+        case -1:
+            pq.write_table(pa.table({"a": [1.0], "day": pa.array([10**7], pa.date32())}), file)
+        case 1099511627776:
+            with file.open("wb") as sparse:
+                sparse.write(b"a,k\n1,x\n")
+                sparse.truncate(content)
+        case int():
+            pq.write_table(pa.table({"a": np.zeros(content)}), file)
+        case _:
+            file.write_text(content)
+    with pytest.raises(TaskError, match=sentence) as caught:
+        read_table(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_of_a_parquet_file_only_the_needed_columns_are_read(tmp_path):
+    table = {"a": [1.0], "b": [2.0], "day": pa.array([10**7], pa.date32())}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    assert list(read_table(tmp_path / "a.parquet", ["b", "a", "gone"])) == ["b", "a"]
+
+
+def test_a_blank_line_before_the_header_of_numbers_is_no_row(tmp_path):
+    (tmp_path / "a.csv").write_text("\na,k\n1,x\n")
+    assert read_table(tmp_path / "a.csv").to_dict("list") == {"a": [1], "k": ["x"]}
 
 
 def test_r6_4_void_rows_may_come_from_a_table(tmp_path):

@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -41,9 +42,7 @@ def table_bytes(kind: str, texts: list, column: str = "text") -> bytes:
     if kind == "jsonl":
         return "".join(json.dumps(row) + "\n" for row in rows).encode()
     if kind == "parquet":
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows), sink)
-        return sink.getvalue().to_pybytes()
+        return pa_bytes(pa.Table.from_pylist(rows))
     import io
 
     out = io.StringIO(newline="")
@@ -51,6 +50,12 @@ def table_bytes(kind: str, texts: list, column: str = "text") -> bytes:
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue().encode()
+
+
+def pa_bytes(table: pa.Table) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    return sink.getvalue().to_pybytes()
 
 
 @pytest.mark.parametrize("compression", COMPRESS)
@@ -128,29 +133,70 @@ def test_cutting_loses_nothing(tmp_path_factory, text, pattern):
     assert "".join(read(path, split_on=pattern)) == text
 
 
-@pytest.mark.parametrize(
-    "chat",
-    [
-        ["hi", "yo"],
-        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}],
-        [{"from": "user", "value": "hi"}, {"from": "assistant", "value": "yo"}],
-    ],
-)
-def test_the_turns_of_a_chat_are_joined(tmp_path, chat):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"text": chat}) + "\n")
-    expected = "hi\n\nyo" if isinstance(chat[0], str) else "user: hi\n\nassistant: yo"
-    assert read(tmp_path) == [expected]
+@pytest.mark.parametrize("year", [0, 10000])
+def test_of_a_table_only_the_wanted_column_is_read(tmp_path, year):
+    seconds = (np.datetime64(f"{year:04d}-01-01", "s") if year else np.datetime64("-0001-01-01", "s")).astype(int)
+    far = pa.array([int(seconds) * 10**6] * 2, pa.timestamp("us"))
+    days = pa.array([int(seconds) // 86400] * 2, pa.date32())
+    turn = pa.struct([("role", pa.string()), ("content", pa.string()), ("when", pa.timestamp("us"))])
+    chats = [[{"role": "user", "content": text, "when": int(seconds) * 10**6}] for text in ("a", "b")]
+    table = {"when": far, "day": days, "text": ["a", "b"], "text.day": days, "chat": pa.array(chats, pa.list_(turn))}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    assert read(tmp_path) == ["a", "b"]
+    assert read(tmp_path, column="chat") == ["user: a", "user: b"]
+    for column, kind in (("when", "timestamp"), ("text.day", "date32")):
+        with pytest.raises(CorpusError, match=rf"a\.parquet: {column} holds {kind}, not text; set .*data\.column"):
+            read(tmp_path, column=column)
+    with pytest.raises(CorpusError, match=r"has no column body; set .* to when, day, text, text\.day, chat"):
+        read(tmp_path, column="body")
 
 
-def test_turns_without_content_are_left_out_and_parts_of_text_are_read(tmp_path):
-    chats = [
-        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}],
-        [{"role": "user", "content": None}],
-        [{"role": "assistant", "tool_calls": []}, {"role": "tool", "content": "42"}],
-        [{"role": "user", "content": [{"type": "text", "text": "look"}, {"type": "image", "url": "x"}]}],
-    ]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": chat}) + "\n" for chat in chats))
-    assert read(tmp_path) == ["user: hi", "tool: 42", "user: look"]
+@pytest.mark.parametrize("streaming", [False, True])
+def test_of_a_dataset_only_the_wanted_column_is_read(tmp_path, monkeypatch, streaming):
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "dataset").mkdir()
+    far = pa.array([10**7] * 2, pa.date32())
+    pq.write_table(pa.table({"text": ["a", "b"], "when": far}), tmp_path / "dataset" / "train.parquet")
+    assert read(hub_name=str(tmp_path / "dataset"), streaming=streaming) == ["a", "b"]
+
+
+def test_a_table_whose_texts_repeat_and_one_of_every_kind_of_string_are_read(tmp_path):
+    for number, kind in enumerate((pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string()))):
+        pq.write_table(pa.table({"text": pa.array(["a", None, "b", "a"] * 900, kind)}), tmp_path / f"{number}.parquet")
+    assert read(tmp_path) == ["a", "b", "a"] * 2700
+
+
+def test_a_window_of_256_mebibytes_is_read(tmp_path):
+    window = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True, write_content_size=False)
+    stream = zstandard.ZstdCompressor(compression_params=window).compressobj()
+    (tmp_path / "a.jsonl.zst").write_bytes(stream.compress(table_bytes("jsonl", TEXTS)) + stream.flush())
+    assert read(tmp_path) == TEXTS
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("pattern", ["= . =$", "= . =\\s*$", "= . =\\Z", "= . =", "= . =\\r?\\n"])
+def test_split_on_finds_the_same_lines_whatever_ends_them(tmp_path, end, pattern):
+    parts = [f"= {number} ={end}text{end}{end}" for number in range(10)]
+    (tmp_path / "a.txt").write_bytes("".join(parts).encode())
+    assert read(tmp_path, split_on=pattern) == parts
+
+
+def test_a_pattern_that_never_ends_is_stopped_with_the_key_and_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("lego.base.patterns.SECONDS", 0.2)
+    (tmp_path / "a.txt").write_text("fine\n" + "a" * 60 + "!\n")
+    sentence = r"params\.yaml: data\.split_on '\(a\|aa\)\+\$' tries too many ways .*a\.txt; write it without"
+    with pytest.raises(CorpusError, match=sentence):
+        read(tmp_path, split_on="(a|aa)+$")
+
+
+def test_pipes_and_devices_are_named_and_in_a_folder_left_out(tmp_path, capsys):
+    os.mkfifo(tmp_path / "a.txt")
+    (tmp_path / "b.txt").write_text("text")
+    assert read(tmp_path) == ["text"]
+    assert "1 of 2 files are of another kind and not read" in capsys.readouterr().out
+    for path, what in ((tmp_path / "a.txt", "a pipe"), ("/dev/zero", "a device")):
+        with pytest.raises(CorpusError, match=rf"{path}: is {what}, neither file nor folder; save what it gives"):
+            read(path)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -203,9 +249,7 @@ def test_a_dataset_out_of_reach_names_itself_and_the_remedies(tmp_path, monkeypa
 
 
 GOOD_GZIP = gzip.compress(b"some text that is long enough to be cut in the middle")
-_sink = pa.BufferOutputStream()
-pq.write_table(pa.table({"text": pa.array([], pa.string())}), _sink)
-NO_ROWS = _sink.getvalue().to_pybytes()
+NO_ROWS = pa_bytes(pa.table({"text": pa.array([], pa.string())}))
 LONG_ZSTD = zstandard.compress("".join(f"line {i}\n" for i in range(400_000)).encode())
 FAULTY = {  # file name -> content, what its sentence says
     "empty.txt": (b"", r"empty\.txt: is empty; put text there or remove the file"),
@@ -238,6 +282,29 @@ FAULTY = {  # file name -> content, what its sentence says
     "nested.jsonl": (b'{"text": {"deep": 1}}\n', r"nested\.jsonl: text holds dict, not text"),
     "nothing.jsonl": (b'{"text": ""}\n{"text": null}\n', r"nothing\.jsonl: is empty"),
     "norows.parquet": (NO_ROWS, r"norows\.parquet: is empty"),
+    "deep.jsonl": (
+        b'{"text": "kept"}\n\n{"text": ' + b"[" * 900 + b'"x"' + b"]" * 900 + b"}\n",
+        r"deep\.jsonl: line 3 is nested more than 20 deep, as no chat is; remove it",
+    ),
+    "deeper.jsonl": (
+        b'{"text": "kept", "other": ' + b"[" * 10**5 + b"]" * 10**5 + b"}\n",
+        r"deeper\.jsonl: cannot be read \(line 1 is nested too deep\)",
+    ),
+    "huge.jsonl": (
+        b'{"text": "a"}\n{"text": "b", "id": ' + b"9" * 5000 + b"}\n",
+        r"huge\.jsonl: cannot be read \(line 2: a number of more than 4300 digits\); restore or remove the file",
+    ),
+    "semicolons.csv": (b'id;text\n1;"a, b"\n', r"semicolons\.csv: line 1 separates its cells by semicolons; write the"),
+    "quoted.csv": (b'"id";"text"\n"1";"a"\n', r"quoted\.csv: line 1 separates its cells by semicolons"),
+    "tabs.csv": (b"id\ttext\n1\ta\n", r"tabs\.csv: line 1 separates its cells by tabs; write the file anew with comm"),
+    "excel.csv": (b"sep=;\r\nid;text\r\n1;a\r\n", r"excel\.csv: line 1 separates its cells by semicolons"),
+    "blank.csv": (b"\nid,text\n1,a\n", r"blank\.csv: line 1 is blank where the names of the columns should stand"),
+    "commas.csv": (b" ,,\r\nid,text,x\r\n1,a,b\r\n", r"commas\.csv: line 1 is blank where the names"),
+    "twice.csv": (b"text,text\n1,a\n", r"twice\.csv: line 1 has the column text twice; drop or rename one"),
+    "date.parquet": (
+        pa_bytes(pa.table({"text": pa.array([10**7], pa.date32())})),
+        r"date\.parquet: text holds date32, not text; set params\.yaml: data\.column",
+    ),
     "picture.png": (b"\x89PNG", r"picture\.png: is of no kind that can be read; params\.yaml: data\.path takes \.txt"),
 }
 
