@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from lego.base.artifacts import write_text
+from lego.hub.backbone import LegoModel
 from lego.hub.configuration import LegoConfig
 from lego.hub.modeling import LegoForCausalLM, LegoOutput
 from lego.model.exit_criteria import STATE_CRITERIA, StateCriterion
@@ -18,7 +19,7 @@ from lego.model.transformer import DeepSupervisionTransformer
 
 CARD_KEYS = ("ppl", "shallow_ppl", "deep_ppl", "bits_per_byte", "acc", "shallow_ratio", "flops_ratio")
 
-__all__ = ["LegoConfig", "LegoForCausalLM", "LegoOutput", "model_card", "save_routed", "to_hf"]
+__all__ = ["LegoConfig", "LegoForCausalLM", "LegoModel", "LegoOutput", "model_card", "save_routed", "to_hf"]
 
 
 def to_hf(
@@ -117,4 +118,5 @@ def save_routed(model: LegoForCausalLM, folder: str | Path, tokenizer: str | Pat
 
 
 AutoConfig.register("lego", LegoConfig)
+AutoModel.register(LegoConfig, LegoModel)
 AutoModelForCausalLM.register(LegoConfig, LegoForCausalLM)
