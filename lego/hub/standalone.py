@@ -6,7 +6,6 @@ It is put together from this package's own sources whenever a model is saved, so
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -51,31 +50,33 @@ def standalone_code() -> str:
 @cache
 def standalone_code() -> str:
     """Source of one module with LegoConfig, LegoModel and LegoForCausalLM that imports nothing of this package."""
-    imports, bodies = set[tuple[str, str]](), []
+    imports, code, was_wide = dict[str, tuple[str, str]](), "", False
     for file, wanted in PARTS.items():
         source = (Path(__file__).resolve().parents[1] / file).read_text(encoding="utf-8")
         for node in ast.parse(source).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
-                imports |= set(_imports(node))
+                imports |= {} if file == "hub/standalone.py" else _imports(node)
             elif (names := _names(node)) and (not wanted or names & set(wanted)):
-                bodies.append((isinstance(node, ast.ClassDef | ast.FunctionDef), _text(source.splitlines(), node)))
-    code = "".join(f"\n\n{text}\n" if wide else f"{text}\n" for wide, text in bodies) + FOOTER
+                wide = isinstance(node, ast.ClassDef | ast.FunctionDef)
+                code += ("\n\n" if wide or was_wide else "") + _text(source.splitlines(), node) + "\n"
+                was_wide = wide
+    code += FOOTER
     used = {node.id for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)}
-    return (
-        HEADER
-        + "\n".join(line for name, line in sorted(imports, key=lambda one: one[1]) if name in used)
-        + "\n\n"
-        + code
-    )
+    by_module = dict[str, list[str]]()
+    for bound in sorted(used & imports.keys()):
+        module, name = imports[bound]
+        by_module.setdefault(module, []).append(name)
+    lines = [f"import {name}\n" for name in by_module.pop("", [])]
+    lines += [f"from {module} import {', '.join(names)}\n" for module, names in sorted(by_module.items())]
+    return HEADER + "".join(lines) + "\n" + code
 
 
-def _imports(node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, str]]:
-    """The name that each import binds, and a line that does so; none of this package's."""
-    start = f"from {node.module} import" if isinstance(node, ast.ImportFrom) else "import"
-    if not start.startswith(("from lego", "from __future__")):
-        for alias in node.names:
-            line = f"{start} {alias.name}" + (f" as {alias.asname}" if alias.asname else "")
-            yield alias.asname or alias.name.split(".")[0], line
+def _imports(node: ast.Import | ast.ImportFrom) -> dict[str, tuple[str, str]]:
+    """What names stand for: a module, empty for modules themselves, and a name in it; none of this package's."""
+    module = (node.module or "") if isinstance(node, ast.ImportFrom) else ""
+    if module.split(".")[0] in ("lego", "__future__"):
+        return {}
+    return {alias.asname or alias.name: (module, ast.unparse(alias)) for alias in node.names}
 
 
 def _names(node: ast.stmt) -> set[str]:
