@@ -211,7 +211,7 @@ class LegoModel(LegoPreTrainedModel, LlamaModel):
 
     def _over_exit_states(self, exits: Tensor, kept: Tensor, deep: Tensor | None, reading: Reading) -> Tensor:
         if deep is None:
-            rows, taken = kept.expand(len(exits), -1), None  # (B, K)
+            rows, taken = kept.expand(exits.shape[0], -1), None  # (B, K)
         else:
             counts = deep.sum(dim=1)
             order = deep.int().argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
@@ -219,7 +219,7 @@ class LegoModel(LegoPreTrainedModel, LlamaModel):
             taken = torch.arange(rows.shape[1], device=rows.device) < counts[:, None]
         x = exits.gather(1, rows.unsqueeze(-1).expand(-1, -1, exits.shape[-1]))  # (B, H, D)
         mask, rotary = reading.mask, reading.rotary_of(rows)
-        if deep is not None or len(kept) < exits.shape[1]:
+        if deep is not None or kept.shape[0] < exits.shape[1]:
             mask = reading.mask_of(rows)
         for layer in self.layers[self.config.exit_layer :]:
             if self.training and layer.gradient_checkpointing:

@@ -7,11 +7,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from lego.base.artifacts import read_json, write_json, write_text
 from lego.hub.backbone import LegoModel
 from lego.hub.configuration import LegoConfig
+from lego.hub.heads import LegoForQuestionAnswering, LegoForSequenceClassification, LegoForTokenClassification
 from lego.hub.modeling import LegoForCausalLM, LegoOutput
 from lego.hub.standalone import STANDALONE
 from lego.model.exit_criteria import STATE_CRITERIA, StateCriterion
@@ -149,3 +157,6 @@ def _complete_tokenizer(file: Path, context: int | None) -> None:
 AutoConfig.register("lego", LegoConfig)
 AutoModel.register(LegoConfig, LegoModel)
 AutoModelForCausalLM.register(LegoConfig, LegoForCausalLM)
+AutoModelForSequenceClassification.register(LegoConfig, LegoForSequenceClassification)
+AutoModelForTokenClassification.register(LegoConfig, LegoForTokenClassification)
+AutoModelForQuestionAnswering.register(LegoConfig, LegoForQuestionAnswering)

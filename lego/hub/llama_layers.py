@@ -95,7 +95,7 @@ class Reading:
     def rotary_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, H, d) of the tokens at `rows` (B, H)."""
         cos, sin = (
-            part.expand(len(rows), -1, -1).gather(1, rows.unsqueeze(-1).expand(-1, -1, part.shape[-1]))
+            part.expand(rows.shape[0], -1, -1).gather(1, rows.unsqueeze(-1).expand(-1, -1, part.shape[-1]))
             for part in self.rotary
         )
         return cos, sin
@@ -103,7 +103,7 @@ class Reading:
     def mask_of(self, rows: Tensor) -> Tensor:
         """What the tokens at `rows` (B, H) may see, (B, 1, H, S): their rows of the causal mask."""
         if self.mask is not None:
-            mask = self.mask.expand(len(rows), -1, -1, -1)
+            mask = self.mask.expand(rows.shape[0], -1, -1, -1)
             return mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
         newest = self.rotary[0].shape[1] + self.seen
         return (rows + self.seen)[:, None, :, None] >= torch.arange(newest, device=rows.device)

@@ -12,7 +12,16 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Trainer,
+    TrainingArguments,
+)
 
 from lego.hf import LegoForCausalLM, to_hf
 from lego.model.exit_criteria import StateCriterion
@@ -232,6 +241,30 @@ def test_the_full_depth_can_be_exported(context):
     torch.testing.assert_close(exported(ids, use_cache=False).logits, model(ids).logits)
 
 
+def test_the_full_depth_is_exported_for_any_length():
+    model = to_hf(lego_model("sequence", own_head=False), None)
+    shapes = {"input_ids": {1: torch.export.Dim("length", min=2, max=60)}, "use_cache": None}
+    ids = torch.randint(0, VOCAB, (2, 6))
+    exported = torch.export.export(model, (ids,), {"use_cache": False}, dynamic_shapes=shapes).module()
+    other = torch.randint(0, VOCAB, (2, 11))
+    torch.testing.assert_close(exported(other, use_cache=False).logits, model(other).logits)
+
+
+@pytest.mark.parametrize(
+    "auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoModelForQuestionAnswering]
+)
+def test_other_heads_stand_on_the_full_depth(auto, tmp_path):
+    model, ids = to_hf(lego_model("sequence", own_head=True), 0.3, pad_token_id=0), torch.randint(1, VOCAB, (2, 6))
+    model.save_pretrained(tmp_path)
+    other = auto.from_pretrained(tmp_path)
+    torch.testing.assert_close(other.base_model(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    first = other(ids)[0]
+    first.sum().backward()
+    assert other.base_model.layers[3].mlp.up_proj.weight.grad.any()
+    other.save_pretrained(tmp_path / "other")
+    torch.testing.assert_close(auto.from_pretrained(tmp_path / "other")(ids)[0], first)
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
@@ -243,8 +276,6 @@ def test_the_full_depth_can_be_exported(context):
     ],
 )
 def test_a_field_that_contradicts_the_weights_is_refused(change, sentence, tmp_path):
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-
     model = to_hf(lego_model("sequence", own_head=False), 0.3)
     model.save_pretrained(tmp_path)
     changed = AutoConfig.from_pretrained(tmp_path, **change)  # by itself a configuration may say so
