@@ -99,6 +99,7 @@ import lego.hf  # registers the classes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("data/routed")
+tokenizer = AutoTokenizer.from_pretrained("data/routed")
 ```
 
 Without it, with transformers 5 alone: the folder brings its code, {STANDALONE}, which then runs.
@@ -107,12 +108,12 @@ Without it, with transformers 5 alone: the folder brings its code, {STANDALONE},
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("data/routed", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("data/routed", trust_remote_code=True)
 ```
 
 Either way:
 
 ```python
-tokenizer = AutoTokenizer.from_pretrained("data/routed")
 print(tokenizer.decode(model.generate(**tokenizer("def main(", return_tensors="pt"), max_new_tokens=64)[0]))
 model.config.exit_threshold = None  # always deep; 0.0 is block 1 alone
 model.calibrate(tokenizer("some text", return_tensors="pt"), deep_share=0.5)  # half of such text goes deep
