@@ -7,18 +7,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
-from lego.base.artifacts import write_text
+from lego.base.artifacts import read_json, write_json, write_text
+from lego.hub.backbone import LegoModel
 from lego.hub.configuration import LegoConfig
+from lego.hub.heads import LegoForQuestionAnswering, LegoForSequenceClassification, LegoForTokenClassification
 from lego.hub.modeling import LegoForCausalLM, LegoOutput
+from lego.hub.standalone import STANDALONE
 from lego.model.exit_criteria import STATE_CRITERIA, StateCriterion
 from lego.model.naming import config_of, to_llama
 from lego.model.transformer import DeepSupervisionTransformer
 
 CARD_KEYS = ("ppl", "shallow_ppl", "deep_ppl", "bits_per_byte", "acc", "shallow_ratio", "flops_ratio")
 
-__all__ = ["LegoConfig", "LegoForCausalLM", "LegoOutput", "model_card", "save_routed", "to_hf"]
+__all__ = ["LegoConfig", "LegoForCausalLM", "LegoModel", "LegoOutput", "model_card", "save_routed", "to_hf"]
 
 
 def to_hf(
@@ -82,14 +92,31 @@ tags: [lego, early-exit]
 ({threshold}) leaves; the others take the full depth. Block 2 learned from the tokens that block 1
 found hard (ASHEM).
 
+With the package lego installed:
+
 ```python
 import lego.hf  # registers the classes
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("data/routed")
 tokenizer = AutoTokenizer.from_pretrained("data/routed")
+```
+
+Without it, with transformers 5 alone: the folder brings its code, {STANDALONE}, which then runs.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("data/routed", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("data/routed", trust_remote_code=True)
+```
+
+Either way:
+
+```python
 print(tokenizer.decode(model.generate(**tokenizer("def main(", return_tensors="pt"), max_new_tokens=64)[0]))
 model.config.exit_threshold = None  # always deep; 0.0 is block 1 alone
+model.calibrate(tokenizer("some text", return_tensors="pt"), deep_share=0.5)  # half of such text goes deep
 ```
 
 | on test text | |
@@ -113,8 +140,24 @@ def save_routed(model: LegoForCausalLM, folder: str | Path, tokenizer: str | Pat
     model.save_pretrained(str(folder))
     for file in sorted(Path(tokenizer).iterdir()):
         shutil.copyfile(file, folder / file.name)
+    _complete_tokenizer(folder / "tokenizer_config.json", model.config.trained_context)
     write_text(folder / "README.md", card)
 
 
+def _complete_tokenizer(file: Path, context: int | None) -> None:
+    """Lets a tokenizer pad, with end-of-text where it has nothing else, and know the trained context."""
+    if file.exists():
+        settings = read_json(file)
+        if settings.get("pad_token") is None and settings.get("eos_token") is not None:
+            settings["pad_token"] = settings["eos_token"]
+        if context is not None:
+            settings["model_max_length"] = context
+        write_json(file, settings)
+
+
 AutoConfig.register("lego", LegoConfig)
+AutoModel.register(LegoConfig, LegoModel)
 AutoModelForCausalLM.register(LegoConfig, LegoForCausalLM)
+AutoModelForSequenceClassification.register(LegoConfig, LegoForSequenceClassification)
+AutoModelForTokenClassification.register(LegoConfig, LegoForTokenClassification)
+AutoModelForQuestionAnswering.register(LegoConfig, LegoForQuestionAnswering)

@@ -9,11 +9,65 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, apply_rotary_pos_emb, eager_attention_forward
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a caller asked to see of every layer; None is not asked for.
+
+    A token that left has no states above the exit: there its exit state stands for them, and it attends to nothing.
+
+    Args:
+        states: the embeddings (B, Q, D), and every layer's output.
+        attentions: every layer's weights (B, heads, Q, S).
+        chosen: numbers of the states that are wanted, negative ones from the end; None = all.
+    """
+
+    states: list[Tensor] | None = None
+    attentions: list[Tensor] | None = None
+    chosen: tuple[int, ...] | None = None
+
+    @property
+    def anything(self) -> bool:
+        return self.states is not None or self.attentions is not None
+
+    def outputs(self, last: Tensor) -> tuple[tuple[Tensor | None, ...] | None, tuple[Tensor, ...] | None]:
+        """States and attentions as outputs hold them: as in Llama, the last state (B, Q, D) is the normed one."""
+        states: tuple[Tensor | None, ...] | None = None
+        if self.states is not None:
+            states, count = (*self.states[:-1], last), len(self.states)
+            if self.chosen is not None:
+                states = tuple(h if {i, i - count} & {*self.chosen} else None for i, h in enumerate(states))
+        return states, None if self.attentions is None else tuple(self.attentions)
+
+    def add_state(self, h: Tensor) -> None:
+        if self.states is not None:
+            self.states.append(h)
+
+    def add_above(self, exits: Tensor, deep: Tensor | None, x: Tensor) -> None:
+        """Takes in a layer's output above the exit: x (n, D) where deep (B, Q), else (B, Q, D) of all tokens."""
+        if self.states is not None:
+            if deep is not None:
+                merged = exits.clone()
+                merged[deep] = x
+                x = merged
+            self.states.append(x)
+
+    def add_weights(self, deep: Tensor | None, weights: Tensor | None) -> None:
+        """Takes in attention weights above the exit: (n, heads, S) where deep (B, Q), else (B, heads, Q, S)."""
+        if self.attentions is not None:
+            if deep is not None:
+                spread = torch.zeros_like(self.attentions[0]).transpose(1, 2)  # (B, Q, heads, S)
+                if weights is not None:
+                    spread[deep] = weights
+                weights = spread.transpose(1, 2)
+            if weights is not None:
+                self.attentions.append(weights)
 
 
 @dataclass(frozen=True)
@@ -26,6 +80,7 @@ class Reading:
         cache: takes in keys and values; None = nothing is remembered.
         seen: tokens that it held before.
         attention: name of transformers' implementation.
+        watched: takes in what layers do.
         kwargs: handed on to Llama's own layers.
     """
 
@@ -34,12 +89,13 @@ class Reading:
     cache: Cache | None
     seen: int
     attention: str
+    watched: Watched
     kwargs: dict[str, Any]
 
     def rotary_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, H, d) of the tokens at `rows` (B, H)."""
         cos, sin = (
-            part.expand(len(rows), -1, -1).gather(1, rows.unsqueeze(-1).expand(-1, -1, part.shape[-1]))
+            part.expand(rows.shape[0], -1, -1).gather(1, rows.unsqueeze(-1).expand(-1, -1, part.shape[-1]))
             for part in self.rotary
         )
         return cos, sin
@@ -47,21 +103,35 @@ class Reading:
     def mask_of(self, rows: Tensor) -> Tensor:
         """What the tokens at `rows` (B, H) may see, (B, 1, H, S): their rows of the causal mask."""
         if self.mask is not None:
-            mask = self.mask.expand(len(rows), -1, -1, -1)
+            mask = self.mask.expand(rows.shape[0], -1, -1, -1)
             return mask.gather(2, rows[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[-1]))
         newest = self.rotary[0].shape[1] + self.seen
         return (rows + self.seen)[:, None, :, None] >= torch.arange(newest, device=rows.device)
 
+    def own_weights(self) -> Tensor:
+        """Attention weights (B, heads, Q, S) of tokens that see themselves alone."""
+        weights = torch.zeros_like((self.watched.attentions or [])[0])
+        every = torch.arange(weights.shape[2], device=weights.device)
+        weights[:, :, every, every + self.seen] = 1
+        return weights
 
-def whole(layer: nn.Module, h: Tensor, reading: Reading) -> Tensor:
+
+def whole(layer: Any, h: Tensor, reading: Reading) -> Tensor:
     """Llama's own layer over all tokens."""
-    return layer(
-        h,
-        attention_mask=reading.mask,
-        position_embeddings=reading.rotary,
-        past_key_values=reading.cache,
-        **reading.kwargs,
-    )
+    attentions, hook = reading.watched.attentions, None
+    if attentions is not None:  # the layer itself drops them
+        hook = layer.self_attn.register_forward_hook(lambda _, __, output: attentions.append(output[1]))
+    try:
+        return layer(
+            h,
+            attention_mask=reading.mask,
+            position_embeddings=reading.rotary,
+            past_key_values=reading.cache,
+            **reading.kwargs,
+        )
+    finally:
+        if hook is not None:
+            hook.remove()
 
 
 def alone(layer: LlamaDecoderLayer, x: Tensor) -> Tensor:
@@ -79,8 +149,12 @@ def over_exits(
     mask: Tensor | None,
     rotary: tuple[Tensor, Tensor],
     reading: Reading,
-) -> Tensor:
-    """A layer for rows x (B, H, D), over keys and values of the exit states (B, Q, D) of all tokens."""
+) -> tuple[Tensor, Tensor | None]:
+    """A layer for rows x (B, H, D), over keys and values of the exit states (B, Q, D) of all tokens.
+
+    Returns:
+        its output (B, H, D), and attention weights (B, heads, H, S) where the implementation has them.
+    """
     attention = layer.self_attn
     source = layer.input_layernorm(exits)
     shape = (*source.shape[:2], -1, attention.head_dim)
@@ -90,12 +164,13 @@ def over_exits(
     if reading.cache is not None:
         k, v = reading.cache.update(k, v, attention.layer_idx)
     if not x.shape[1]:
-        return x
+        return x, None
     if mask is not None and mask.dtype is torch.bool:  # a static cache has slots beyond the newest token
         mask = F.pad(mask, (0, k.shape[2] - mask.shape[-1]))
     q = attention.q_proj(layer.input_layernorm(x)).view(*x.shape[:2], -1, attention.head_dim).transpose(1, 2)
     q, _ = apply_rotary_pos_emb(q, q, *rotary)  # (B, heads, H, d)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(reading.attention, eager_attention_forward)
-    mixed, _ = attend(attention, q, k, v, mask, dropout=0.0, scaling=attention.scaling)
+    dropout = attention.attention_dropout if attention.training else 0.0
+    mixed, weights = attend(attention, q, k, v, mask, dropout=dropout, scaling=attention.scaling)
     x = x + attention.o_proj(mixed.reshape(*x.shape[:2], -1))
-    return x + layer.mlp(layer.post_attention_layernorm(x))
+    return x + layer.mlp(layer.post_attention_layernorm(x)), weights

@@ -1,28 +1,32 @@
 """The routed model in transformers' classes; `lego.hf` registers them.
 
-Block 1 is transformers' own Llama, run as Llama runs it, so that easy tokens have exactly its logits. Above the exit,
-keys and values come from the exit states (ashem section 5, kv_source exit): only tokens whose logits are asked for
-and that are hard are computed there.
+Block 1 is transformers' own Llama, run as Llama runs it, so that easy tokens have exactly its logits; what is above the
+exit is in backbone.py.
 
 Shapes: B sequences, Q new tokens, K of them with logits, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache, DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel, LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.utils import logging
 
+from lego.hub.backbone import LegoModel, LegoPreTrainedModel, as_tuple, with_attentions
+from lego.hub.calibration import each_batch, threshold_at
 from lego.hub.configuration import LegoConfig
-from lego.hub.llama_layers import Reading, alone, over_exits, whole
+from lego.hub.llama_layers import Reading
 from lego.model.exit_criteria import LOGIT_CRITERIA, STATE_CRITERIA, StateCriterion
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -33,31 +37,30 @@ class LegoOutput(CausalLMOutputWithPast):
     went_deep: Tensor | None = None
 
 
-class LegoForCausalLM(LlamaPreTrainedModel, GenerationMixin):
+class LegoForCausalLM(LegoPreTrainedModel, GenerationMixin):
     """A Llama with an exit: easy tokens leave there, hard tokens take the full depth.
 
-    With `labels`, and in training, every token takes the full depth, and the loss is its cross-entropy.
+    With `labels`, and in training, every token takes the full depth. The loss is its cross-entropy; in training the
+    exit's has a share in it, so that fine-tuning does not leave the exit behind.
     """
 
-    config_class = LegoConfig
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012 - as transformers has it
-    _keep_in_fp32_modules_strict = {"exit_criterion_module"}  # noqa: RUF012
-    _supports_flash_attn = False  # above the exit each query has its own mask
-    _supports_flex_attn = False
-    _can_compile_fullgraph = False
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
 
     def __init__(self, config: LegoConfig) -> None:
         super().__init__(config)
-        self.model = LlamaModel(config)
+        self.model = LegoModel(config)
         self.exit_norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.deep_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if config.own_head else None
-        reads_state = config.exit_criterion in STATE_CRITERIA
-        self.exit_criterion_module = (
-            StateCriterion(config.hidden_size, config.exit_criterion_width) if reads_state else None
-        )
+        self.exit_criterion_module = None
+        if config.exit_criterion in STATE_CRITERIA:
+            self.exit_criterion_module = StateCriterion(config.hidden_size, config.exit_criterion_width)
+            self._keep_in_fp32_modules_strict = {"exit_criterion_module"}
         self.post_init()
+        self.freeze_unread()
 
+    @with_attentions
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -71,72 +74,63 @@ class LegoForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> LegoOutput | tuple[Tensor, ...]:
-        """As LlamaForCausalLM.forward, without hidden states and attentions: tokens differ in their depth.
+        """As LlamaForCausalLM.forward; hidden states and attentions of tokens that left: see `Watched`.
 
         Raises:
-            ValueError: not exactly one of input_ids and inputs_embeds, or the configuration was changed to one that
-                cannot be.
+            ValueError: see LegoModel.begin; or a routed model is to be exported, whose path depends on the tokens.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if kwargs.pop("output_hidden_states", False) or kwargs.pop("output_attentions", False):
-            raise ValueError("hidden states and attentions are not returned: tokens differ in their depth")
         self._require_valid()
-        h = self.model.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None and not self.training:
-            past_key_values = DynamicCache(config=self.config)
-        seen = int(past_key_values.get_seq_length()) if past_key_values is not None else 0
-        if position_ids is None:
-            position_ids = (torch.arange(h.shape[1], device=h.device) + seen).unsqueeze(0)
-        mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=h,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,
+        exits, reading = self.model.begin(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, kwargs
         )
-        rotary = self.model.rotary_emb(h, position_ids=position_ids)
-        reading = Reading(mask, rotary, past_key_values, seen, self.config._attn_implementation, kwargs)
-        for layer in self.model.layers[: self.config.exit_layer]:
-            h = whole(layer, h, reading)  # (B, Q, D)
-        kept = torch.arange(h.shape[1], device=h.device)
+        every = torch.arange(exits.shape[1], device=exits.device)
+        kept = every
         if isinstance(logits_to_keep, Tensor):
-            kept = kept[logits_to_keep]
+            kept = every[logits_to_keep]
         elif logits_to_keep:
-            kept = kept[-logits_to_keep:]
+            kept = every[-logits_to_keep:]
         everything = labels is not None or self.training or self.config.exit_threshold is None
-        logits, score, deep = self._read(h, kept, reading, everything)
+        watching = reading.watched.anything  # then all tokens are routed
+        logits, score, deep, last = self._read(exits, every if watching else kept, reading, everything)
+        if watching:
+            logits = logits[:, kept]
+            score, deep = (None if part is None else part[:, kept] for part in (score, deep))
+        states, attentions = reading.watched.outputs(last)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        output = LegoOutput(
-            loss=loss, logits=logits, past_key_values=past_key_values, exit_scores=score, went_deep=deep
-        )
-        plain = return_dict is False or (return_dict is None and not self.config.return_dict)
-        return output.to_tuple() if plain else output
+        if self.training:
+            loss, logits = self._with_exit(exits[:, kept], loss, logits, labels, kwargs)
+        output = LegoOutput(loss, logits, reading.cache, states, attentions, score, deep)
+        return output.to_tuple() if as_tuple(self.config, return_dict) else output
 
     def _read(
         self, h: Tensor, kept: Tensor, reading: Reading, everything: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Logits (B, K, V) of the tokens at `kept` (K,), each from its depth, with scores and depths."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Logits (B, K, V) of the tokens at `kept` (K,), each from its depth, with scores, depths and normed states."""
         if everything:
-            return self._deep_logits(self._above(h, kept, None, reading)), None, None
+            last = self.model.norm(self.model.above(h, kept, None, reading))
+            return (self.deep_head or self.lm_head)(last), None, None, last
         exits = h[:, kept]  # (B, K, D)
         normed = self.exit_norm(exits)
-        if self.exit_criterion_module is None:
-            logits = self.lm_head(normed)
-            score = LOGIT_CRITERIA[self.config.exit_criterion](exits, logits)
-            deep = score < self.config.exit_threshold  # (B, K)
-        else:
-            logits, score = None, self.exit_criterion_module(exits)
-            deep = score < self.config.exit_threshold
-        states = self._above(h, kept, deep, reading)
+        score, logits = self._scores(exits, normed)
+        deep = score < self.config.exit_threshold  # (B, K)
+        states = self.model.above(h, kept, deep, reading)
         if logits is None:
             logits = self._logits_of_both(normed, deep, states)
         elif deep.any():
             logits[deep] = self._deep_logits(states)
-        return logits, score, deep
+        if reading.watched.states is not None:
+            normed = normed.clone()
+            normed[deep] = self.model.norm(states)
+        return logits, score, deep, normed
+
+    def _scores(self, exits: Tensor, normed: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scores (B, K) of exit states (B, K, D), and the exit's logits (B, K, V) where the criterion reads them."""
+        if self.exit_criterion_module is not None:
+            return self.exit_criterion_module(exits), None
+        logits = self.lm_head(normed)
+        return LOGIT_CRITERIA[self.config.exit_criterion](exits, logits), logits
 
     def _logits_of_both(self, normed: Tensor, deep: Tensor, states: Tensor) -> Tensor:
         """Logits (B, K, V), one head a token: of exits (B, K, D), and of deep states (n, D) where deep (B, K).
@@ -154,53 +148,68 @@ class LegoForCausalLM(LlamaPreTrainedModel, GenerationMixin):
     def _deep_logits(self, h: Tensor) -> Tensor:
         return (self.deep_head or self.lm_head)(self.model.norm(h))
 
-    def _above(self, exits: Tensor, kept: Tensor, deep: Tensor | None, reading: Reading) -> Tensor:
-        """States of the kept tokens (B, K, D) above block 2, or (n, D) of those marked in deep (B, K).
-
-        Every layer's cache takes in every token.
-        """
-        layers, context = self.model.layers[self.config.exit_layer :], self.config.block2_context
-        if context == "sequence":
-            return self._over_exit_states(exits, kept, deep, reading)
-        if context == "token":
-            x = exits[:, kept] if deep is None else exits[:, kept][deep]
-            for layer in layers:
-                if self.training and layer.gradient_checkpointing:
-                    x = layer._gradient_checkpointing_func(alone, layer, x)
-                else:
-                    x = alone(layer, x)
-            return x
-        h = exits
-        for layer in layers:
-            h = whole(layer, h, reading)
-        return h[:, kept] if deep is None else h[:, kept][deep]
-
-    def _over_exit_states(self, exits: Tensor, kept: Tensor, deep: Tensor | None, reading: Reading) -> Tensor:
-        if deep is None:
-            rows, taken = kept.expand(len(exits), -1), None  # (B, K)
-        else:
-            counts = deep.sum(dim=1)
-            order = deep.int().argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
-            rows = kept[order]  # (B, H), H the longest count
-            taken = torch.arange(rows.shape[1], device=rows.device) < counts[:, None]
-        x = exits.gather(1, rows.unsqueeze(-1).expand(-1, -1, exits.shape[-1]))  # (B, H, D)
-        mask, rotary = reading.mask, reading.rotary_of(rows)
-        if deep is not None or len(kept) < exits.shape[1]:
-            mask = reading.mask_of(rows)
-        for layer in self.model.layers[self.config.exit_layer :]:
-            if self.training and layer.gradient_checkpointing:
-                x = layer._gradient_checkpointing_func(over_exits, layer, x, exits, mask, rotary, reading)
-            else:
-                x = over_exits(layer, x, exits, mask, rotary, reading)
-        return x if taken is None else x[taken]
+    def _with_exit(
+        self, exits: Tensor, loss: Tensor | None, logits: Tensor, labels: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor | None, Tensor]:
+        """The loss with the exit's share, for exit states (B, K, D); without labels nothing teaches the exit."""
+        weight, own = self.config.exit_loss_weight, (self.exit_norm.weight, self.lm_head.weight)
+        if loss is not None and weight and (exits.requires_grad or any(w.requires_grad for w in own)):
+            exit_logits = self.lm_head(self.exit_norm(exits))
+            shallow = self.loss_function(logits=exit_logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            return (1 - weight) * loss + weight * shallow, logits
+        if loss is None and any(w.requires_grad for w in own):
+            logger.warning_once(
+                "training without labels teaches the full depth alone and leaves the exit behind, where tokens leave; "
+                "give labels, or call model.freeze_block1() first"
+            )
+        # nothing is added, but the exit's weights get a gradient: distributed training waits for one of each
+        nothing = sum(0.0 * w.sum() for w in own if w.requires_grad)
+        return None if loss is None else loss + nothing, logits + nothing
 
     def _require_valid(self) -> None:
         """Users set thresholds on a loaded model."""
         threshold, criterion = self.config.exit_threshold, self.config.exit_criterion
-        if threshold is not None and not (isinstance(threshold, int | float) and threshold >= 0):  # NaN is not
-            raise ValueError(f"exit_threshold must be None or at least 0.0, got {threshold}")
+        self.config.validate_numbers()
         if (criterion in STATE_CRITERIA) != (self.exit_criterion_module is not None):
             raise ValueError(f"exit_criterion {criterion} needs a model that was saved with it")
+        if threshold is not None and getattr(torch.compiler, "is_exporting", lambda: False)():
+            raise ValueError(
+                "a routed model cannot be exported: which layers run depends on the tokens; set "
+                "model.config.exit_threshold = None first, which exports the full depth"
+            )
+
+    @torch.no_grad()
+    def calibrate(self, batches: Tensor | Mapping[str, Any] | Iterable[Any], deep_share: float) -> float:
+        """Sets `config.exit_threshold` so that a share of the tokens of a text goes deep, and returns it.
+
+        Args:
+            batches: token ids (B, T), a tokenizer's output, or several of either, such as a DataLoader; what its
+                attention_mask hides is left out.
+            deep_share: share of tokens that takes the full depth, in [0, 1].
+
+        Raises:
+            ValueError: there is no token, or a share outside its range.
+        """
+        self._require_valid()
+        training, scores = self.training, []
+        self.eval()
+        try:
+            for ids, mask in each_batch(batches):
+                ids, mask = ids.to(self.device), None if mask is None else mask.to(self.device)
+                nothing = {"output_attentions": False, "output_hidden_states": False}
+                exits, _ = self.model.begin(ids, mask, None, None, None, False, nothing)
+                score, _ = self._scores(exits, self.exit_norm(exits))  # (B, T)
+                scores.append((score.flatten() if mask is None else score[mask.bool()]).float().cpu())
+        finally:
+            self.train(training)
+        self.config.exit_threshold = threshold_at(scores, deep_share)
+        return self.config.exit_threshold
+
+    def freeze_block1(self) -> None:
+        """Leaves embedding, block 1, its exit and its head as they are: training then moves block 2 alone."""
+        block1 = [self.model.embed_tokens, *self.model.layers[: self.config.exit_layer], self.exit_norm, self.lm_head]
+        for module in block1:
+            module.requires_grad_(False)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As in transformers.
@@ -213,6 +222,19 @@ class LegoForCausalLM(LlamaPreTrainedModel, GenerationMixin):
                 "assistant_early_exit is not supported; lego.generate.generate_lossless drafts with block 1"
             )
         return super().generate(*args, **kwargs)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused, as continuous batching is in every form.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "continuous batching is not supported, since above the exit each query has its own mask; use generate "
+            "with prompts padded on the left"
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Embedding:
         """As in transformers; block 2's own head is resized too."""

@@ -20,6 +20,7 @@ from lego.model.naming import ROUTED, config_of, from_llama, is_tied, model_of
 from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
 
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
+INDEX = "model.safetensors.index.json"  # of weights in several files, as transformers splits large ones
 INITS = ("copy", "zero", "random")
 
 
@@ -52,7 +53,7 @@ def load_model(folder: str | Path) -> BaseTransformer:
         ArtifactError: a file is missing or damaged, or the weights do not fit the config.
     """
     folder = Path(folder)
-    config, tensors = read_json(folder / CONFIG), read_tensors(folder / WEIGHTS)
+    config, tensors = read_json(folder / CONFIG), read_weights(folder)
     if (kind := config.get("model_type", "lego")) != "lego":
         what = f"is of model_type {kind}, not lego; to extend a trained Llama set model.init_from"
         raise ArtifactError(f"{folder / CONFIG}: {what}")
@@ -83,6 +84,21 @@ def load_model(folder: str | Path) -> BaseTransformer:
     return model
 
 
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a model folder, whether they lie in one file or in several.
+
+    Raises:
+        ArtifactError: a file is missing or damaged, or the index names one outside the folder.
+    """
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
+        return read_tensors(folder / WEIGHTS)
+    placed = read_json(folder / INDEX, "weight_map")["weight_map"]
+    files: list[Any] = list(placed.values()) if isinstance(placed, dict) else [None]
+    if not all(isinstance(file, str) and Path(file).name == file for file in files):
+        raise ArtifactError(f"{folder / INDEX}: weight_map must name files of this folder; save the model again")
+    return {name: tensor for file in sorted({*files}) for name, tensor in read_tensors(folder / file).items()}
+
+
 @dataclass(frozen=True)
 class RoutedModel:
     """A model with how its tokens are routed: see RoutedDecoder."""
@@ -111,7 +127,7 @@ def load_routed(folder: str | Path) -> RoutedModel:
     if name in LOGIT_CRITERIA:
         return RoutedModel(model, threshold, LOGIT_CRITERIA[name])
     prefix = "exit_criterion_module."
-    tensors = read_tensors(Path(folder) / WEIGHTS)
+    tensors = read_weights(Path(folder))
     mine = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
     return RoutedModel(model, threshold, StateCriterion.of(mine, model.sizes["dim"], Path(folder) / WEIGHTS))
 

@@ -23,6 +23,7 @@ from lego.hf import LegoConfig, LegoForCausalLM, model_card, save_routed, to_hf
 from lego.model.checkpoint import load_routed
 from lego.model.exit_criteria import LOGIT_CRITERIA, StateCriterion
 from lego.model.llama import load_llama
+from lego.routing.command_line import main as write_text_with
 from lego.routing.decoder import RoutedDecoder
 from lego.routing.generation import generate
 from lego.text.tokenizer import TextEncoder, fit_bpe
@@ -261,8 +262,6 @@ def test_gradient_checkpointing_recomputes_every_layer_and_changes_no_gradient(c
 
 def test_what_a_routed_model_cannot_do_is_named():
     model, x = to_hf(lego_model("sequence", own_head=False), 0.3), torch.tensor([[1, 2]])
-    with pytest.raises(ValueError, match="hidden states and attentions are not returned"):
-        model(x, output_hidden_states=True)
     with pytest.raises(ValueError, match=r"assistant_early_exit is not supported; lego\.generate\.generate_lossless"):
         model.generate(x, assistant_early_exit=2)
     with pytest.raises(ValueError, match="give exactly one of input_ids and inputs_embeds"):
@@ -290,6 +289,54 @@ def test_an_edited_configuration_is_named(change, sentence, tmp_path, tokenizer_
     write_json(tmp_path / "config.json", read_json(tmp_path / "config.json") | change)
     with pytest.raises(ArtifactError, match=sentence):
         load_routed(tmp_path)
+
+
+@torch.no_grad()
+def test_a_folder_in_several_files_is_read_as_one_in_one_is(tmp_path, tokenizer_folder, capsys):
+    scorer = StateCriterion(32, 4).requires_grad_(False)
+    model, x = to_hf(lego_model("sequence", own_head=False), 0.3, "gain", scorer), torch.randint(0, VOCAB, (2, 9))
+    model.resize_token_embeddings(300)
+    model.calibrate(x, 0.5)
+    save_routed(model, tmp_path, tokenizer_folder, "a card")
+    whole = load_routed(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    split = load_routed(tmp_path)
+    read, again = (RoutedDecoder(m.model, m.threshold, 2, m.criterion).read(x) for m in (whole, split))
+    assert torch.equal(read.logits, again.logits)
+    assert torch.equal(read.deep, again.deep)
+    assert write_text_with([str(tmp_path), "def", "--max-new-tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("def")
+    index = read_json(tmp_path / "model.safetensors.index.json")
+    name, file = next(iter(index["weight_map"].items()))
+    for outside in ("../" + file, str(tmp_path / file), 3):
+        write_json(tmp_path / "model.safetensors.index.json", {"weight_map": index["weight_map"] | {name: outside}})
+        with pytest.raises(ArtifactError, match="weight_map must name files of this folder; save the model again"):
+            load_routed(tmp_path)
+    write_json(tmp_path / "model.safetensors.index.json", index)
+    (tmp_path / file).unlink()
+    with pytest.raises(ArtifactError, match=f"{file}: cannot be read as safetensors"):
+        load_routed(tmp_path)
+
+
+def test_the_tokenizer_of_a_folder_pads_and_knows_the_trained_context(tmp_path, tokenizer_folder):
+    trained = DeepSupervisionTransformer(300, 32, 4, 4, exit_layer=2, context=48)
+    save_routed(to_hf(trained, 0.3), tmp_path, tokenizer_folder, "a card")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.model_max_length == 48
+    assert tokenizer.pad_token == tokenizer.eos_token
+    assert (
+        tokenizer(["def f(x):", "x"], padding=True, return_tensors="pt")["attention_mask"].sum(dim=1).tolist()[1] == 1
+    )
+    assert len(tokenizer("x " * 90, truncation=True)["input_ids"]) == 48
+    mine = AutoTokenizer.from_pretrained(tokenizer_folder, pad_token="x")
+    mine.save_pretrained(tmp_path / "mine")
+    (tmp_path / "routed").mkdir()
+    save_routed(to_hf(lego_model("full", own_head=False), 0.3), tmp_path / "routed", tmp_path / "mine", "a card")
+    kept = AutoTokenizer.from_pretrained(tmp_path / "routed")
+    assert kept.pad_token == "x"
+    assert kept.model_max_length > 10**6  # not known: lego_model has no trained context
 
 
 @torch.no_grad()
