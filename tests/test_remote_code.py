@@ -17,6 +17,8 @@ def test_every_reader_of_others_files_refuses_their_code():
                 if not isinstance(node, ast.Call) or ast.unparse(node.func).split(".")[-1] not in READERS:
                     continue
                 told = {one.arg: ast.unparse(one.value) for one in node.keywords}
+                if ast.unparse(node.func).startswith(("super()", "LegoConfig.")):
+                    continue  # transformers' own work for our class, whose code is here
                 from_room = told.get(None) == "told"  # the keywords of lego.base.given.where_from, which hold it
                 assert from_room or told.get("trust_remote_code") == "False", f"{file}:{node.lineno}"
                 seen += 1

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 
 
 class FewDocumentsError(CorpusError):
-    """A split has no document."""
+    """A split has no document; `documents` says how many different ones there are."""
+
+    documents: int = 0
 
 
 SPLITS = ("train", "validation", "calibration", "test")
@@ -86,15 +88,16 @@ class Corpus:
         self.path = path
         self.first: list[int] = [0]  # number of the first document of each record batch, and one past the last
         with named(path):
-            places, contents, homes = self._write(documents, shares, enough)
+            places, contents, homes, sizes = map(np.array, self._write(documents, shares, enough))
         self.documents = len(places)
-        self._arrange(np.array(places), np.array(contents), np.array(homes))
+        self.bytes: dict[str, int] = {}  # of each split, duplicates left out
+        self._arrange(places, contents, homes, sizes)
 
     def _write(
         self, documents: Iterable[Document], shares: dict[str, float], enough: dict[str, int] | None
-    ) -> tuple[array[int], array[int], array[int]]:
-        """Hashes of name and content and number of the split of each document written."""
-        places, contents, homes = array("Q"), array("Q"), array("B")
+    ) -> tuple[array[int], array[int], array[int], array[int]]:
+        """Hashes of name and content, number of the split, and bytes of each document written."""
+        places, contents, homes, lengths = array("Q"), array("Q"), array("B"), array("Q")
         sizes = dict.fromkeys(SPLITS, 0)
         pending: list[str] = []
         seen: set[int] = set()  # of a stream, which ends; a duplicate in it adds nothing
@@ -114,6 +117,7 @@ class Corpus:
                 places.append(_digest(document.name))
                 contents.append(_digest(document.text))
                 homes.append(SPLITS.index(split))
+                lengths.append(len(document.text.encode()))
                 pending.append(document.text)
                 size += len(document.text)
                 if size >= SPOOL_BYTES:
@@ -121,14 +125,14 @@ class Corpus:
                     size = 0
                 if enough and contents[-1] not in seen:
                     seen.add(contents[-1])
-                    sizes[split] += len(document.text.encode())
+                    sizes[split] += lengths[-1]
                     if all(sizes[name] >= enough[name] for name in SPLITS):
                         break
             if pending:
                 flush()
-        return places, contents, homes
+        return places, contents, homes, lengths
 
-    def _arrange(self, places: np.ndarray, contents: np.ndarray, homes: np.ndarray) -> None:
+    def _arrange(self, places: np.ndarray, contents: np.ndarray, homes: np.ndarray, sizes: np.ndarray) -> None:
         kept = np.unique(contents, return_index=True)[1] if len(contents) else np.empty(0, dtype=np.int64)
         self.duplicates = len(contents) - len(kept)
         kept = kept[np.lexsort((kept, places[kept]))]  # by place; by number where names are equal
@@ -136,10 +140,13 @@ class Corpus:
         for split, numbers in self.order.items():
             if not len(numbers):
                 key = f"data.{split}_share" if split != "train" else "data.validation_share"
-                raise FewDocumentsError(
+                error = FewDocumentsError(
                     f"params.yaml: {key} leaves the {split} split without a document (of {len(kept)} different ones); "
                     "change it, give more documents, or cut a big file into documents with data.split_on"
                 )
+                error.documents = len(kept)
+                raise error
+            self.bytes[split] = int(sizes[numbers].sum())
 
     def texts(self, split: str) -> Iterator[str]:
         """The texts of a split, in the order of their hashed names."""

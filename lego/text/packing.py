@@ -14,11 +14,14 @@ from lego.base.outside import shown
 from lego.base.progress import track
 from lego.base.sections import DataParams, pretrained_tokenizer
 from lego.text.chats import told
-from lego.text.corpus import SPLITS, Corpus, NearDuplicates
+from lego.text.corpus import SPLITS, Corpus, FewDocumentsError, NearDuplicates
+from lego.text.parts import SIZES, parts
 from lego.text.sources import documents
 from lego.text.tokenizer import TextEncoder, fit_bpe, fit_words, write_tokens
 from lego.tokens.blocks import BlockWriter
 
+FEW = 400  # documents; with more of them no split is empty by chance
+FEW_BLOCKS = 4  # of the smallest split, where documents are cut
 BYTES_PER_TOKEN = 8  # when streaming: so much text surely gives a token, whatever the tokenizer
 WRITE_ORDER = ("test", "calibration", "validation", "train")  # near-duplicates give way to earlier ones
 
@@ -40,19 +43,52 @@ class Tokenized:
     dropped: dict[str, int]
 
 
-def gather(data: DataParams, path: Path, refused: Counter[str]) -> Corpus:
-    """The source's documents by split, in a file; of a stream no more than the token limits can use.
+def gather(data: DataParams, seq_len: int, path: Path, refused: Counter[str]) -> Corpus:
+    """The source's documents by split; cut into parts where there are so few that a split would be short of text.
 
     Args:
         data: the section of the parameters.
-        path: the file.
+        seq_len: tokens per block.
+        path: the file they are kept in.
         refused: counts the chats that are left out, as `documents` does.
+    """
+    try:
+        corpus = read_corpus(data, path, refused)
+        if min(corpus.bytes.values()) > seq_len or corpus.documents >= FEW:
+            return corpus
+    except FewDocumentsError as error:
+        if error.documents >= FEW:  # not their number is at fault, but the shares
+            raise
+    for size in SIZES:
+        refused.clear()
+        try:
+            corpus = read_corpus(data, path, refused, size)
+        except FewDocumentsError:
+            if size == SIZES[-1]:
+                raise
+            continue
+        if min(corpus.bytes.values()) >= FEW_BLOCKS * BYTES_PER_TOKEN * seq_len:
+            break
+    told = f"{corpus.documents:,} parts of at most {size:,} characters, each in a split of its own"
+    print(f"text: so few documents leave a split short of text; they are cut into {told}", flush=True)
+    return corpus
+
+
+def read_corpus(data: DataParams, path: Path, refused: Counter[str], size: int | None = None) -> Corpus:
+    """The source's documents by split, in a file; of a stream no more than the token limits can use.
+
+    Args:
+        data, path, refused: as for `gather`.
+        size: most characters of a document, if they are cut.
+
+    Raises:
+        FewDocumentsError: a split has none.
     """
     enough = {split: BYTES_PER_TOKEN * getattr(data, f"max_{split}_tokens") for split in SPLITS}
     streaming = data.source == "hub" and data.streaming
     read = track(documents(data, refused), None, "reading", "document")
     try:
-        return Corpus(read, path, data.held_out_shares, enough if streaming else None)
+        return Corpus(parts(read, size) if size else read, path, data.held_out_shares, enough if streaming else None)
     finally:  # also where so few are left that there is no corpus
         if refused:
             missed = f"{refused.total():,} chats are left out, as {data.column} has no turns of role and content there"
@@ -81,7 +117,7 @@ def write_splits(data: DataParams, seq_len: int, init_from: str | None, folder: 
     """
     spool = folder / ".documents.arrow"
     refused: Counter[str] = Counter()
-    corpus = gather(data, spool, refused)
+    corpus = gather(data, seq_len, spool, refused)
     encoder = text_encoder(data, init_from, corpus)
     encoder.save(folder / "tokenizer")
     near = NearDuplicates(data.near_duplicate_similarity) if data.near_duplicates == "drop" else None

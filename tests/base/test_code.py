@@ -49,11 +49,12 @@ def test_what_cannot_be_followed_is_refused(tree):
         code_of("p.nothing.deeper")
 
 
-@pytest.mark.parametrize("module", ["stages.evaluate_routing", "stages.cvfp.trials.gather", "stages.evidence.report"])
+@pytest.mark.parametrize("module", ["stages.collect_hard", "stages.cvfp.trials.gather", "stages.evidence.report"])
 def test_it_holds_whatever_python_loads(module):
     script = (
-        f"import sys, json, {module}\n"
-        "print(json.dumps([m.__file__ for n, m in sys.modules.items() if n.split('.')[0] in ('lego', 'stages')]))"
+        f"import sys, json, stages\nbefore = set(sys.modules)  # which decides how threads wait\nimport {module}\n"
+        "new = [name for name in {*sys.modules} - before if name.split('.')[0] in ('lego', 'stages')]\n"
+        "print(json.dumps([sys.modules[name].__file__ for name in new]))"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     loaded = {file for file in json.loads(done.stdout) if not file.endswith("__init__.py")}

@@ -44,7 +44,7 @@ print(json.dumps(said))
 """
 
 
-@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("context", [CONTEXTS[0], *(pytest.param(one, marks=pytest.mark.slow) for one in CONTEXTS[1:])])
 def test_a_folder_brings_its_own_code(context, tmp_path, tokenizer_folder):  # noqa: F811
     scorer = StateCriterion(32, 4) if context == "token" else None
     model = to_hf(lego_model(context, context == "full"), 0.3, "gain" if scorer else "max_prob", scorer)

@@ -168,7 +168,7 @@ def test_nothing_changed_nothing_runs(clone):
     assert clone.run("dvc", "status", "dvc.yaml").strip().endswith("Data and pipelines are up to date.")
 
 
-@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize("linked", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_rot_that_dvc_does_not_see_is_named_and_what_is_said_brings_it_back(clone, linked):
     """Once in a file of its own, once in one that is the same as that in dvc's cache, under another name."""
     file = clone.folder / "data/phase1/model.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from benchmarks.two_files import arrange
 from lego.base.params import load_params
 from lego.base.sections import DataParams
-from lego.text.corpus import SPLITS, Corpus, Document, NearDuplicates, split_of, unit_hash
+from lego.text.corpus import SPLITS, Corpus, Document, FewDocumentsError, NearDuplicates, split_of, unit_hash
+from lego.text.packing import write_splits
 from lego.text.sources import documents, stdlib_documents
 from lego.text.tokenizer import TextEncoder, fit_bpe
 from lego.tokens.blocks import CorpusError
@@ -202,3 +204,31 @@ def test_two_files_refuse_what_would_leak_or_be_lost(tmp_path):
             arrange(*files, data)
         assert not (tmp_path / "new").exists()
         assert (train.read_text()[:7], test.read_text()[:8]) == ("= 0 =\nw", "= 60 =\nw")
+
+
+@pytest.mark.parametrize("language", ["english", "japanese"])
+def test_two_small_files_give_every_split_some_text_and_say_how(tmp_path, capsys, language):
+    words = {"english": "the ship sailed on over a quiet sea. ", "japanese": "吾輩は猫である。名前はまだ無い。"}[
+        language
+    ]
+    (tmp_path / "text").mkdir()
+    for name in "ab":
+        lines = (f"{name}{number} {words * 3}" for number in range(25_000 // len((words * 3).encode()) * 2))
+        (tmp_path / f"text/{name}.txt").write_text("".join(lines))  # without a line's end
+    data = load_params(ROOT / "params.yaml").data.model_copy(
+        update={"source": "text", "path": str(tmp_path / "text"), "vocab_size": 400}
+    )
+    (tmp_path / "tokens").mkdir()
+    done = write_splits(data, 128, None, tmp_path / "tokens")
+    assert all(facts["tokens"] >= 2 * 128 for facts in done.facts.values()), done.facts
+    assert re.search(
+        r"text: so few documents .* are cut into [\d,]+ parts of at most [\d,]+ char", capsys.readouterr().out
+    )
+
+
+def test_many_documents_are_never_cut(tmp_path):
+    """There the shares are at fault."""
+    documents = [Document(str(n), str(n), f"text {n}") for n in range(500)]
+    with pytest.raises(FewDocumentsError) as told:
+        Corpus(documents, tmp_path / "spool", {"validation": 0.1, "calibration": 0.1, "test": 1e-9})
+    assert told.value.documents == 500
