@@ -144,14 +144,13 @@ def write_routed(model: DeepSupervisionTransformer, routing: Routing, metrics: d
     """data/routed: the model as transformers and `lego.generate` load it."""
     tokenizer, chosen, end = "data/tokens/tokenizer", routing.chosen, corpus_facts("data/tokens")["end_of_text"]
     scorer = routing.criteria[chosen.criterion]
+    ids = {"eos_token_id": end, "pad_token_id": end, "bos_token_id": None}
     converted = to_hf(
         model,
         chosen.threshold,
         chosen.criterion,
         scorer if isinstance(scorer, StateCriterion) else None,
-        eos_token_id=end,
-        pad_token_id=end,
-        bos_token_id=None,
+        **{name: value for name, value in ids.items() if name not in model.generation_config},
     )
     with atomic_folder("data/routed") as folder:
         save_routed(converted, folder, tokenizer, model_card(converted, metrics))

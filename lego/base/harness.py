@@ -178,4 +178,4 @@ def _remedy(error: OSError) -> str:
         case errno.EACCES | errno.EPERM | errno.EROFS:
             return "let this user write there"
         case _:
-            return "restore it, or run dvc repro again"
+            return "see that it is there and can be read"

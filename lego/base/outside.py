@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import stat
 import sys
 import unicodedata
+from collections.abc import Collection
 from pathlib import Path
 
 ROOM = 64 * 2**20  # bytes that any file may unpack to
@@ -30,10 +32,28 @@ def special(path: Path) -> str | None:
     return None
 
 
-def other_separator(header: str) -> str | None:
-    """The name of what seems to separate the cells of a CSV header that has no comma."""
+def other_separator(header: str, wanted: Collection[str] = ()) -> str | None:
+    """The name of what seems to separate the cells of a CSV header, if that is not commas.
+
+    Args:
+        header: the first line.
+        wanted: columns that should be there; where they are tells a separator from a mark within a name.
+    """
     names = {";": "semicolons", "\t": "tabs", "|": "bars"}
-    return None if "," in header else next((name for mark, name in names.items() if mark in header), None)
+
+    def has_wanted(mark: str) -> bool:
+        try:
+            cells = next(csv.reader([header.rstrip("\r\n")], delimiter=mark), [])
+        except csv.Error:  # a cell of over 131,072 characters
+            return False
+        return bool(wanted) and {*wanted} <= {cell.strip() for cell in cells}
+
+    if has_wanted(","):
+        return None
+    found = (name for mark, name in names.items() if has_wanted(mark))
+    return next(found, None) or (
+        None if "," in header else next((name for mark, name in names.items() if mark in header), None)
+    )
 
 
 def printable(text: str) -> str:

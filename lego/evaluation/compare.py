@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lego.base.artifacts import ArtifactError, read_json
+from lego.base.outside import printable
 
 
 def rows_of(left: dict[str, Any], right: dict[str, Any]) -> list[tuple[str, Any, Any, float | None, float | None]]:
@@ -67,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
             rows = rows_of(read_json(asked.left), read_json(asked.right))
             lines = [json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2)]
     except ArtifactError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 1
     print("\n".join(lines))
     return 0

@@ -19,10 +19,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lego.hub.configuration import OF_WEIGHTS, LegoConfig, refuse_other_weights
 from lego.hub.llama_layers import Reading, Watched, alone, over_exits, whole
-from lego.hub.standalone import AUTO_MAP, STANDALONE, standalone_code
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -86,11 +86,19 @@ class LegoPreTrainedModel(LlamaPreTrainedModel):
             self.exit_criterion_module.requires_grad_(False)
 
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
-        """As in transformers, with the code that loads it where this package is not installed."""
-        self.config.auto_map = dict(AUTO_MAP)
+        """As in transformers; of an earlier save in another number of files nothing is left that would be read first."""
+        before = _written(folder := Path(save_directory))
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
-        if is_main_process:
-            (Path(save_directory) / STANDALONE).write_text(standalone_code(), encoding="utf-8")
+        if is_main_process and None not in (after := _written(folder)).values():
+            for file, when in after.items():
+                if when == before[file]:
+                    file.unlink()
+
+
+def _written(folder: Path) -> dict[Path, int | None]:
+    """When a folder's weights, and the list of them where they lie in several files, were written."""
+    files = (folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME)
+    return {file: file.stat().st_mtime_ns if file.exists() else None for file in files}
 
 
 class LegoModel(LegoPreTrainedModel, LlamaModel):

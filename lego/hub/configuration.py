@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig
+from transformers.utils import CONFIG_NAME
 
+from lego.hub.standalone import AUTO_MAP, STANDALONE, standalone_code
 from lego.model.exit_criteria import CRITERIA, STATE_CRITERIA
 from lego.model.stack import BLOCK2_CONTEXTS
 
@@ -50,6 +53,16 @@ class LegoConfig(LlamaConfig):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, as_number(value) if name in ("exit_threshold", "exit_loss_weight") else value)
+
+    def to_json_file(self, json_file_path: str | Path, use_diff: bool = True) -> None:
+        """As in transformers, with the code that loads the model where this package is not installed.
+
+        `save_pretrained` comes by here after it has noted what lies in the folder and before it uploads what is new.
+        """
+        if (file := Path(json_file_path)).name == CONFIG_NAME:
+            self.auto_map = dict(AUTO_MAP)
+            (file.parent / STANDALONE).write_text(standalone_code(), encoding="utf-8")
+        super().to_json_file(json_file_path, use_diff)
 
     def validate_architecture(self) -> None:
         super().validate_architecture()

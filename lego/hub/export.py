@@ -23,7 +23,7 @@ from lego.hub.heads import LegoForQuestionAnswering, LegoForSequenceClassificati
 from lego.hub.modeling import LegoForCausalLM, LegoOutput
 from lego.hub.standalone import STANDALONE
 from lego.model.exit_criteria import STATE_CRITERIA, StateCriterion
-from lego.model.naming import config_of, to_llama
+from lego.model.naming import TOKEN_IDS, config_of, to_llama
 from lego.model.transformer import DeepSupervisionTransformer
 
 CARD_KEYS = ("ppl", "shallow_ppl", "deep_ppl", "bits_per_byte", "acc", "shallow_ratio", "flops_ratio")
@@ -45,7 +45,8 @@ def to_hf(
         threshold: as LegoConfig.exit_threshold.
         criterion: as LegoConfig.exit_criterion.
         scorer: the fitted criterion where it is probe or gain.
-        **fields: further fields of the configuration, such as eos_token_id.
+        **fields: further fields of the configuration, such as eos_token_id; what they leave open of where it stops
+            and how it samples is as the model's generation_config says.
 
     Raises:
         ValueError: a fitted criterion is missing.
@@ -57,11 +58,13 @@ def to_hf(
         known["max_position_embeddings"] = known["trained_context"]
     for field in ("architectures", "model_type", "routing_threshold"):
         del known[field]
-    width = scorer.width if scorer is not None else 0
+    width, given = scorer.width if scorer is not None else 0, model.generation_config
+    fields = {name: given[name] for name in TOKEN_IDS if name in given} | fields
     config = LegoConfig(
         **known | fields, exit_threshold=threshold, exit_criterion=criterion, exit_criterion_width=width
     )
     converted = LegoForCausalLM(config)
+    converted.generation_config.update(**given | {name: fields[name] for name in TOKEN_IDS if name in fields})
     tensors = to_llama(model.state_dict(), model.num_layers, model.exit_layer)
     if scorer is not None and converted.exit_criterion_module is not None:
         tensors |= {f"exit_criterion_module.{name}": tensor for name, tensor in scorer.state_dict().items()}

@@ -10,7 +10,7 @@ import torch
 
 from lego.base.artifacts import ArtifactError
 from lego.base.given import require_inside, where_from
-from lego.model.naming import from_llama, require_numbers
+from lego.model.naming import TOKEN_IDS, from_llama, require_numbers
 from lego.model.transformer import DeepSupervisionTransformer
 
 SUPPORTED = (
@@ -113,14 +113,22 @@ def _require_whole(key: str, checkpoint: Any, loading: Mapping[str, Any]) -> Non
             raise ArtifactError(f"{key} has a weight in {name} that is not finite; give another")
 
 
-def _generation_config(checkpoint: Any) -> dict[str, Any]:
+def _generation_config(key: str, checkpoint: Any) -> dict[str, Any]:
     """Where the checkpoint stops and starts, and how it samples, as its own generation_config.json says."""
+    from transformers import GenerationConfig
+
     found = checkpoint.generation_config.to_diff_dict()
-    for key in ("eos_token_id", "bos_token_id", "pad_token_id"):
-        if found.get(key) is None and getattr(checkpoint.config, key, None) is not None:
-            found[key] = getattr(checkpoint.config, key)
+    for name in TOKEN_IDS:
+        if found.get(name) is None and getattr(checkpoint.config, name, None) is not None:
+            found[name] = getattr(checkpoint.config, name)
     left_out = {"transformers_version", "_from_model_config", "use_cache", "output_attentions", "output_hidden_states"}
-    return json.loads(json.dumps({key: value for key, value in found.items() if key not in left_out}))
+    found = json.loads(json.dumps({name: value for name, value in found.items() if name not in left_out}))
+    try:
+        GenerationConfig.from_dict(found).validate(strict=True)
+    except ValueError:  # transformers reads such settings, warns, and does not write them again
+        print(f"{key}: its settings for sampling contradict one another and are left out; its stop ids are kept")
+        found = {name: found[name] for name in TOKEN_IDS if name in found}
+    return found
 
 
 @torch.no_grad()
@@ -188,5 +196,5 @@ def load_llama(name: str, num_layers: int | None = None) -> DeepSupervisionTrans
             f"{key} cannot be loaded as a model ({reason}); give a folder with config.json and model.safetensors, or "
             "the name of a model on the hub, which needs the network"
         ) from None
-    model.generation_config = _generation_config(checkpoint)
+    model.generation_config = _generation_config(key, checkpoint)
     return model

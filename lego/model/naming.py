@@ -54,6 +54,7 @@ OPTIONAL = {  # may be null
     "original_max_position_embeddings",
 }
 ROUTING_FIELDS = ("exit_layer", "routing_threshold", "block2_context")
+TOKEN_IDS = ("eos_token_id", "bos_token_id", "pad_token_id")
 ROUTED = "LegoForCausalLM"  # architecture of folders that lego.hf writes
 
 

@@ -9,7 +9,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,13 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def stop_ids(generation_config: Mapping[str, Any], end_of_text: int | None) -> set[int]:
+    """Ids that end a text: the model's own, one or several, and where it names none the tokenizer's end-of-text."""
+    told = generation_config.get("eos_token_id")
+    told = end_of_text if told is None else told
+    return set() if told is None else {told} if isinstance(told, int) else {*told}
+
+
 def _write(arguments: argparse.Namespace) -> dict[str, Any]:
     """Text and measures of the routed model, and the full model's speed for the same prompt."""
     from transformers import AutoTokenizer, logging
@@ -57,7 +64,7 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
         raise ArtifactError(f"{arguments.folder}: has no tokenizer ({str(error).splitlines()[0]})") from None
     prompt = tokenizer(arguments.prompt)["input_ids"]
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
-    count, stop = arguments.max_new_tokens, {tokenizer.eos_token_id}
+    count, stop = arguments.max_new_tokens, stop_ids(model.generation_config, tokenizer.eos_token_id)
     threshold = arguments.threshold if arguments.threshold is not None else routed.threshold
 
     def run(exits: bool) -> Iterator[Token]:

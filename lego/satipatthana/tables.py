@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +40,13 @@ def read_table(file: Path, columns: list[str] | None = None) -> pd.DataFrame:
             frame = pd.read_csv(io.BytesIO(content), index_col=False)
         header = pd.read_csv(io.BytesIO(content), header=None, nrows=1, dtype=str, keep_default_na=False).iloc[0]
     except pd.errors.ParserWarning:
-        raise _other_separator(file, content) or TaskError(
+        raise _other_separator(file, content, columns or ()) or TaskError(
             f"{file}: rows have more fields than the header; name every column, or drop one"
         ) from None
     except (OSError, ValueError, OverflowError, MemoryError, pd.errors.ParserError) as error:
         what = f"as {file.suffix or 'CSV'} ({' '.join(str(error).split())})"
         raise TaskError(f"{file}: cannot be read {what}; give a CSV file with a header, or a .parquet file") from None
-    if wrong := _other_separator(file, content):
+    if wrong := _other_separator(file, content, columns or ()):
         raise wrong
     if not any(name.strip() for name in header):
         raise TaskError(f"{file}: line 1 is blank where the names of the columns should stand; remove it")
@@ -84,8 +85,8 @@ def _text(file: Path) -> bytes:
     return b"".join(parts)
 
 
-def _other_separator(file: Path, content: bytes) -> TaskError | None:
-    separator = other_separator(content.lstrip().partition(b"\n")[0].decode(errors="replace"))
+def _other_separator(file: Path, content: bytes, wanted: Collection[str]) -> TaskError | None:
+    separator = other_separator(content.lstrip().partition(b"\n")[0].decode(errors="replace"), wanted)
     return TaskError(f"{file}: separates its cells by {separator}; write it anew with commas") if separator else None
 
 

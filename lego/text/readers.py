@@ -86,7 +86,7 @@ def csv_rows(file: Path, column: str) -> Iterator[Row]:
     header = next(text, "")
     if header and not header.strip(" \t\r\n,"):
         raise CorpusError(f"{file}: line 1 is blank where the names of the columns should stand; remove it")
-    if header.strip('"\r\n') != column and (separator := other_separator(header)):
+    if separator := other_separator(header, [column]):
         raise CorpusError(f"{file}: line 1 separates its cells by {separator}; write the file anew with commas")
     reader = csv.DictReader(itertools.chain([header] if header else [], text), strict=True)
     try:

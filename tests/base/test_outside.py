@@ -146,4 +146,8 @@ def test_what_is_no_file_is_told_apart(tmp_path):
         None,
         None,
     ]
+    both = "id;title, long;text"
+    assert [other_separator(both), other_separator(both, ["text"])] == [None, "semicolons"]
+    assert [other_separator("a,b;c\r\n", ["b;c"]), other_separator("text", ["text"])] == [None, None]
+    assert [other_separator('"a;b"', ["a;b"]), other_separator("a;" * 200_000, ["b"])] == [None, "semicolons"]
     assert (allowed(1), allowed(2**30)) == (ROOM, RATIO * 2**30)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -18,7 +21,7 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from lego import DeepSupervisionTransformer, grow_model, load_model
-from lego.base.artifacts import ArtifactError, read_json, write_json
+from lego.base.artifacts import ArtifactError, read_json, write_json, write_tensors
 from lego.hf import LegoConfig, LegoForCausalLM, model_card, save_routed, to_hf
 from lego.model.checkpoint import load_routed
 from lego.model.exit_criteria import LOGIT_CRITERIA, StateCriterion
@@ -299,8 +302,9 @@ def test_a_folder_in_several_files_is_read_as_one_in_one_is(tmp_path, tokenizer_
     model.calibrate(x, 0.5)
     save_routed(model, tmp_path, tokenizer_folder, "a card")
     whole = load_routed(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
+    write_tensors(tmp_path / "model.safetensors", {"of": torch.zeros(1)})  # transformers would read this first
     model.save_pretrained(tmp_path, max_shard_size="60KB")
+    assert not (tmp_path / "model.safetensors").exists()
     assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
     split = load_routed(tmp_path)
     read, again = (RoutedDecoder(m.model, m.threshold, 2, m.criterion).read(x) for m in (whole, split))
@@ -318,6 +322,29 @@ def test_a_folder_in_several_files_is_read_as_one_in_one_is(tmp_path, tokenizer_
     (tmp_path / file).unlink()
     with pytest.raises(ArtifactError, match=f"{file}: cannot be read as safetensors"):
         load_routed(tmp_path)
+
+
+def test_one_file_takes_the_place_of_several(tmp_path):
+    model = to_hf(lego_model("full", own_head=False), 0.3)
+    model.save_pretrained(tmp_path, max_shard_size="60KB")
+    model.save_pretrained(tmp_path)
+    assert {file.name for file in tmp_path.glob("model*")} == {"model.safetensors", "modeling_lego.py"}
+
+
+@pytest.mark.parametrize("kind", ["model", "config"])
+def test_what_is_uploaded_has_the_code_that_loads_it(tmp_path, monkeypatch, kind):
+    """The upload of `push_to_hub` takes what was written in the folder since it began."""
+    model, sent = to_hf(lego_model("full", own_head=False), 0.3), list[str]()
+    hub = SimpleNamespace(
+        create_repo=lambda repo, **_: SimpleNamespace(repo_id=repo),
+        create_commit=lambda operations, **_: sent.extend(one.path_in_repo for one in operations),
+    )
+    for module in ("utils.hub", "modeling_utils", "configuration_utils"):
+        monkeypatch.setattr(f"transformers.{module}.hf_api", lambda: hub)
+    monkeypatch.setattr("transformers.modeling_utils.create_and_tag_model_card", lambda *_, **__: ModelCard(""))
+    (model if kind == "model" else model.config).save_pretrained(str(tmp_path / "mine"), push_to_hub=True)
+    assert {"config.json", "modeling_lego.py"} <= {*sent}
+    assert ("model.safetensors" in sent) is (kind == "model")
 
 
 def test_the_tokenizer_of_a_folder_pads_and_knows_the_trained_context(tmp_path, tokenizer_folder):
