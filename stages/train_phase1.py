@@ -12,7 +12,7 @@ from lego.model.checkpoint import save_model
 from lego.model.cost import Ledger
 from lego.model.llama import load_llama, require_fit
 from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
-from lego.tokens.batches import TrainingBatches, split_batches
+from lego.tokens.batches import TrainingBatches, blocks_in_epoch, split_batches
 from lego.tokens.blocks import bits_per_byte, corpus_facts, data_digests, train_text
 from lego.training.epochs import History, TrainingState, epoch_rows, fit
 from lego.training.setup import build_training
@@ -63,7 +63,7 @@ def main() -> None:
     with Stage("train_phase1", params.seed, params.train.threads) as stage:
         ashem = params.ashem
         blocks = train_text("data/tokens", 1, ashem.phase2_share, ashem.phase2_split, params.seed)
-        per_epoch = -(-params.train.tokens_per_epoch // blocks.seq_len)
+        per_epoch = blocks_in_epoch(params.train.tokens_per_epoch, blocks)
         batches = TrainingBatches(blocks, params.train.batch_size, per_epoch, stage.seed)
         model, history = train(params, stage, batches)
         with atomic_folder("data/phase1") as folder:

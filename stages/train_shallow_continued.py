@@ -12,7 +12,7 @@ from lego.evaluation.plain import Comparison
 from lego.evaluation.routed import summary
 from lego.model.checkpoint import load_model, save_model
 from lego.model.cost import Ledger
-from lego.tokens.batches import TrainingBatches, split_batches
+from lego.tokens.batches import TrainingBatches, blocks_in_epoch, split_batches
 from lego.tokens.blocks import bits_per_byte, corpus_facts, data_digests, train_text
 from lego.training.budget import Budget, train_blocks
 from lego.training.epochs import epoch_rows
@@ -57,7 +57,7 @@ def main() -> None:
         leaky = read_json("data/facts/added_macs.json", "leaky")["leaky"]
         if not affordable:
             raise StageError("data/facts/added_macs.json: the budget pays for no block; raise ashem.phase2_epochs")
-        tokens, per_epoch = affordable * blocks.seq_len, -(-train.tokens_per_epoch // blocks.seq_len)
+        tokens, per_epoch = affordable * blocks.seq_len, blocks_in_epoch(train.tokens_per_epoch, blocks)
         print(f"block 1 trains on: {tokens:,} tokens for {budget:.3e} MACs", flush=True)
         batches = TrainingBatches(blocks, train.batch_size, per_epoch, stage.seed, total_blocks=affordable)
         found = search(params, stage, batches)

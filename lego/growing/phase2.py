@@ -17,7 +17,7 @@ from lego.model.cost import Ledger
 from lego.model.stack import CONTEXT_AT_INFERENCE
 from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
 from lego.routing.decoder import evaluate
-from lego.tokens.batches import EvaluationBatches
+from lego.tokens.batches import EvaluationBatches, tokens_in_epoch
 from lego.training.epochs import History, TrainingState, fit
 from lego.training.setup import build_training
 from lego.training.steps import optimizer_steps
@@ -28,7 +28,8 @@ Batches = HardTokenBatches | HardBlockBatches
 def hard_batches(store: HiddenStateStore, phase2_context: str, train: TrainParams, seq_len: int, seed: int) -> Batches:
     """Endless batches of the store's hard tokens, in their blocks or alone, as `ashem.phase2_context` says."""
     kind = HardBlockBatches if phase2_context == "sequence" else HardTokenBatches
-    return kind(store, train.batch_size * seq_len, train.tokens_per_epoch, seed)
+    per_epoch = tokens_in_epoch(train.tokens_per_epoch, store.hard_tokens)
+    return kind(store, train.batch_size * seq_len, per_epoch, seed)
 
 
 def grown(ashem: AshemParams, block1: BaseTransformer, threshold: float, seed: int) -> DeepSupervisionTransformer:

@@ -86,7 +86,7 @@ class LegoPreTrainedModel(LlamaPreTrainedModel):
             self.exit_criterion_module.requires_grad_(False)
 
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
-        """As in transformers; of an earlier save in another number of files nothing is left that would be read first."""
+        """As in transformers; weights of an earlier save in another number of files, which could be read first, go."""
         before = _written(folder := Path(save_directory))
         super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
         if is_main_process and None not in (after := _written(folder)).values():

@@ -11,6 +11,8 @@ from torch import Tensor
 from lego.base.artifacts import derived_seed
 from lego.tokens.blocks import PackedBlocks
 
+PASSES = 4  # over text in one epoch; what is read more often is learned by heart (Muennighoff et al. 2023)
+
 
 class Blocks(Protocol):
     """Packed blocks: `len()` of them, `tokens` predicted in all; `rows` are token ids (b, seq_len + 1) by index."""
@@ -23,6 +25,28 @@ class Blocks(Protocol):
     def tokens(self) -> int: ...
 
     def rows(self, indices: Tensor) -> Tensor: ...
+
+
+def tokens_in_epoch(wanted: int, there: int) -> int:
+    """Tokens between two looks at validation text: so many as are wanted, but of short text PASSES passes at most.
+
+    Args:
+        wanted: train.tokens_per_epoch.
+        there: tokens that are trained on.
+    """
+    if wanted <= PASSES * there:
+        return wanted
+    print(
+        f"an epoch is {PASSES} passes over the {there:,} tokens there are, fewer than train.tokens_per_epoch "
+        f"{wanted:,}: on short text validation is looked at more often",
+        flush=True,
+    )
+    return PASSES * there
+
+
+def blocks_in_epoch(wanted: int, blocks: Blocks) -> int:
+    """As `tokens_in_epoch`, in blocks."""
+    return -(-tokens_in_epoch(wanted, len(blocks) * blocks.seq_len) // blocks.seq_len)
 
 
 def stream_indices(n: int, start: int, count: int, seed: int) -> Tensor:

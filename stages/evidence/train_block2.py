@@ -25,7 +25,7 @@ from lego.mining.thresholds import collect_confidences, quantile_threshold
 from lego.model.checkpoint import load_model, save_model
 from lego.model.cost import Ledger
 from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
-from lego.tokens.batches import EvaluationBatches, TrainingBatches, split_batches
+from lego.tokens.batches import EvaluationBatches, TrainingBatches, blocks_in_epoch, split_batches
 from lego.tokens.blocks import corpus_facts, data_digests, train_text
 from lego.training.budget import Budget, train_blocks
 from lego.training.epochs import History, epoch_rows
@@ -106,7 +106,7 @@ def reference_of(one: Baseline) -> tuple[BaseTransformer, float]:
     blocks = train_text("data/tokens", 1, share, split, params.seed)
     ledger = Ledger.of(model, blocks.seq_len)
     affordable = max(1, round(own.reference_share * one.budget.macs / ledger.train_joint(blocks.seq_len)))
-    per_epoch = -(-params.train.tokens_per_epoch // blocks.seq_len)
+    per_epoch = blocks_in_epoch(params.train.tokens_per_epoch, blocks)
     batches = TrainingBatches(blocks, params.train.batch_size, per_epoch, one.stage.seed, total_blocks=affordable)
     train_blocks(
         model,
@@ -208,7 +208,7 @@ def unfreeze(one: Baseline, model: DeepSupervisionTransformer, lr: float) -> His
     affordable = round((one.budget.macs - spent.macs) / ledger.train_joint(blocks.seq_len, exits=2))
     if affordable < 1:
         raise StageError(f"params.yaml: baselines.selection.unfrozen_end pays for no block of {one.name}; raise it")
-    per_epoch = -(-params.train.tokens_per_epoch // blocks.seq_len)
+    per_epoch = blocks_in_epoch(params.train.tokens_per_epoch, blocks)
     batches = TrainingBatches(blocks, params.train.batch_size, per_epoch, one.stage.seed, total_blocks=affordable)
     model.requires_grad_(True)
     history, continued = train_blocks(

@@ -20,7 +20,7 @@ from lego.mining.thresholds import collect_confidences, quantile_threshold
 from lego.model.checkpoint import load_model, save_model
 from lego.model.cost import Ledger
 from lego.model.transformer import BaseTransformer
-from lego.tokens.batches import TrainingBatches, split_batches
+from lego.tokens.batches import TrainingBatches, blocks_in_epoch, split_batches
 from lego.tokens.blocks import PackedBlocks, data_digests, train_text
 from lego.training.budget import Budget, train_blocks
 from lego.training.epochs import epoch_rows
@@ -95,7 +95,7 @@ def plan(name: str, params: Params, seed: int) -> Plan:
         raise StageError(
             f"data/facts/added_macs.json: the budget of {name} pays for no block; raise ashem.phase2_epochs"
         )
-    per_epoch = -(-params.train.tokens_per_epoch // blocks.seq_len)
+    per_epoch = blocks_in_epoch(params.train.tokens_per_epoch, blocks)
     batches = TrainingBatches(blocks, params.train.batch_size, per_epoch, seed, total_blocks=affordable)
     return Plan(name, entry, block1, ledger, budget, batches, start)
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Ll
 from lego.base import given
 from lego.base.artifacts import ArtifactError, read_json, write_json
 from lego.model import llama as module
-from lego.model.checkpoint import grow_model, load_model, save_model
+from lego.model.checkpoint import load_model, save_model
 from lego.model.llama import load_llama, require_fit
 
 ROPES = [
@@ -147,20 +147,6 @@ def test_a_model_folder_whose_flag_is_wrong_keeps_its_embedding(tmp_path, block1
     write_json(tmp_path / "config.json", read_json(tmp_path / "config.json") | {"tie_word_embeddings": True})
     x = torch.randint(0, 97, (2, 9))
     assert torch.equal(load_model(tmp_path)(x), block1(x))
-
-
-def test_where_a_checkpoint_stops_and_how_it_samples_stays_with_the_model(tmp_path):
-    small_llama(tmp_path / "given")
-    wanted = {"bos_token_id": 1, "eos_token_id": [7, 9], "pad_token_id": 0, "temperature": 0.5, "do_sample": True}
-    block1 = load_llama(str(tmp_path / "given"))
-    assert block1.generation_config == wanted
-    (tmp_path / "phase2").mkdir()
-    save_model(grow_model(block1, 3), tmp_path / "phase2")
-    assert read_json(tmp_path / "phase2/generation_config.json") == wanted
-    assert load_model(tmp_path / "phase2").generation_config == wanted
-    (tmp_path / "given/generation_config.json").unlink()  # then config.json alone knows
-    change(tmp_path / "given/config.json", eos_token_id=[3, 4], bos_token_id=5)
-    assert load_llama(str(tmp_path / "given")).generation_config == {"bos_token_id": 5, "eos_token_id": [3, 4]}
 
 
 NUMBERS = [

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lego.tokens.batches import EvaluationBatches, TrainingBatches, stream_indices
+from lego.tokens.batches import EvaluationBatches, TrainingBatches, blocks_in_epoch, stream_indices, tokens_in_epoch
 
 
 class Counting:
@@ -51,6 +51,14 @@ def test_epochs_follow_each_other_through_the_stream():
             seen += (x[:, 0] // 10).tolist()
     assert seen == stream_indices(10, 0, 40, 1).tolist()
     assert [x.tolist() for x, _ in batches] == [x.tolist() for x, _ in batches]  # re-iterable: the same epoch again
+
+
+def test_an_epoch_of_short_text_is_a_few_passes_and_says_so(capsys):
+    assert [tokens_in_epoch(1000, there) for there in (5000, 250, 249, 100)] == [1000, 1000, 996, 400]
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2
+    assert said[1].startswith("an epoch is 4 passes over the 100 tokens there are, fewer than train.tokens_per_epoch 1")
+    assert [blocks_in_epoch(wanted, Counting(5)) for wanted in (40, 60, 61, 10**6)] == [14, 20, 20, 20]
 
 
 def test_a_total_ends_the_stream_in_the_middle_of_a_batch():
