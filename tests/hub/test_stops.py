@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lego.base.artifacts import read_json
 from lego.hf import LegoForCausalLM, save_routed, to_hf
@@ -46,12 +46,15 @@ def test_settings_for_sampling_that_contradict_one_another_leave_the_stop_ids(tm
 
 def test_the_command_line_stops_where_the_given_model_stops(checkpoint, tmp_path, capsys):
     """At each id of its list, and nowhere else: not at the tokenizer's own end-of-text."""
-    llama = AutoModelForCausalLM.from_pretrained(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint)
+    config.initializer_range = 0.4  # a trained one of this size repeats itself
+    llama = AutoModelForCausalLM.from_config(config).eval()
+    llama.save_pretrained(tmp_path / "given")
     prompt = AutoTokenizer.from_pretrained(checkpoint)("def", return_tensors="pt")
     freely = llama.generate(**prompt, max_new_tokens=20, do_sample=False, eos_token_id=None)[0].tolist()[1:]
     _, first, *_, second = dict.fromkeys(freely)  # ids in the order in which they first come
     for stops in ([first, 303], [303, second], second, [303]):
-        model = load_llama(str(checkpoint))
+        model = load_llama(str(tmp_path / "given"))
         model.generation_config = {"eos_token_id": stops, "pad_token_id": 0}
         folder = tmp_path / str(stops)
         folder.mkdir()
