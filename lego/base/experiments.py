@@ -5,9 +5,12 @@ DVC copies there what git tracks. Nothing here loads torch at import: how its th
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 TEMPORARY = (".dvc", "tmp", "exps")
+BETWEEN_STAGES = 60.0  # seconds; DVC takes a few to record what a stage made
 
 
 def origin(folder: Path) -> Path | None:
@@ -27,8 +30,31 @@ def side_by_side() -> int:
     """How many runs of this tree there are now: temporary experiments, and this one if it is none."""
     here = Path.cwd()
     tree = origin(here)
-    others = (tree or here).joinpath(*TEMPORARY).glob("tmp*")
-    return sum(folder.is_dir() for folder in others) + (tree is None)
+    others = [folder for folder in (tree or here).joinpath(*TEMPORARY).glob("tmp*") if folder != here]
+    return 1 + sum(_under_way(folder) for folder in others)
+
+
+def _under_way(folder: Path) -> bool:
+    """Whether an experiment runs in a temporary folder; of a killed one the folder stays.
+
+    DVC keeps no list of those that live. A stage's lock names its process (to try the lock would take it, for a
+    moment, from a stage that starts); between two stages the last one is not long over.
+    """
+    locks = [file for file in folder.glob(".scratch/locks/**/*") if file.is_file()]
+    if any(_lives(file.read_text(encoding="utf-8")) for file in locks):
+        return True
+    times = [file.stat().st_mtime for file in (folder, folder / "dvc.lock", *locks) if file.exists()]
+    return folder.is_dir() and time.time() - max(times) < BETWEEN_STAGES
+
+
+def _lives(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def require_tracked(path: str | Path, key: str) -> None:

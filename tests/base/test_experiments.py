@@ -58,6 +58,20 @@ def test_runs_of_one_tree_are_counted(experiment, tmp_path, monkeypatch):
     assert side_by_side() == 2
     monkeypatch.chdir(tmp_path / "tree")
     assert side_by_side() == 3  # the work tree's own
+    monkeypatch.chdir(experiment)
+    for killed in (experiment.parent / "tmp2", tmp_path / "tree"):
+        os.utime(killed, (0, 0))
+    assert side_by_side() == 1
+    (experiment.parent / "tmp2/.scratch/locks/cvfp").mkdir(parents=True)
+    child = subprocess.Popen(["sleep", "60"])
+    lock = experiment.parent / "tmp2/.scratch/locks/cvfp/train_phase1"
+    for alive in (True, False):
+        lock.write_text(f"{child.pid}\n")
+        for path in (lock, experiment.parent / "tmp2"):
+            os.utime(path, (0, 0))
+        assert side_by_side() == 1 + alive  # a stage that has run for long, and one that was killed
+        child.kill()
+        child.wait()
     monkeypatch.chdir(tmp_path)
     assert side_by_side() == 1
 
