@@ -49,6 +49,7 @@ SIZES = {  # small, but training takes longer than imports
     },
     "stages/satipatthana/params.yaml": {
         "seeds": 1,
+        "ablations.seeds": 1,
         "workers": 1,
         "task.name": "digits",
         **{f"stage{number}.epochs": 30 for number in range(4)},
