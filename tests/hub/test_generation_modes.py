@@ -52,8 +52,7 @@ def ids_and_mask(padded: bool) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("mode", MODES)
 def test_generation_has_the_originals_tokens(pair, mode, padded, threshold):
-    llama, routed = pair
-    routed.config.exit_threshold = threshold
+    pair[1].config.exit_threshold = threshold
     inputs, options, texts = ids_and_mask(padded), {"max_new_tokens": NEW, "min_new_tokens": 1} | MODES[mode], []
     if mode == "prompt lookup":  # of one text at a time
         inputs = {name: part[2:] for name, part in inputs.items()}
@@ -77,8 +76,7 @@ def test_a_routed_model_drafts_and_verifies(pair, threshold):
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)
 def test_what_is_returned_has_the_originals_shapes_and_scores(pair, threshold):
-    llama, routed = pair
-    routed.config.exit_threshold = threshold
+    pair[1].config.exit_threshold = threshold
     options = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True, "output_scores": True}
     for more in ({}, {"num_beams": 3}):
         theirs, ours = (m.generate(**ids_and_mask(True), **options, **more, output_logits=True) for m in pair)
