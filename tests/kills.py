@@ -97,7 +97,8 @@ def round_of_a_stage(clone: Clone, file: str, stage: str, luck: random.Random) -
     assert outs(clone, file, stage) == expected, f"{file}:{stage} differs without a kill"
     for _ in range(luck.choice((1, 2))):
         child = started(clone, *command)
-        time.sleep(luck.uniform(0.25, 1.0) * whole)
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(luck.uniform(0.25, 1.0) * whole)
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
         child.wait()

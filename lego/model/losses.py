@@ -5,7 +5,7 @@ Shapes: n tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,11 +14,23 @@ from torch.autograd.function import once_differentiable
 
 Score = Callable[[Tensor, Tensor], Tensor]
 
-LOGITS_IN_CACHE, LOGITS_ON_GPU = 2**19, 2**26  # elements at a time: 2 MiB of float32 on a CPU, 256 MiB elsewhere
+LOGITS_IN_CACHE = 2**19  # elements that a CPU's cache keeps while they are passed over: 2 MiB of float32
+LOGITS_AT_A_TIME = 2**26  # elements that there are at most: 256 MiB of float32
 
 
-def _rows_at_a_time(weight: Tensor) -> int:
-    return max(1, (LOGITS_IN_CACHE if weight.device.type == "cpu" else LOGITS_ON_GPU) // len(weight))
+def _rows_of_a_product(weight: Tensor) -> int:
+    """Rows of logits that one product makes.
+
+    It reads the whole head, V D numbers, and what follows passes a few times over V logits of each row: from about D
+    rows on the passes cost more than the reading. If more rows fit the cache, so many are taken.
+    """
+    most, together = max(1, LOGITS_AT_A_TIME // len(weight)), _rows_of_a_pass(weight)
+    return most if weight.device.type != "cpu" else min(most, together * -(-weight.shape[1] // together))
+
+
+def _rows_of_a_pass(weight: Tensor) -> int:
+    """Rows of logits that are passed over together: as many as stay in the cache."""
+    return max(1, (LOGITS_IN_CACHE if weight.device.type == "cpu" else LOGITS_AT_A_TIME) // len(weight))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -34,20 +46,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=h.device, dtype=torch.promote_types(weight.dtype, torch.float32))
         with torch.autocast(kind, enabled=False):
             w = weight.to(dtype)
-            rows = _rows_at_a_time(weight)
+            rows = _rows_of_a_product(weight)
             for start in range(0, len(y), rows):
                 chunk, target = h[start : start + rows].to(dtype), y[start : start + rows, None]  # (r, D), (r, 1)
-                logits = chunk @ w.t()  # (r, V)
-                logits = logits if logits.dtype is torch.float64 else logits.float()
-                logits -= logits.amax(dim=1, keepdim=True)
-                right = logits.gather(1, target)  # (r, 1)
-                norm = logits.exp_().sum(dim=1, keepdim=True)  # (r, 1)
-                total += (norm.log() - right).sum()
-                if dh is None and dw is None:
-                    continue
-                gradient = logits.div_(norm * len(y))  # softmax / n: the gradient but for the target's -1 / n
-                gradient.scatter_add_(1, target, torch.full_like(right, -1 / len(y)))
-                gradient = gradient.to(dtype)
+                gradient = chunk @ w.t()  # (r, V), logits at first
+                total += _losses_to_gradients(gradient, target, len(y) if needs_h or needs_weight else None, weight)
                 if dh is not None:
                     dh[start : start + rows] = gradient @ w
                 if dw is not None and dw.dtype == dtype:
@@ -62,6 +65,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         dh, dw = ctx.saved_tensors
         return None if dh is None else dh * scale, None if dw is None else dw * scale, None
+
+
+def _losses_to_gradients(logits: Tensor, targets: Tensor, count: int | None, weight: Tensor) -> Tensor:
+    """Sum of the cross-entropies in nats of logits (r, V), which become gradients of the mean they are part of.
+
+    Args:
+        logits: overwritten.
+        targets: (r, 1).
+        count: tokens of the mean; None if no gradient is needed.
+        weight: of the output head (V, D).
+    """
+    total = torch.zeros((), device=logits.device, dtype=torch.promote_types(logits.dtype, torch.float32))
+    rows = _rows_of_a_pass(weight)
+    for part, target in zip(logits.split(rows), targets.split(rows), strict=True):
+        work = part if part.dtype is torch.float64 else part.float()
+        work -= work.amax(dim=1, keepdim=True)
+        right = work.gather(1, target)  # (r, 1)
+        norm = work.exp_().sum(dim=1, keepdim=True)  # (r, 1)
+        total += (norm.log() - right).sum()
+        if count is None:
+            continue
+        work.div_(norm * count)  # softmax / n: the gradient but for the target's -1 / n
+        work.scatter_add_(1, target, torch.full_like(right, -1 / count))
+        if work is not part:
+            part.copy_(work)
+    return total
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, y: Tensor) -> Tensor:
@@ -92,7 +121,12 @@ def exit_confidence(h: Tensor, weight: Tensor) -> Tensor:
         h: normed states (n, D).
         weight: of the output head (V, D).
     """
-    return torch.cat([max_probability(chunk @ weight.t()) for chunk in h.split(_rows_at_a_time(weight))])
+    rows, parts = _rows_of_a_pass(weight), []
+    for chunk in h.split(_rows_of_a_product(weight)):
+        for logits in (chunk @ weight.t()).float().split(rows):  # (r, V), ours: `max_probability` without its copy
+            logits -= logits.amax(dim=-1, keepdim=True)
+            parts.append(logits.exp_().sum(dim=-1).reciprocal())
+    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -106,7 +140,7 @@ def exit_logits(h: Tensor, weight: Tensor, score: Score, states: Tensor) -> tupl
         states: what the score is given (n, D).
     """
     logits = h @ weight.t()
-    rows = _rows_at_a_time(weight)  # a score passes over its rows several times: they should stay in the cache
+    rows = _rows_of_a_pass(weight)
     parts = [score(*chunk) for chunk in zip(states.split(rows), logits.split(rows), strict=True)]
     return logits, torch.cat(parts)
 
@@ -125,12 +159,22 @@ def read_exit(
         states: what the scores are given (n, D); default h.
     """
     scores, states = tuple(scores), h if states is None else states
-    parts = []
-    rows = _rows_at_a_time(weight)
-    for chunk, state, target in zip(h.split(rows), states.split(rows), y.split(rows), strict=True):
-        logits = (chunk @ weight.t()).float()  # (r, V)
+    parts, rows = [], _rows_of_a_pass(weight)
+    made = (chunk @ weight.t() for chunk in h.split(_rows_of_a_product(weight)))
+    pieces = (piece for logits in made for piece in logits.split(rows))
+    for piece, state, target in _in_step(pieces, states, y):
+        logits = piece.float()  # (r, V)
         best, guess = logits.max(dim=1)  # (r,)
         norm = logits.logsumexp(dim=1)  # (r,)
         right = logits.gather(1, target[:, None]).squeeze(1)  # (r,)
         parts.append((norm - right, guess == target, (best - norm).exp(), *(score(state, logits) for score in scores)))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _in_step(pieces: Iterable[Tensor], states: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Pieces of logits (r, V) in order, with the states (r, D) and targets (r,) of their rows."""
+    done = 0
+    for piece in pieces:
+        rows = slice(done, done + len(piece))
+        yield piece, states[rows], y[rows]
+        done = rows.stop

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from lego import DeepSupervisionTransformer, grow_model
 from lego.model import losses
-from lego.model.losses import linear_cross_entropy, max_probability, read_exit
+from lego.model.losses import exit_confidence, linear_cross_entropy, max_probability, read_exit
 from tests.conftest import VOCAB
 
 SIZES = {
@@ -18,6 +18,7 @@ SIZES = {
     "dim": st.integers(1, 9),
     "vocab": st.integers(2, 30),
     "rows": st.integers(1, 50),
+    "most": st.integers(1, 50),
     "scale": st.sampled_from([0.1, 3.0, 60.0]),
     "seed": st.integers(0, 2**20),
 }
@@ -31,12 +32,13 @@ def drawn(n: int, dim: int, vocab: int, scale: float, seed: int, dtype: torch.dt
 
 @settings(max_examples=150, deadline=None)
 @given(**SIZES, trained=st.sampled_from([(True, True), (True, False), (False, True)]))
-def test_loss_and_gradients_equal_torchs(n, dim, vocab, rows, scale, seed, trained):
+def test_loss_and_gradients_equal_torchs(n, dim, vocab, rows, most, scale, seed, trained):
     h, weight, y = drawn(n, dim, vocab, scale, seed, torch.float64)  # float32 forgives less the larger the logits
     h.requires_grad_(trained[0])
     weight.requires_grad_(trained[1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "LOGITS_IN_CACHE", rows * vocab)  # `rows` rows at a time
+        patch.setattr(losses, "LOGITS_IN_CACHE", rows * vocab)  # rows that are passed over together
+        patch.setattr(losses, "LOGITS_AT_A_TIME", most * vocab)  # rows of a product, at most
         loss = linear_cross_entropy(h, weight, y)
     expected = F.cross_entropy(h @ weight.t(), y)
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-9)
@@ -52,17 +54,38 @@ def test_loss_and_gradients_equal_torchs(n, dim, vocab, rows, scale, seed, train
 
 @settings(max_examples=100, deadline=None)
 @given(**SIZES)
-def test_what_an_exit_says_equals_torchs(n, dim, vocab, rows, scale, seed):
+def test_what_an_exit_says_equals_torchs(n, dim, vocab, rows, most, scale, seed):
     h, weight, y = drawn(n, dim, vocab, scale, seed, torch.float32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "LOGITS_IN_CACHE", rows * vocab)
-        nll, right, confidence = read_exit(h, weight, y)
+        patch.setattr(losses, "LOGITS_AT_A_TIME", most * vocab)
+        nll, right, confidence, score = read_exit(h, weight, y, [lambda states, logits: states[:, 0] + logits[:, -1]])
+        alone = exit_confidence(h, weight)
     logits = h @ weight.t()
     torch.testing.assert_close(nll, F.cross_entropy(logits, y, reduction="none"), rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(confidence, max_probability(logits), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(alone, confidence, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(score, h[:, 0] + logits[:, -1], rtol=1e-4, atol=1e-4)
     top = logits.topk(2, dim=1).values
     clear = (top[:, 0] - top[:, 1]) > 1e-3  # where two guesses tie, either is right
     assert torch.equal(right[clear], (logits.argmax(1) == y)[clear])
+
+
+@pytest.mark.parametrize(
+    ("vocab", "dim", "product", "together"),
+    [
+        (1024, 64, 512, 512),  # the head is small: as many rows as stay in the cache
+        (4096, 64, 128, 128),
+        (49_152, 576, 580, 10),  # the head is large: it is read once for about D rows
+        (128_256, 2048, 523, 4),  # and the logits are not more than 256 MiB
+        (2**27, 8, 1, 1),
+    ],
+)
+def test_the_head_is_read_rarely_and_the_logits_stay_bounded(vocab, dim, product, together):
+    on_gpu = torch.empty(vocab, dim, device="meta")  # any device but a CPU
+    assert losses._rows_of_a_product(on_gpu) == losses._rows_of_a_pass(on_gpu) == max(1, 2**26 // vocab)
+    weight = torch.zeros(1, 1).expand(vocab, dim)  # on the CPU, without memory
+    assert (losses._rows_of_a_product(weight), losses._rows_of_a_pass(weight)) == (product, together)
 
 
 @pytest.mark.parametrize("scale", [0.1, 3.0])
