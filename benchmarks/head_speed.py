@@ -1,7 +1,7 @@
 """The output head at any vocabulary: losses, readings and confidences without a batch's logits, against torch's own.
 
 python -m benchmarks.head_speed                          V = 1k, 4k, 49k and 128k
-python -m benchmarks.head_speed --model data/phase1      mining of a model, against its forward pass with logits
+python -m benchmarks.head_speed --model FOLDER           mining by a Llama, against its forward pass with logits
 
 Both sides alternate; each pair gives a ratio of speeds, of which the median, the least and the largest are shown.
 Memory is what the process holds at its peak beyond what it held before.
@@ -21,7 +21,6 @@ from torch.nn import functional as F
 
 from lego.evaluation.latency import ratio_of_pairs
 from lego.mining.hard_tokens import exit_states
-from lego.model.checkpoint import load_model
 from lego.model.losses import exit_confidence, linear_cross_entropy, read_exit
 
 Call = Callable[[], object]
@@ -92,7 +91,7 @@ def mining(arguments: argparse.Namespace) -> None:
     from lego.model.llama import load_llama
 
     folder = str(arguments.model)
-    ours = load_model(folder) if (Path(folder) / "digests.json").exists() else load_llama(folder)
+    ours = load_llama(folder)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     ids = torch.randint(ours.sizes["vocab_size"], (arguments.tokens // 128, 128))
 

@@ -150,9 +150,12 @@ class TrainParams(Section):
     batch_size: Count
     grad_accumulation: Count
     tokens_per_epoch: Count
-    schedule: Literal["cosine", "constant"]
+    optimizer: Literal["adamw", "muon"]
+    adamw_lr_ratio: Positive
+    schedule: Literal["cosine", "constant", "wsd"]
     warmup_steps: CountOrZero
     min_lr_ratio: Annotated[Number, within("[0, 1]")]
+    decay_share: Annotated[Number, within("(0, 1]")]
     weight_decay: NonNegative
     beta1: Annotated[Number, within("[0, 1)")]
     beta2: Annotated[Number, within("[0, 1)")]

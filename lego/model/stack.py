@@ -99,6 +99,11 @@ class LayerStack(nn.Module):
         if tie_embeddings:
             self.output_head.weight = self.embedding.weight
 
+    @property
+    def heads(self) -> list[nn.Linear]:
+        """The output heads: block 1's, and block 2's where it has its own."""
+        return [self.output_head] + ([] if self.deep_head is None else [self.deep_head])
+
     def layer(self, number: int) -> TransformerLayer:
         """The layer of this number, from 1."""
         return cast(TransformerLayer, self.layers[number - 1])

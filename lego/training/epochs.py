@@ -19,6 +19,8 @@ from lego.base.artifacts import write_tensors
 from lego.base.digests import of_tensors
 from lego.training.steps import NonFiniteLossError
 
+TUPLES = ("betas", "ns_coefficients")  # of an optimizer's groups, which JSON makes lists of
+
 
 @dataclass
 class History:
@@ -83,7 +85,7 @@ class TrainingState:
             print(f"{self.file}: is damaged, so training starts afresh", flush=True)
             return None
         tensors, rest = saved
-        groups = [group | {"betas": tuple(group["betas"])} for group in rest["groups"]]
+        groups = [group | {key: tuple(group[key]) for key in TUPLES if key in group} for group in rest["groups"]]
         state: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer/"):

@@ -38,11 +38,19 @@ class NonFiniteLossError(FloatingPointError):
 
 
 def build_optimizer(
-    model: nn.Module, base_lr: float, weight_decay: float = 0.01, betas: tuple[float, float] = (0.9, 0.999)
+    model: nn.Module,
+    base_lr: float,
+    weight_decay: float = 0.01,
+    betas: tuple[float, float] = (0.9, 0.999),
+    without: Iterable[Tensor] = (),
 ) -> AdamW:
-    """AdamW (Loshchilov & Hutter 2019) over what requires a gradient; norms and embeddings do not decay."""
+    """AdamW (Loshchilov & Hutter 2019) over what requires a gradient, but for the weights in `without`.
+
+    Norms and embeddings do not decay.
+    """
     spared = {id(p) for m in model.modules() if isinstance(m, nn.RMSNorm | nn.Embedding) for p in m.parameters()}
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    left_out = {id(p) for p in without}
+    trainable = [p for p in model.parameters() if p.requires_grad and id(p) not in left_out]
     groups = [
         {"params": [p for p in trainable if id(p) not in spared], "weight_decay": weight_decay},
         {"params": [p for p in trainable if id(p) in spared], "weight_decay": 0.0},
@@ -50,14 +58,29 @@ def build_optimizer(
     return AdamW([group for group in groups if group["params"]], lr=base_lr, betas=betas, fused=True)
 
 
-def build_scheduler(optimizer: Optimizer, kind: str, warmup_steps: int, total_steps: int, min_ratio: float) -> LambdaLR:
-    """Linear warm-up, then `constant`, or `cosine` down to min_ratio at total_steps (Loshchilov & Hutter 2017)."""
+def build_scheduler(
+    optimizer: Optimizer, kind: str, warmup_steps: int, total_steps: int, min_ratio: float, decay_share: float = 0.2
+) -> LambdaLR:
+    """Linear warm-up, then one of three shapes.
+
+    Args:
+        optimizer: whose learning rates are peaks.
+        kind: `constant`; `cosine` down to min_ratio at total_steps (Loshchilov & Hutter 2017); or `wsd`, constant and
+            then straight down to min_ratio (warm-up, stable, decay: Hu et al. 2024, arXiv 2404.06395).
+        warmup_steps: of the linear warm-up.
+        total_steps: where the learning rate has fallen to min_ratio of its peak.
+        min_ratio: as a share of the peak.
+        decay_share: wsd: share of total_steps in which it falls.
+    """
+    falling = max(1.0, decay_share * total_steps)
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
         if kind == "constant":
             return 1.0
+        if kind == "wsd":
+            return max(min_ratio, 1 - (1 - min_ratio) * max(0.0, 1 - (total_steps - step) / falling))
         progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
         return min_ratio + (1 - min_ratio) * (1 + math.cos(math.pi * progress)) / 2
 

@@ -24,4 +24,5 @@ def test_schedules_warm_up_and_end_where_they_say():
 
     assert rates("constant") == pytest.approx([0.2, 0.4, 0.6, 0.8] + [1.0] * 10)
     cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(9)]
+    assert rates("wsd") == pytest.approx([0.2, 0.4, 0.6, 0.8, *[1.0] * 6, 0.85, 0.475, 0.1, 0.1])
     assert rates("cosine") == pytest.approx([0.2, 0.4, 0.6, 0.8, *cosine, 0.1])
