@@ -3,7 +3,7 @@
 dvc repro evaluate_routing      (python -m stages.evaluate_routing)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,7 @@ from lego.base.harness import Stage, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
 from lego.base.progress import share
 from lego.evaluation.calibration import Calibration, GainFit, all_criteria, certificate_line, macs_of
+from lego.evaluation.gating import gate_for
 from lego.evaluation.latency import latency_ratios
 from lego.evaluation.plain import document_rows
 from lego.evaluation.risk import Certificate, document_units
@@ -33,6 +34,7 @@ from lego.hub.export import model_card, save_routed, to_hf
 from lego.model.checkpoint import load_exit, load_model
 from lego.model.cost import Ledger
 from lego.model.exit_criteria import Criterion, StateCriterion
+from lego.model.gate import Gate
 from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
 from lego.tokens.batches import EvaluationBatches, split_batches
 from lego.tokens.blocks import PackedBlocks, corpus_facts, data_digests
@@ -54,7 +56,8 @@ FACTS = (
 class Routing:
     """What calibration text decided: criteria by name, how each routes, the chosen one, what is promised of it.
 
-    `mining` is the threshold of max_prob that mining used.
+    `mining` is the threshold of max_prob that mining used; `gate` mixes both exits in answers of hard tokens, and
+    `mixed` says what it was worth on the text it was fitted on.
     """
 
     criteria: dict[str, Criterion]
@@ -62,6 +65,8 @@ class Routing:
     chosen: Route
     promise: Certificate | None
     mining: float
+    gate: Gate | None
+    mixed: dict[str, Any]
 
 
 def documents(blocks: PackedBlocks) -> np.ndarray:
@@ -77,7 +82,7 @@ def units(params: Params, blocks: PackedBlocks) -> np.ndarray:
 
 
 def decide(params: Params, model: BaseTransformer, seed: int, device: torch.device) -> Routing:
-    """Fits the gain criterion and sets every criterion's threshold, on calibration text alone."""
+    """Fits the gate and the gain criterion and sets every criterion's threshold, on calibration text alone."""
     settings, facts, probe = params.routing, *load_exit("data/exit", model)
     split, mining, fit_tokens, size = (
         facts["split"],
@@ -88,9 +93,10 @@ def decide(params: Params, model: BaseTransformer, seed: int, device: torch.devi
     blocks = PackedBlocks("data/tokens", split)
     gain = GainFit(model.sizes["dim"], settings.gain_width)
     first = split_batches("data/tokens", split, size, (0.0, fit_tokens / blocks.tokens))
-    token_table(model, first, device, on_states=gain.add)
+    gate, mixed = gate_for(model, first, device) if settings.gate == "fitted" else (None, {})
+    token_table(model, first, device, on_states=gain.add, gate=gate)
     criteria = all_criteria(probe.to(device), gain.solve(settings.gain_l2, seed).to(device))
-    table = token_table(model, EvaluationBatches(blocks, size), device, scored(criteria))
+    table = token_table(model, EvaluationBatches(blocks, size), device, scored(criteria), gate=gate)
     ratio = facts["hard_example_ratio"]
     calibration = Calibration(table, fit_tokens, units(params, blocks), mining, ratio, settings)
     macs = {name: macs_of(criterion) for name, criterion in criteria.items()}
@@ -100,7 +106,7 @@ def decide(params: Params, model: BaseTransformer, seed: int, device: torch.devi
         threshold, found = calibration.certificate(name)
         routes[name] = Route(name, threshold, macs[name])
         print(certificate_line(name, found, settings), flush=True)
-    return Routing(criteria, routes, routes[name], found, mining)
+    return Routing(criteria, routes, routes[name], found, mining, gate, mixed)
 
 
 def scored(criteria: dict[str, Criterion]) -> dict[str, Criterion]:
@@ -120,7 +126,10 @@ def report(params: Params, routing: Routing, tables: dict[str, TokenTable], ledg
         realised = realised_risk(tables["test"], routing.chosen, of_test, params.routing.risk_clip)
         promise = vars(routing.promise) | realised
         print("risk on test text: " + ", ".join(f"{key} {value:.4f}" for key, value in realised.items()))
-    write_json("metrics/details/criteria.json", quality | {"risk": promise, "leaky": leaky})
+    gated = {"gate": routing.mixed} if routing.gate is not None else {}
+    write_json("metrics/details/criteria.json", quality | {"risk": promise, "leaky": leaky} | gated)
+    if routing.gate is not None:
+        print("gate, where it was fitted: " + ", ".join(f"{key} {value:.4f}" for key, value in routing.mixed.items()))
     print("\n".join(["exit criteria on validation text, where one is chosen:", *quality_lines(quality["validation"])]))
     print(payment_sentence(routing.chosen.criterion, quality["test"]))
 
@@ -150,6 +159,7 @@ def write_routed(model: DeepSupervisionTransformer, routing: Routing, metrics: d
         chosen.threshold,
         chosen.criterion,
         scorer if isinstance(scorer, StateCriterion) else None,
+        routing.gate,
         **{name: value for name, value in ids.items() if name not in model.generation_config},
     )
     with atomic_folder("data/routed") as folder:
@@ -168,9 +178,10 @@ def main() -> None:
         model, device = cast(DeepSupervisionTransformer, load_model("data/phase2")), resolve_device(params.train.device)
         routing = decide(params, model, stage.seed, device)
         texts = {name: split_batches("data/tokens", name, params.evaluation.batch_size) for name in SCORED}
-        tables = {name: token_table(model, text, device, scored(routing.criteria)) for name, text in texts.items()}
+        wanted, gate = scored(routing.criteria), routing.gate
+        tables = {name: token_table(model, text, device, wanted, gate=gate) for name, text in texts.items()}
         chosen, test = routing.chosen, texts["test"]
-        ledger = Ledger.of(model, test.blocks.seq_len)
+        ledger = replace(Ledger.of(model, test.blocks.seq_len), gated=gate is not None)
         facts = corpus_facts("data/tokens")["splits"]["test"]
         metrics = routed_metrics(tables["test"], tables["validation"], routing.mining, ledger, facts, chosen)
         metrics |= {key: mined[key] for key in ("n_hard", "hard_share", "leaky")} | {"lr": trained["lr"]}
@@ -193,7 +204,7 @@ def main() -> None:
         if params.evaluation.latency_repeats:
             ids = test.blocks.rows(torch.arange(min(32, len(test.blocks))))[:, :-1]
             criterion, repeats = routing.criteria[chosen.criterion], params.evaluation.latency_repeats
-            stage.record |= latency_ratios(model, ids, chosen.threshold, repeats, criterion)
+            stage.record |= latency_ratios(model, ids, chosen.threshold, repeats, criterion, gate)
         stage.record |= data_digests("data/tokens") | {"counts": {"tokens": test.blocks.tokens}}
 
 

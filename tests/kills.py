@@ -140,7 +140,9 @@ def queue(clone: Clone, ratios: dict[str, float]) -> None:
 
 def made(clone: Clone, name: str) -> list[str]:
     """The digests of all that an experiment made, as its lock names them."""
-    lock = yaml.safe_load(clone.run("git", "show", f"{name}:dvc.lock"))["stages"]
+    refs = clone.run("git", "for-each-ref", "refs/exps", "--format=%(refname)").split()
+    (ref,) = (ref for ref in refs if ref.endswith(f"/{name}"))
+    lock = yaml.safe_load(clone.run("git", "show", f"{ref}:dvc.lock"))["stages"]
     return [f"{stage} {out['path']} {out['md5']}" for stage, entry in lock.items() for out in entry["outs"]]
 
 

@@ -70,6 +70,7 @@ class RoutingParams(Section):
     criterion: Literal["max_prob", "margin", "entropy", "probe", "gain"]
     calibration: Literal["quantile", "risk"]
     hard_ratio: Annotated[Number, within("[0, 1]")] | None
+    gate: Literal["none", "fitted"]
     epsilon: Positive
     delta: Share
     risk_unit: Literal["block", "document"]

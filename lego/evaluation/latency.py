@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lego.model.exit_criteria import Criterion, max_prob
+from lego.model.gate import Gate
 from lego.model.transformer import BaseTransformer
 from lego.routing.decoder import RoutedDecoder
 
@@ -36,14 +37,19 @@ def ratio_of_pairs(
 
 
 def latency_ratios(
-    model: BaseTransformer, ids: Tensor, threshold: float, repeats: int, criterion: Criterion = max_prob
+    model: BaseTransformer,
+    ids: Tensor,
+    threshold: float,
+    repeats: int,
+    criterion: Criterion = max_prob,
+    gate: Gate | None = None,
 ) -> dict[str, float]:
     """Median of routed / full for reading whole sequences, by batch size; both are the routed decoder.
 
     Args:
         model: with two blocks, on its device.
         ids: sequences to read (n, T), taken again where a batch needs more.
-        threshold, criterion: see RoutedDecoder.
+        threshold, criterion, gate: see RoutedDecoder; the full model answers without a gate.
         repeats: timed pairs.
     """
     ratios = {}
@@ -51,7 +57,7 @@ def latency_ratios(
         batch = ids[torch.arange(size) % len(ids)].to(model.embedding.weight.device)
 
         def read(at: float | None, batch: Tensor = batch) -> None:
-            RoutedDecoder(model, at, len(batch), criterion).read(batch)
+            RoutedDecoder(model, at, len(batch), criterion, None if at is None else gate).read(batch)
 
         median, *_ = ratio_of_pairs(partial(read, threshold), partial(read, None), repeats)
         ratios[f"latency_ratio_batch_{size}"] = median

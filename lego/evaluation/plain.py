@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from lego.evaluation.risk import document_units
 from lego.evaluation.routed import TokenTable, perplexity, routed_metrics, token_table
 from lego.model.cost import Ledger
+from lego.model.gate import Gate
 from lego.model.transformer import BaseTransformer
 from lego.tokens.batches import EvaluationBatches, split_batches
 from lego.tokens.blocks import PackedBlocks, bits_per_byte, corpus_facts
@@ -143,17 +144,19 @@ class Comparison:
         return cls(texts, documents, facts["splits"]["test"], block1, threshold, ledger, device)
 
     def judge(
-        self, model: BaseTransformer, leaves: float | None = None
+        self, model: BaseTransformer, leaves: float | None = None, gate: Gate | None = None
     ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
         """The keys of MODEL_KEYS that follow from what a model says of the text, and its losses by document.
 
         Args:
             model: answers every token at its last layer, or routes.
             leaves: confidence from which a token leaves at the model's exit; None = the model has but one.
+            gate: mixes both exits in the answers of its hard tokens.
         """
         block1 = {split: token_table(self.block1, text, self.device) for split, text in self.texts.items()}
-        mine = {split: token_table(model, text, self.device) for split, text in self.texts.items()}
-        test, validation, own = mine["test"], mine["validation"], Ledger.of(model, self.ledger.seq_len)
+        mine = {split: token_table(model, text, self.device, gate=gate) for split, text in self.texts.items()}
+        test, validation = mine["test"], mine["validation"]
+        own = replace(Ledger.of(model, self.ledger.seq_len), gated=gate is not None)
         hard = ~block1["test"].easy(self.threshold)
         if leaves is None:
             metrics = single_exit_metrics(

@@ -15,6 +15,7 @@ from torch import Tensor
 from lego.base.artifacts import write_tensors
 from lego.model.cost import Ledger
 from lego.model.exit_criteria import Criterion
+from lego.model.gate import Gate
 from lego.model.transformer import BaseTransformer, compute_cost
 from lego.routing.decoder import RoutedDecoder
 from lego.tokens.blocks import bits_per_byte
@@ -131,6 +132,7 @@ def token_table(
     device: str | torch.device,
     criteria: Mapping[str, Criterion] | None = None,
     on_states: Callable[[Tensor, Tensor], None] = lambda states, gain: None,
+    gate: Gate | None = None,
 ) -> TokenTable:
     """Runs both exits over all batches with the routed decoder; a model without block 2 has two equal columns.
 
@@ -140,6 +142,7 @@ def token_table(
         device: where the model runs.
         criteria: exit criteria by name, whose scores are wanted.
         on_states: called with each batch's exit states (n, D) and what block 2 spares them (n,), in nats.
+        gate: mixes both exits in the answers of the full depth.
     """
     model.to(device)
     names, wanted = list(criteria or {}), list((criteria or {}).values())
@@ -152,7 +155,11 @@ def token_table(
         deep = shallow
         if model.exit_layer < model.num_layers:
             states = decoder.deep_states(read, torch.ones_like(y, dtype=torch.bool))
-            deep = model.read_at(states, model.num_layers, y)
+            deep = (
+                model.read_at(states, model.num_layers, y)
+                if gate is None
+                else model.read_mixed(read.states, states, y, gate.to(device).mixed)
+            )
         on_states(read.states, shallow[0] - deep[0])
         columns.append((shallow[0], deep[0], shallow[1], deep[1], *shallow[2:]))
     arrays = [torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True)]

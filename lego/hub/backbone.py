@@ -82,8 +82,9 @@ class LegoPreTrainedModel(LlamaPreTrainedModel):
             for layer in model.layers[self.config.exit_layer :]:
                 layer.self_attn.q_proj.requires_grad_(False)
                 layer.self_attn.k_proj.requires_grad_(False)
-        if getattr(self, "exit_criterion_module", None) is not None:
-            self.exit_criterion_module.requires_grad_(False)
+        for name in ("exit_criterion_module", "gate"):
+            if getattr(self, name, None) is not None:
+                getattr(self, name).requires_grad_(False)
 
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
         """As in transformers; weights of an earlier save in another number of files, which could be read first, go."""
@@ -104,7 +105,7 @@ def _written(folder: Path) -> dict[Path, int | None]:
 class LegoModel(LegoPreTrainedModel, LlamaModel):
     """The layers without a head. Called by itself it takes every token to the full depth: exits need a head."""
 
-    _keys_to_ignore_on_load_unexpected = ("^exit_norm", "^deep_head", "^exit_criterion_module")
+    _keys_to_ignore_on_load_unexpected = ("^exit_norm", "^deep_head", "^exit_criterion_module", "^gate")
 
     def __init__(self, config: LegoConfig) -> None:
         super().__init__(config)

@@ -15,7 +15,7 @@ from lego.hub.standalone import AUTO_MAP, STANDALONE, standalone_code
 from lego.model.exit_criteria import CRITERIA, STATE_CRITERIA
 from lego.model.stack import BLOCK2_CONTEXTS
 
-OF_WEIGHTS = ("num_hidden_layers", "exit_layer", "block2_context", "own_head", "exit_criterion_width")
+OF_WEIGHTS = ("num_hidden_layers", "exit_layer", "block2_context", "own_head", "exit_criterion_width", "gated")
 """Fields that the weights were trained with: another value runs, and answers nonsense."""
 
 
@@ -31,6 +31,7 @@ class LegoConfig(LlamaConfig):
         exit_criterion_width: hidden width of probe or gain; 0 = linear.
         block2_context: what a token sees above the exit: sequence, token or full (see DeepSupervisionTransformer).
         own_head: block 2 has an output head of its own.
+        gated: tokens that went deep are answered by a mixture of both exits (see lego.model.gate); not in training.
         trained_context: longest sequence it was trained on; None if that is not known.
         exit_loss_weight: share of the exit in the training loss, in [0, 1]; the full depth has the rest.
         auto_map: classes of the code that lies in the model's folder, as transformers names them.
@@ -47,6 +48,7 @@ class LegoConfig(LlamaConfig):
     exit_criterion_width: int = 0
     block2_context: str = "sequence"
     own_head: bool = False
+    gated: bool = False
     trained_context: int | None = None
     exit_loss_weight: Any = 0.5
     auto_map: dict[str, Any] = field(default_factory=dict)  # TRL reads it whether it is set or not

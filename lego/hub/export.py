@@ -23,6 +23,7 @@ from lego.hub.heads import LegoForQuestionAnswering, LegoForSequenceClassificati
 from lego.hub.modeling import LegoForCausalLM, LegoOutput
 from lego.hub.standalone import STANDALONE
 from lego.model.exit_criteria import STATE_CRITERIA, StateCriterion
+from lego.model.gate import Gate
 from lego.model.naming import TOKEN_IDS, config_of, to_llama
 from lego.model.transformer import DeepSupervisionTransformer
 
@@ -36,6 +37,7 @@ def to_hf(
     threshold: float | None,
     criterion: str = "max_prob",
     scorer: StateCriterion | None = None,
+    gate: Gate | None = None,
     **fields: Any,
 ) -> LegoForCausalLM:
     """The same model with its routing as a transformers model, in float32.
@@ -45,6 +47,7 @@ def to_hf(
         threshold: as LegoConfig.exit_threshold.
         criterion: as LegoConfig.exit_criterion.
         scorer: the fitted criterion where it is probe or gain.
+        gate: mixes both exits in the answers of tokens that went deep.
         **fields: further fields of the configuration, such as eos_token_id; what they leave open of where it stops
             and how it samples is as the model's generation_config says.
 
@@ -60,14 +63,15 @@ def to_hf(
         del known[field]
     width, given = scorer.width if scorer is not None else 0, model.generation_config
     fields = {name: given[name] for name in TOKEN_IDS if name in given} | fields
-    config = LegoConfig(
-        **known | fields, exit_threshold=threshold, exit_criterion=criterion, exit_criterion_width=width
-    )
+    routing = {"exit_threshold": threshold, "exit_criterion": criterion, "exit_criterion_width": width}
+    config = LegoConfig(**known | fields, **routing, gated=gate is not None)
     converted = LegoForCausalLM(config)
     converted.generation_config.update(**given | {name: fields[name] for name in TOKEN_IDS if name in fields})
     tensors = to_llama(model.state_dict(), model.num_layers, model.exit_layer)
     if scorer is not None and converted.exit_criterion_module is not None:
         tensors |= {f"exit_criterion_module.{name}": tensor for name, tensor in scorer.state_dict().items()}
+    if gate is not None:
+        tensors |= {f"gate.{name}": tensor for name, tensor in gate.state_dict().items()}
     converted.load_state_dict({name: tensor.cpu() for name, tensor in tensors.items()})
     return converted.eval()
 

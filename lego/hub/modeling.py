@@ -25,6 +25,7 @@ from lego.hub.calibration import each_batch, threshold_at
 from lego.hub.configuration import LegoConfig
 from lego.hub.llama_layers import Reading
 from lego.model.exit_criteria import LOGIT_CRITERIA, STATE_CRITERIA, StateCriterion
+from lego.model.gate import Gate
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +57,9 @@ class LegoForCausalLM(LegoPreTrainedModel, GenerationMixin):
         self.exit_criterion_module = None
         if config.exit_criterion in STATE_CRITERIA:
             self.exit_criterion_module = StateCriterion(config.hidden_size, config.exit_criterion_width)
-            self._keep_in_fp32_modules_strict = {"exit_criterion_module"}
+        self.gate = Gate() if config.gated else None
+        fitted = {"exit_criterion_module": self.exit_criterion_module, "gate": self.gate}
+        self._keep_in_fp32_modules_strict = {name for name, module in fitted.items() if module is not None}
         self.post_init()
         self.freeze_unread()
 
@@ -108,18 +111,25 @@ class LegoForCausalLM(LegoPreTrainedModel, GenerationMixin):
         self, h: Tensor, kept: Tensor, reading: Reading, everything: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
         """Logits (B, K, V) of the tokens at `kept` (K,), each from its depth, with scores, depths and normed states."""
+        gate = None if self.training else self.gate
         if everything:
             last = self.model.norm(self.model.above(h, kept, None, reading))
-            return (self.deep_head or self.lm_head)(last), None, None, last
+            deep_logits = (self.deep_head or self.lm_head)(last)
+            if gate is not None:
+                deep_logits = gate.mixed(self.lm_head(self.exit_norm(h[:, kept])), deep_logits).to(last.dtype)
+            return deep_logits, None, None, last
         exits = h[:, kept]  # (B, K, D)
         normed = self.exit_norm(exits)
         score, logits = self._scores(exits, normed)
         deep = score < self.config.exit_threshold  # (B, K)
         states = self.model.above(h, kept, deep, reading)
+        if logits is None and gate is not None:  # every token needs the exit's head then
+            logits = self.lm_head(normed)
         if logits is None:
             logits = self._logits_of_both(normed, deep, states)
         elif deep.any():
-            logits[deep] = self._deep_logits(states)
+            answers = self._deep_logits(states)
+            logits[deep] = answers if gate is None else gate.mixed(logits[deep], answers).to(logits.dtype)
         if reading.watched.states is not None:
             normed = normed.clone()
             normed[deep] = self.model.norm(states)

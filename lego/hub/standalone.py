@@ -23,13 +23,14 @@ PARTS: dict[str, tuple[str, ...]] = {  # what is taken of a source, in order; no
         *("max_prob", "margin", "entropy", "LOGIT_CRITERIA", "STATE_CRITERIA", "CRITERIA", "StateCriterion"),
         "features",
     ),
+    "model/gate.py": ("TOP", "FEATURES", "SURE", "gate_features", "Gate"),
     "hub/configuration.py": (),
     "hub/llama_layers.py": (),
     "hub/backbone.py": (),
     "hub/calibration.py": (),
     "hub/modeling.py": (),
 }
-ON_FILES = ("save", "load", "of")  # methods of StateCriterion that need the rest of the package
+FITTED, ON_FILES = ("StateCriterion", "Gate"), ("save", "load", "of")  # their methods that need the rest of the package
 HEADER = '''"""A language model with an exit, for transformers: this file is all the code that it needs.
 
 AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) runs it. Written by lego.hub.standalone when the
@@ -90,7 +91,7 @@ def _names(node: ast.stmt) -> set[str]:
 def _text(lines: list[str], node: ast.stmt) -> str:
     """A definition's lines, its decorators' too, without methods that work on files."""
     left_out = set[int]()
-    if isinstance(node, ast.ClassDef) and node.name == "StateCriterion":
+    if isinstance(node, ast.ClassDef) and node.name in FITTED:
         for method in node.body:
             if isinstance(method, ast.FunctionDef) and method.name in ON_FILES:
                 left_out |= set(range(_first(method) - 1, (method.end_lineno or 0) + 1))  # and the blank line before

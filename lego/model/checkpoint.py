@@ -15,6 +15,7 @@ from torch import nn
 from lego.base.artifacts import ArtifactError, read_checked, read_json, read_tensors, write_json, write_tensors
 from lego.base.digests import verify, way_back
 from lego.model.exit_criteria import CRITERIA, LOGIT_CRITERIA, Criterion, StateCriterion, max_prob
+from lego.model.gate import Gate
 from lego.model.layers import TransformerLayer
 from lego.model.naming import ROUTED, config_of, from_llama, is_tied, model_of
 from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
@@ -106,16 +107,17 @@ class RoutedModel:
     model: BaseTransformer
     threshold: float | None
     criterion: Criterion
+    gate: Gate | None = None
 
 
 def load_routed(folder: str | Path) -> RoutedModel:
-    """Reads a model folder with its threshold and exit criterion.
+    """Reads a model folder with its threshold, exit criterion and gate.
 
     Args:
         folder: written by `lego.hf`, such as data/routed; or by `save_model`, which routes as it was mined.
 
     Raises:
-        ArtifactError: see `load_model`, or the criterion is missing.
+        ArtifactError: see `load_model`, or the criterion or the gate is missing.
     """
     verify(folder)  # the tokenizer too, which is used beside the model
     model, config = load_model(folder), read_json(Path(folder) / CONFIG)
@@ -124,12 +126,16 @@ def load_routed(folder: str | Path) -> RoutedModel:
     name, threshold = str(config["exit_criterion"]), config["exit_threshold"]
     if name not in CRITERIA:
         raise ArtifactError(f"{folder}/{CONFIG}: exit_criterion must be one of {', '.join(CRITERIA)}, got {name}")
-    if name in LOGIT_CRITERIA:
-        return RoutedModel(model, threshold, LOGIT_CRITERIA[name])
-    prefix = "exit_criterion_module."
     tensors = read_weights(Path(folder))
-    mine = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-    return RoutedModel(model, threshold, StateCriterion.of(mine, model.sizes["dim"], Path(folder) / WEIGHTS))
+
+    def part(prefix: str) -> dict[str, torch.Tensor]:
+        return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+    gate = Gate.of(part("gate."), Path(folder) / WEIGHTS) if config.get("gated") else None
+    if name in LOGIT_CRITERIA:
+        return RoutedModel(model, threshold, LOGIT_CRITERIA[name], gate)
+    scorer = StateCriterion.of(part("exit_criterion_module."), model.sizes["dim"], Path(folder) / WEIGHTS)
+    return RoutedModel(model, threshold, scorer, gate)
 
 
 def grow_model(

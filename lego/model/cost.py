@@ -27,6 +27,7 @@ class Ledger:
         exit_layer: depth of block 1 (k).
         seq_len: tokens per sequence (T).
         block2_context: `full`, `token` or `sequence`, see DeepSupervisionTransformer.
+        gated: answers of hard tokens mix both exits, so these need the exit's head whatever the criterion reads.
     """
 
     vocab_size: int
@@ -38,6 +39,7 @@ class Ledger:
     exit_layer: int
     seq_len: int
     block2_context: str = "full"
+    gated: bool = False
 
     @classmethod
     def of(cls, model: Any, seq_len: int) -> Ledger:
@@ -100,10 +102,11 @@ class Ledger:
 
         A criterion that reads logits makes every token pay the exit head, which yields both its score and, if it
         leaves, its logits; a hard token pays block 2 and a second head on top. One that reads the exit state costs
-        `criterion_macs` instead, and every token pays one head.
+        `criterion_macs` instead, and every token pays one head; hard ones two, if their answers mix both exits.
         """
         hard = 1 - shallow_ratio
-        asked = hard * self.head if criterion_macs is None else criterion_macs
+        asked = hard * self.head if criterion_macs is None or self.gated else 0
+        asked += criterion_macs or 0
         return self.block1 + self.head + asked + hard * self.block2 + shallow_ratio * self.kv_fill()
 
     def flops_ratio(self, shallow_ratio: float, criterion_macs: int | None = None) -> float:
@@ -113,8 +116,8 @@ class Ledger:
     def break_even_shallow_ratio(self, criterion_macs: int | None = None) -> float:
         """The shallow ratio from which routing costs less than the full model; 1.0 if it never does."""
         spared = self.block2 - self.kv_fill()  # what one more exited token saves
-        if criterion_macs is None:
-            return min(1.0, self.head / (spared + self.head))
+        if criterion_macs is None or self.gated:
+            return min(1.0, ((criterion_macs or 0) + self.head) / (spared + self.head))
         return min(1.0, criterion_macs / spared) if spared > 0 else 1.0
 
     def shallow(self) -> int:

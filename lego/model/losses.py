@@ -178,3 +178,25 @@ def _in_step(pieces: Iterable[Tensor], states: Tensor, y: Tensor) -> Iterator[tu
         rows = slice(done, done + len(piece))
         yield piece, states[rows], y[rows]
         done = rows.stop
+
+
+@torch.no_grad()
+def read_mixture(
+    shallow: tuple[Tensor, Tensor], deep: tuple[Tensor, Tensor], mixed: Score, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Loss in nats (n,) of the mixture of two exits, and whether its best guess is right (n,).
+
+    Args:
+        shallow, deep: of each exit, normed states (n, D) and the weight of its head (V, D).
+        mixed: logits (r, V) of both -> log-probabilities (r, V).
+        y: targets (n,).
+    """
+    parts, rows = [], _rows_of_a_pass(shallow[1])
+    product = _rows_of_a_product(shallow[1])
+    for h1, h2, targets in zip(shallow[0].split(product), deep[0].split(product), y.split(product), strict=True):
+        both = (h1 @ shallow[1].t()).split(rows), (h2 @ deep[1].t()).split(rows)
+        for one, two, target in zip(*both, targets.split(rows), strict=True):
+            log_p = mixed(one, two)  # (r, V)
+            parts.append((-log_p.gather(1, target[:, None]).squeeze(1), log_p.argmax(dim=1) == target))
+    nll, right = zip(*parts, strict=True)
+    return torch.cat(nll), torch.cat(right)

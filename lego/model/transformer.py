@@ -12,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lego.model.losses import Score, exit_confidence, exit_logits, linear_cross_entropy, max_probability, read_exit
+from lego.model.losses import (
+    Score,
+    exit_confidence,
+    exit_logits,
+    linear_cross_entropy,
+    max_probability,
+    read_exit,
+    read_mixture,
+)
 from lego.model.stack import BLOCK2_CONTEXTS, LayerStack
 
 
@@ -39,6 +47,18 @@ class BaseTransformer(LayerStack):
         """
         states = h.reshape(-1, h.shape[-1])  # (n, D)
         return read_exit(self.layer(layer).exit_norm(states), self.head_at(layer).weight, y.flatten(), scores, states)
+
+    def read_mixed(self, exits: Tensor, last: Tensor, y: Tensor, mixed: Score) -> tuple[Tensor, Tensor]:
+        """Loss in nats (n,) and correctness (n,) of mixtures of both exits, for targets (n,).
+
+        Args:
+            exits, last: un-normed outputs (n, D) of the exit layer and of the last one.
+            y: targets (n,).
+            mixed: logits of both -> log-probabilities, see Gate.mixed.
+        """
+        k, n = self.exit_layer, self.num_layers
+        both = [(self.layer(at).exit_norm(h), self.head_at(at).weight) for at, h in ((k, exits), (n, last))]
+        return read_mixture(both[0], both[1], mixed, y)
 
     def scored_logits_at(self, h: Tensor, layer: int, score: Score) -> tuple[Tensor, Tensor]:
         """Logits (n, V) of un-normed outputs (n, D) of a layer, and the exit criterion's score of each (n,)."""

@@ -10,6 +10,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,9 +71,12 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
     def run(exits: bool) -> Iterator[Token]:
         drawn = torch.Generator().manual_seed(arguments.seed)
         if exits and arguments.lossless:
-            return generate_lossless(model, prompt, count, sampling=sampling, stop=stop, generator=drawn)
-        at, by = threshold if exits else None, routed.criterion
-        return generate(model, [prompt], count, at, criterion=by, sampling=sampling, stop=stop, generator=drawn)
+            return generate_lossless(
+                model, prompt, count, gate=routed.gate, sampling=sampling, stop=stop, generator=drawn
+            )
+        routing = partial(generate, criterion=routed.criterion, gate=routed.gate if exits else None)
+        at = threshold if exits else None
+        return routing(model, [prompt], count, at, sampling=sampling, stop=stop, generator=drawn)
 
     list(generate(model, [prompt], 2, None))  # the first steps of a process are slow
     started = time.perf_counter()

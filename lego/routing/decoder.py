@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lego.model.exit_criteria import Criterion, max_prob, needs_logits
+from lego.model.gate import Gate
 from lego.model.layers import Rotary, Rows, rotated
 from lego.model.transformer import BaseTransformer, read_result
 from lego.routing.results import Routed, Shallow
@@ -35,17 +36,24 @@ class RoutedDecoder:
             score always deep; None switches routing off, and the exit head is not evaluated.
         batch_size: sequences (B).
         criterion: see `lego.model.exit_criteria`.
+        gate: mixes both exits in the answer of a token that goes deep; it then needs the exit's head too.
 
     Raises:
         ValueError: the threshold is negative or not a number.
     """
 
     def __init__(
-        self, model: BaseTransformer, threshold: float | None, batch_size: int = 1, criterion: Criterion = max_prob
+        self,
+        model: BaseTransformer,
+        threshold: float | None,
+        batch_size: int = 1,
+        criterion: Criterion = max_prob,
+        gate: Gate | None = None,
     ) -> None:
         if threshold is not None and not threshold >= 0:
             raise ValueError(f"threshold must be None or at least 0.0, got {threshold}")
         self.model, self.threshold, self.criterion = model.eval(), threshold, criterion
+        self.gate = None if gate is None else gate.to(model.embedding.weight.device)
         weight = model.embedding.weight
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
         self.length: int | None = 0  # of all sequences, while they are equally long
@@ -78,7 +86,7 @@ class RoutedDecoder:
         if self.threshold is None:
             score, deep = torch.zeros(len(h), device=h.device), torch.ones(len(h), dtype=torch.bool, device=h.device)
             states = self.deep_states(shallow, wanted[shallow.mask])
-            return Routed(model.logits_at(states, model.num_layers), score, deep, wanted)
+            return Routed(self.deep_logits(h, states), score, deep, wanted)
         if needs_logits(self.criterion):
             logits, score = model.scored_logits_at(h, k, self.criterion)
         else:
@@ -87,11 +95,26 @@ class RoutedDecoder:
         chosen = wanted[shallow.mask]  # (n,)
         chosen[chosen.clone()] = deep
         states = self.deep_states(shallow, chosen)
+        if logits is None and self.gate is not None:  # every token needs the exit's head then
+            logits = model.logits_at(h, k)
         if logits is None:
             logits = self._logits_of_both(h, deep, states)
         elif len(states):
-            logits[deep] = model.logits_at(states, model.num_layers).to(logits.dtype)
+            logits[deep] = self.deep_logits(h[deep], states, logits[deep]).to(logits.dtype)
         return Routed(logits, score, deep, wanted)
+
+    def deep_logits(self, h: Tensor, states: Tensor, shallow: Tensor | None = None) -> Tensor:
+        """What tokens that went deep are answered with (n, V): logits, or a mixture's log-probabilities.
+
+        Args:
+            h: their exit states (n, D).
+            states: those of the last layer (n, D).
+            shallow: the exit's logits (n, V), where they are there already.
+        """
+        logits = self.model.logits_at(states, self.model.num_layers)
+        if self.gate is None:
+            return logits
+        return self.gate.mixed(self.model.logits_at(h, self.model.exit_layer) if shallow is None else shallow, logits)
 
     def _logits_of_both(self, h: Tensor, deep: Tensor, states: Tensor) -> Tensor:
         """Logits (n, V), one head a token: of exit states h (n, D), or of deep states (n_deep, D) where deep (n,)."""

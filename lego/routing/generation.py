@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lego.model.exit_criteria import Criterion, max_prob
+from lego.model.gate import Gate
 from lego.model.transformer import BaseTransformer
 from lego.routing.decoder import RoutedDecoder
 from lego.routing.results import Shallow
@@ -88,6 +89,7 @@ def generate(
     threshold: float | None,
     *,
     criterion: Criterion = max_prob,
+    gate: Gate | None = None,
     sampling: Sampling = Sampling(),
     stop: Collection[int] = (),
     generator: torch.Generator | None = None,
@@ -98,7 +100,7 @@ def generate(
         model: on its device.
         prompts: token ids of each sequence, of any lengths.
         max_new_tokens: at most this many for each.
-        threshold, criterion: see RoutedDecoder.
+        threshold, criterion, gate: see RoutedDecoder.
         sampling: how a token is chosen.
         stop: a sequence ends after one of these ids.
         generator: of the sampling.
@@ -114,7 +116,7 @@ def generate(
     for number, prompt in enumerate(prompts):
         ids[number, : len(prompt)] = torch.tensor(prompt)
         mask[number, : len(prompt)] = True
-    decoder = RoutedDecoder(model, threshold, len(prompts), criterion)
+    decoder = RoutedDecoder(model, threshold, len(prompts), criterion, gate)
     alive = mask.any(dim=1)  # (B,)
     for _ in range(max_new_tokens):
         if not alive.any():
@@ -135,6 +137,7 @@ def generate_lossless(
     max_new_tokens: int,
     *,
     drafts: int = 4,
+    gate: Gate | None = None,
     sampling: Sampling = Sampling(),
     stop: Collection[int] = (),
     generator: torch.Generator | None = None,
@@ -149,6 +152,7 @@ def generate_lossless(
         prompt: token ids.
         max_new_tokens: at most this many.
         drafts: tokens drafted before each verification.
+        gate: of the full model's answers, which are mixtures of both exits then.
         sampling, stop, generator: as in `generate`.
 
     Yields:
@@ -161,7 +165,7 @@ def generate_lossless(
     if drafts < 1:
         raise ValueError(f"drafts must be at least 1, got {drafts}")
     device = model.embedding.weight.device
-    decoder = RoutedDecoder(model, None)
+    decoder = RoutedDecoder(model, None, gate=gate)
     if len(prompt) > 1:
         decoder.read(torch.tensor([list(prompt[:-1])], device=device), last_only=True)
     last, left = int(prompt[-1]), max_new_tokens
@@ -169,7 +173,7 @@ def generate_lossless(
         start = decoder.lengths.clone()
         drafted, read, q = _draft(decoder, last, min(drafts, left), sampling, generator)
         everything = torch.ones(len(drafted), dtype=torch.bool, device=device)
-        verified = model.logits_at(decoder.deep_states(read, everything), model.num_layers)
+        verified = decoder.deep_logits(read.states, decoder.deep_states(read, everything))
         p = sampling.probabilities(verified)  # (drafts, V)
         accepted, chosen = _verify(p, q, drafted, generator)
         new = [Token(0, token, False) for token in drafted[:accepted]]

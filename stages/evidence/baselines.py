@@ -1,13 +1,18 @@
-"""Models that ASHEM is compared with and whose layers all learn from all tokens: what each starts as, and its cost."""
+"""Models that ASHEM is compared with: what those that learn from all tokens start as, what they cost, and gates."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from lego.base.ashem_sections import JointParams
+from lego.base.harness import resolve_device
+from lego.base.params import Params
+from lego.evaluation.gating import gate_for
 from lego.model.checkpoint import grow_model
 from lego.model.cost import SIZES, Ledger
+from lego.model.gate import Gate
 from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
+from lego.tokens.batches import split_batches
 from lego.training.trainer import StageConfig, TrainingConfig, create_standard_config
 
 
@@ -90,3 +95,11 @@ def small_reference(block1: BaseTransformer, dim: int, num_layers: int) -> DeepS
     """An untrained model of block 1's vocabulary and heads, of about this width, and of this depth."""
     sizes = resized(block1.sizes, dim) | {"num_layers": num_layers, "own_head": False}
     return DeepSupervisionTransformer(**sizes, exit_layer=num_layers)
+
+
+def gate_of(params: Params, model: BaseTransformer) -> Gate | None:
+    """The gate of a model with two exits, fitted as ASHEM's is, if routing.gate asks for one."""
+    if params.routing.gate == "none":
+        return None
+    text = split_batches("data/tokens", "calibration", params.evaluation.batch_size, (0.0, params.exits.fit_share))
+    return gate_for(model, text, resolve_device(params.train.device))[0]

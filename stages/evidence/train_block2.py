@@ -31,7 +31,7 @@ from lego.training.budget import Budget, train_blocks
 from lego.training.epochs import History, epoch_rows
 from lego.training.search import Search, Trial, search_rates
 from lego.training.trainer import create_standard_config
-from stages.evidence.baselines import exits_config, small_reference
+from stages.evidence.baselines import exits_config, gate_of, small_reference
 
 Choose = Callable[[DeepSupervisionTransformer], tuple[HiddenStateStore, float]]
 """Block 2 as it is -> what it learns from next, and the MACs that finding this out cost."""
@@ -237,7 +237,8 @@ def evaluate(one: Baseline, model: BaseTransformer) -> tuple[dict[str, Any], lis
         leaves = quantile_threshold(confidences, one.params.ashem.hard_example_ratio)
     ledger = Ledger.of(model, corpus_facts("data/tokens")["seq_len"])
     threshold = read_number("data/facts/compute_threshold.json", "threshold", high=1.0)
-    return Comparison.on("data/tokens", size, one.block1, threshold, ledger, one.device).judge(model, leaves)
+    compared = Comparison.on("data/tokens", size, one.block1, threshold, ledger, one.device)
+    return compared.judge(model, leaves, gate_of(one.params, model))
 
 
 def prepare(name: str, params: Params, stage: Stage) -> Baseline:

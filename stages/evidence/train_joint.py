@@ -25,7 +25,7 @@ from lego.tokens.blocks import PackedBlocks, data_digests, train_text
 from lego.training.budget import Budget, train_blocks
 from lego.training.epochs import epoch_rows
 from lego.training.search import Search, Trial, search_rates
-from stages.evidence.baselines import joint_macs, losses_of, start_joint
+from stages.evidence.baselines import gate_of, joint_macs, losses_of, start_joint
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,13 @@ def evaluate(params: Params, model: BaseTransformer, planned: Plan) -> tuple[dic
         resolve_device(params.train.device),
         read_number("data/facts/compute_threshold.json", "threshold"),
     )
-    size, leaves = params.evaluation.batch_size, None
+    size, leaves, gate = params.evaluation.batch_size, None, None
     if model.exit_layer < model.num_layers:  # its own exit routes, at the same share
         confidences = collect_confidences(model, split_batches("data/tokens", "calibration", size), device)
         leaves = quantile_threshold(confidences, params.ashem.hard_example_ratio)
+        gate = gate_of(params, model)
     compared = Comparison.on("data/tokens", size, planned.block1, threshold, planned.ledger, device)
-    return compared.judge(model, leaves)
+    return compared.judge(model, leaves, gate)
 
 
 def main(name: str = "") -> None:
