@@ -36,7 +36,7 @@ def gate_for(
     table = token_table(model, batches, device, {GATE_FEATURES: feature_score})
     features, shallow, deep = table.scores[GATE_FEATURES], table.nll_shallow, table.nll_deep
     gate = fit_gate(features, shallow, deep)
-    odds = features.astype(np.float64) @ gate.linear.weight[0].double().numpy() + gate.linear.bias.item()
+    odds = features.astype(np.float64) @ gate.weight.double().numpy() + gate.bias.item()
     mixed = -np.logaddexp(log_expit(odds) - shallow, log_expit(-odds) - deep)
     perplexities = {f"{name}_ppl": perplexity(nll) for name, nll in (("shallow", shallow), ("deep", deep))}
     return gate, perplexities | {"mixed_ppl": perplexity(mixed), "share_of_block1": float(expit(odds).mean())}
@@ -71,6 +71,6 @@ def fit_gate(features: np.ndarray, nll_shallow: np.ndarray, nll_deep: np.ndarray
     found = minimize(loss, np.zeros(FEATURES + 1), jac=True, method="L-BFGS-B").x
     weights = found[:-1] / std
     gate = Gate()
-    gate.linear.weight.copy_(torch.from_numpy(weights)[None])
-    gate.linear.bias.copy_(torch.tensor([found[-1] - weights @ mean]))
+    gate.weight.copy_(torch.from_numpy(weights))
+    gate.bias.fill_(found[-1] - weights @ mean)
     return gate

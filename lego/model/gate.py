@@ -36,14 +36,12 @@ class Gate(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(FEATURES, 1)
-        self.requires_grad_(False)
+        self.weight = nn.Parameter(torch.zeros(FEATURES), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(()), requires_grad=False)
 
     def forward(self, shallow: Tensor) -> Tensor:
         """The log-odds (...,) of block 1's share, from its logits (..., V)."""
-        with torch.autocast(shallow.device.type, enabled=False):
-            weight, bias = (part.float() for part in (self.linear.weight, self.linear.bias))
-            return F.linear(gate_features(shallow), weight, bias).squeeze(-1)
+        return (gate_features(shallow) * self.weight.float()).sum(dim=-1) + self.bias.float()
 
     def mixed(self, shallow: Tensor, deep: Tensor) -> Tensor:
         """Log-probabilities (..., V) of the mixture, from the logits (..., V) of both exits."""

@@ -1,0 +1,94 @@
+"""transformers' classes with a gate: our decoder's mixtures, and training that goes around it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from lego.base.artifacts import ArtifactError, read_json, write_json
+from lego.hf import save_routed, to_hf
+from lego.model.checkpoint import load_model, load_routed
+from lego.model.exit_criteria import LOGIT_CRITERIA, StateCriterion
+from lego.routing.decoder import RoutedDecoder
+from lego.routing.generation import generate
+from tests.conftest import VOCAB, logits_close
+from tests.hub.test_export import CONTEXTS, lego_model, tokenizer_folder  # noqa: F401
+from tests.routing.test_gated import gate_of
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+@pytest.mark.parametrize("criterion", ["max_prob", "gain"])
+@torch.no_grad()
+def test_the_transformers_model_mixes_as_our_decoder_does(context, criterion, tmp_path, tokenizer_folder):  # noqa: F811
+    model, gate = lego_model(context, own_head=criterion == "max_prob"), gate_of()
+    scorer = StateCriterion(32, 4).requires_grad_(False) if criterion == "gain" else None
+    chosen = scorer or LOGIT_CRITERIA[criterion]
+    x = torch.randint(0, VOCAB, (3, 11))
+    h = model.forward_to_hidden(x).flatten(0, 1)
+    threshold = chosen(h, model.logits_at(h, 2)).sort().values[14:16].mean().item()
+    save_routed(to_hf(model, threshold, criterion, scorer, gate), tmp_path, tokenizer_folder, "a card")
+    routed = AutoModelForCausalLM.from_pretrained(tmp_path)
+    again, bare = load_routed(tmp_path), to_hf(model, threshold, criterion, scorer)
+    for at in (threshold, None, 2.0, 0.0):
+        expected = RoutedDecoder(model, at, 3, chosen, gate).read(x)
+        routed.config.exit_threshold = bare.config.exit_threshold = at
+        answer = routed(x)
+        logits_close(answer.logits.flatten(0, 1), expected.logits)
+        logits_close(RoutedDecoder(again.model, at, 3, again.criterion, again.gate).read(x).logits, expected.logits)
+        left = ~expected.deep.view(3, 11)
+        assert torch.equal(answer.logits[left], bare(x).logits[left])  # easy tokens know nothing of the gate
+        pieces, cache = [], None
+        for start in range(0, 11, 3):
+            part = routed(x[:, start : start + 3], past_key_values=cache, use_cache=True)
+            cache = part.past_key_values
+            pieces.append(part.logits)
+        logits_close(torch.cat(pieces, dim=1), answer.logits)
+    logits_close(load_model(tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_generate_equals_our_generation(context):
+    model, gate = lego_model(context, own_head=False), gate_of()
+    routed = to_hf(model, 0.3, gate=gate, eos_token_id=None, pad_token_id=0, bos_token_id=None)
+    ours = [token.id for token in generate(model, [[5, 9, 2, 11]], 12, 0.3, gate=gate)]
+    assert routed.generate(torch.tensor([[5, 9, 2, 11]]), max_new_tokens=12, do_sample=False)[0, 4:].tolist() == ours
+
+
+def test_the_loss_of_text_is_the_mixtures_and_training_goes_around_the_gate():
+    model, x = lego_model("sequence", own_head=True), torch.randint(0, VOCAB, (2, 9))
+    gated, bare = to_hf(model, 0.3, gate=gate_of()), to_hf(model, 0.3)
+    with torch.no_grad():
+        mixed = RoutedDecoder(model, None, 2, gate=gate_of()).read(x).logits.view(2, 9, -1)
+        logits_close(gated(x, labels=x).loss, F.cross_entropy(mixed[:, :-1].flatten(0, 1), x[:, 1:].flatten()))
+    losses = [one.train()(x, labels=x).loss for one in (gated, bare)]
+    assert torch.equal(*losses)
+    losses[0].backward()
+    assert not any(weight.requires_grad for weight in gated.gate.parameters())
+
+
+def test_a_folder_with_a_gate_brings_its_own_code(tmp_path, tokenizer_folder):  # noqa: F811
+    """In a process that cannot import lego."""
+    model, gate = lego_model("sequence", own_head=True), gate_of()
+    save_routed(to_hf(model, 0.3, gate=gate), tmp_path, tokenizer_folder, "a card")
+    code = (
+        "import sys, torch\nsys.modules['lego'] = None\nfrom transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({str(tmp_path)!r}, trust_remote_code=True)\n"
+        f"torch.save(model(torch.arange(12).view(1, 12)).logits.detach(), {str(tmp_path / 'logits')!r})\n"
+    )
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "/usr/bin"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    expected = RoutedDecoder(model, 0.3, gate=gate).read(torch.arange(12).view(1, 12)).logits
+    logits_close(torch.load(tmp_path / "logits")[0], expected)
+
+
+def test_a_folder_that_lacks_its_gate_is_refused(tmp_path, tokenizer_folder):  # noqa: F811
+    to_hf(lego_model("full", own_head=False), 0.3).save_pretrained(tmp_path)
+    write_json(tmp_path / "config.json", read_json(tmp_path / "config.json") | {"gated": True})
+    with pytest.raises(ArtifactError, match=r"lacks the gate that its config\.json speaks of"):
+        load_routed(tmp_path)
