@@ -135,7 +135,7 @@ def queue(clone: Clone, ratios: dict[str, float]) -> None:
     shutil.rmtree(clone.folder / ".dvc/cache/runs", ignore_errors=True)
     for name, ratio in ratios.items():
         clone.run("dvc", "exp", "run", "--queue", "-n", name, "-S", f"ashem.hard_example_ratio={ratio}")
-    clone.run("dvc", "queue", "start", "-j", "2")
+    started(clone, "dvc", "queue", "start", "-j", "2").wait()  # its workers would hold a pipe open
 
 
 def made(clone: Clone, name: str) -> list[str]:
