@@ -8,7 +8,7 @@ from lego.base.harness import Stage, exit_cleanly, resolve_device
 from lego.base.params import load_params
 from lego.base.progress import share, track
 from lego.mining.hard_tokens import exit_states
-from lego.mining.hidden_states import StoreWriter
+from lego.mining.hidden_states import NUMBER_BYTES, StoreWriter
 from lego.model.checkpoint import load_model
 from lego.model.cost import Ledger
 from lego.tokens.batches import EvaluationBatches
@@ -26,7 +26,7 @@ def main() -> None:
             blocks = PackedBlocks("data/tokens", "validation")
         model = load_model("data/phase1")
         threshold = read_number("data/facts/compute_threshold.json", "threshold", high=1.0)
-        writer = StoreWriter(folder, threshold, ashem.store_dtype, ashem.shard_tokens)
+        writer = StoreWriter(folder, threshold, ashem.stored_dtype, ashem.shard_tokens)
         # shuffled, so that each shard, which phase 2 reads one after another, is a sample of all the text
         batches = EvaluationBatches(blocks, params.evaluation.batch_size, writer.blocks, shuffle_seed=stage.seed)
         continued = writer.blocks > 0
@@ -36,7 +36,8 @@ def main() -> None:
         for batch in track(exit_states(model, batches, device), len(batches), "mining", "batch"):
             writer.add(*batch)
         calibrated = read_number("data/facts/compute_threshold.json", "tokens")  # read once for the threshold
-        macs = Ledger.of(model, blocks.seq_len).mine(blocks.tokens + round(calibrated))
+        ledger = Ledger.of(model, blocks.seq_len)
+        macs = ledger.mine(blocks.tokens + round(calibrated))
         manifest = writer.close(
             split=ashem.hard_split,
             text="all" if ashem.hard_split == "validation" else ashem.phase2_text,
@@ -58,6 +59,7 @@ def main() -> None:
                 "leaky": ashem.hard_split == "validation",
             },
         )
+        print(ledger.states_line(blocks.tokens, NUMBER_BYTES[ashem.store_dtype], ashem.states), flush=True)
         publish(folder, "data/hard")  # last: whoever is killed before it has lost no shard
         stage.continued = continued
         print(f"hard: {share(hard, tokens)} of {ashem.hard_split} text, below confidence {threshold:.4f}")

@@ -3,13 +3,14 @@
 dvc repro train_phase2      (python -m stages.train_phase2)
 """
 
+from dataclasses import replace
 from typing import Any
 
 from lego.base.artifacts import atomic_folder, identity, read_number, write_csv, write_facts
 from lego.base.harness import Stage, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
 from lego.growing.phase2 import Batches, grown, hard_batches, train_block2
-from lego.growing.selection import with_replay
+from lego.growing.selection import recompute, with_replay
 from lego.mining.hidden_states import HiddenStateStore
 from lego.model.checkpoint import load_model, same_block1, save_model
 from lego.model.cost import Ledger
@@ -50,7 +51,8 @@ def report(params: Params, found: Search, batches: Batches, store: HiddenStateSt
     facts, history, model = corpus_facts("data/tokens"), found.best.history, found.best.model
     result, leaky = history.as_result(), store.manifest["split"] == "validation"
     seen, streamed = batches.seen(result["total_epochs"]), batches.streamed(result["total_epochs"])
-    macs = Ledger.of(model, facts["seq_len"]).train_block2(seen[-1], params.ashem.head != "shared", streamed)
+    ledger = replace(Ledger.of(model, facts["seq_len"]), online=store.online)
+    macs = ledger.train_block2(seen[-1], params.ashem.head != "shared", streamed)
     budget = {"collect_hard_macs": store.manifest["macs"], "train_phase2_macs": macs}
     before = read_number("data/facts/train_phase1.json", "train_macs") + store.manifest["macs"]
     write_csv("data/curves/train_phase2.csv", epoch_rows(result, seen, macs, before))
@@ -74,6 +76,8 @@ def main() -> None:
         store, seq_len = HiddenStateStore("data/hard"), corpus_facts("data/tokens")["seq_len"]
         store.verify(identity("data/phase1"), identity("data/tokens/tokenizer/tokenizer.json"))
         block1 = load_model("data/phase1")
+        if store.online:
+            recompute(store, block1, resolve_device(params.train.device))
         learned = with_replay(store, params.ashem.replay_share, stage.seed)
         batches = hard_batches(learned, params.ashem.phase2_context, params.train, seq_len, stage.seed)
         easy = learned.hard_tokens - store.hard_tokens

@@ -37,6 +37,7 @@ class AshemParams(Section):
     init_new_layers: Literal["copy", "zero", "random"]
     head: Literal["shared", "own", "shared_trainable"]
     replay_share: Annotated[Number, within("[0, 1)")]
+    states: Literal["stored", "online"]
     store_dtype: Literal["float32", "float16", "bfloat16"]
     shard_tokens: Count
 
@@ -44,6 +45,11 @@ class AshemParams(Section):
     def new_layers(self) -> int:
         """Layers that phase 2 puts on top of block 1."""
         return self.phase2_layers - self.phase1_layers
+
+    @property
+    def stored_dtype(self) -> str | None:
+        """Of the exit states in the store; None if it holds none."""
+        return None if self.states == "online" else self.store_dtype
 
     @model_validator(mode="after")
     def _two_blocks(self) -> AshemParams:
@@ -54,6 +60,11 @@ class AshemParams(Section):
             )
         if self.phase2_text == "fresh" and self.phase2_share == 0:
             raise ValueError("phase2_share must be in (0, 1) when phase2_text is fresh, got 0")
+        if self.states == "online" and self.phase2_context != "sequence":
+            raise ValueError(
+                f"states online needs phase2_context sequence, got {self.phase2_context}: to make the states of lone "
+                "tokens anew would cost their whole blocks"
+            )
         return self
 
 

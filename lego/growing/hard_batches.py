@@ -85,7 +85,7 @@ class HardTokenBatches(_Epochs):
         for index, places in shuffled_segments(sizes, self.epoch * self.steps * self.batch_size, count, self.seed):
             shard = self.store.read_shard(index)
             rows = shard["hard"].flatten().nonzero().squeeze(1)[places]  # (m,)
-            h, y = shard["exit_states"].flatten(0, 1), shard["targets"].flatten()
+            h, y = self.store.states(shard).flatten(0, 1), shard["targets"].flatten()
             while len(rows):
                 part, rows = rows[:missing], rows[missing:]
                 states.append(h[part].float())
@@ -138,7 +138,8 @@ class HardBlockBatches(_Epochs):
             shard = self.store.read_shard(index)
             while len(places):
                 part, places = places[:missing], places[missing:]
-                parts.append((shard["exit_states"][part].float(), shard["hard"][part], shard["targets"][part].long()))
+                states = self.store.states(shard, part).float()
+                parts.append((states, shard["hard"][part], shard["targets"][part].long()))
                 missing -= len(part)
                 if not missing:
                     h, hard, y = (torch.cat(column) for column in zip(*parts, strict=True))

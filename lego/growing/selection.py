@@ -11,8 +11,21 @@ from lego.mining.hidden_states import HiddenStateStore
 from lego.model.exit_criteria import StateCriterion
 from lego.model.transformer import BaseTransformer
 
+BLOCKS = 64  # of which exit states are made at a time
 Score = Callable[[dict[str, Tensor]], Tensor]
 """(inputs, targets, confidences, hard (b, T), exit_states (b, T, D)) -> how much each token is wanted (b, T)."""
+
+
+def recompute(store: HiddenStateStore, model: BaseTransformer, device: torch.device) -> None:
+    """Lets a store that holds no exit states make them with block 1, a few blocks at a time."""
+
+    @torch.no_grad()
+    def states(ids: Tensor) -> Tensor:
+        model.eval()
+        return torch.cat([model.forward_to_hidden(part.to(device)).cpu() for part in ids.split(BLOCKS)])
+
+    model.to(device)
+    store.compute = states
 
 
 def top(scores: list[Tensor], count: int) -> list[Tensor]:
@@ -30,9 +43,22 @@ def scores_of(store: HiddenStateStore, score: Score, batch_blocks: int) -> list[
     found = []
     for index in range(len(store.shards)):
         shard = store.read_shard(index)
-        parts = torch.arange(len(shard["hard"])).split(batch_blocks)
-        found.append(torch.cat([score({key: value[part] for key, value in shard.items()}).cpu() for part in parts]))
+        parts = [_Blocks(store, shard, part) for part in torch.arange(len(shard["hard"])).split(batch_blocks)]
+        found.append(torch.cat([score(part).cpu() for part in parts]))
     return found
+
+
+class _Blocks(dict[str, Tensor]):
+    """Some blocks of a shard; exit states that are not stored are made for a score that asks for them."""
+
+    def __init__(self, store: HiddenStateStore, shard: dict[str, Tensor], places: Tensor) -> None:
+        super().__init__({key: value[places] for key, value in shard.items()})
+        self.store = store
+
+    def __missing__(self, key: str) -> Tensor:
+        if key != "exit_states":
+            raise KeyError(key)
+        return self.store.states(self)
 
 
 def random(seed: int) -> Score:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from lego.base.digests import inside, verify, way_back
 
 MANIFEST = "manifest.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+NUMBER_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
 class _Shard(BaseModel):
@@ -53,11 +56,11 @@ class StoreWriter:
     Args:
         folder: an existing folder, empty or with the finished shards of the same store.
         threshold: a token is hard if its confidence is strictly below.
-        dtype: of the stored exit states: float32, float16 or bfloat16.
+        dtype: of the stored exit states: float32, float16 or bfloat16; None stores none, phase 2 computes them again.
         shard_tokens: tokens per shard, rounded up to whole batches.
     """
 
-    def __init__(self, folder: str | Path, threshold: float, dtype: str, shard_tokens: int) -> None:
+    def __init__(self, folder: str | Path, threshold: float, dtype: str | None, shard_tokens: int) -> None:
         self.folder, self.threshold, self.dtype, self.shard_tokens = Path(folder), threshold, dtype, shard_tokens
         self.pending: list[dict[str, Tensor]] = []
         self.shards: list[dict[str, Any]] = []
@@ -94,7 +97,16 @@ class StoreWriter:
         Raises:
             ArtifactError: an exit state does not fit the dtype.
         """
-        stored = states.to(DTYPES[self.dtype])
+        hard = confidences < self.threshold
+        self.confidence += confidences[hard].double().sum().item()
+        tensors = {"inputs": inputs.int(), "targets": targets.int(), "confidences": confidences, "hard": hard}
+        self.pending.append(tensors | ({} if self.dtype is None else {"exit_states": self._stored(states)}))
+        if sum(batch["hard"].numel() for batch in self.pending) >= self.shard_tokens:
+            self._flush()
+
+    def _stored(self, states: Tensor) -> Tensor:
+        """Exit states in the store's dtype, whose rounding is summed up."""
+        stored = states.to(DTYPES[self.dtype or "float32"])
         if not torch.isfinite(stored).all():
             raise ArtifactError(
                 f"params.yaml: ashem.store_dtype {self.dtype} cannot hold an exit state of magnitude "
@@ -102,19 +114,7 @@ class StoreWriter:
             )
         self.error += (stored.double() - states.double()).square().sum().item()
         self.norm += states.double().square().sum().item()
-        hard = confidences < self.threshold
-        self.confidence += confidences[hard].double().sum().item()
-        self.pending.append(
-            {
-                "inputs": inputs.int(),
-                "targets": targets.int(),
-                "exit_states": stored,
-                "confidences": confidences,
-                "hard": hard,
-            }
-        )
-        if sum(batch["hard"].numel() for batch in self.pending) >= self.shard_tokens:
-            self._flush()
+        return stored
 
     def _flush(self) -> None:
         if not self.pending:
@@ -128,7 +128,7 @@ class StoreWriter:
                 "blocks": len(tensors["hard"]),
                 "tokens": tensors["hard"].numel(),
                 "hard_tokens": int(tensors["hard"].sum()),
-                "shape": list(tensors["exit_states"].shape),
+                "shape": list(tensors["inputs" if self.dtype is None else "exit_states"].shape),
                 "sha256": sha256(self.folder / name),
             }
         )
@@ -194,6 +194,7 @@ class HiddenStateStore:
         self.manifest = read_checked(self.folder / MANIFEST, _Manifest)
         self.shards: list[dict[str, Any]] = self.manifest["shards"]
         self.masks: list[Tensor] | None = None
+        self.compute: Callable[[Tensor], Tensor] | None = None
         self.hard_tokens: int = self.manifest["hard_tokens"]
         self.threshold: float = self.manifest["threshold"]
         counted = sum(shard["hard_tokens"] for shard in self.shards)
@@ -232,8 +233,25 @@ class HiddenStateStore:
             raise ArtifactError(f"{self.folder}: no token is selected")
         return view
 
+    @property
+    def online(self) -> bool:
+        """Whether it holds no exit states, so that `compute` must make them of inputs (b, T)."""
+        return self.manifest["dtype"] is None
+
+    def states(self, shard: dict[str, Tensor], places: Tensor | slice = slice(None)) -> Tensor:
+        """Exit states (b, T, D) of some of a shard's blocks, stored or made anew.
+
+        Raises:
+            ArtifactError: there are none, and nothing to make them with.
+        """
+        if not self.online:
+            return shard["exit_states"][places]
+        if self.compute is None:
+            raise ArtifactError(f"{self.folder}: holds no exit states (ashem.states online); give it a model")
+        return self.compute(shard["inputs"][places].long())
+
     def read_shard(self, index: int) -> dict[str, Tensor]:
-        """Whole blocks: inputs, targets, confidences, hard (b, T) and exit_states (b, T, D) in the stored dtype."""
+        """Whole blocks: inputs, targets, confidences, hard (b, T) and, if stored, exit_states (b, T, D) as stored."""
         shard = read_tensors(inside(self.folder, self.shards[index]["file"], self.folder / MANIFEST))
         return shard if self.masks is None else shard | {"hard": self.masks[index]}
 
@@ -259,7 +277,7 @@ class HiddenStateStore:
         hard = shard["hard"]
         return {
             "inputs": shard["inputs"][hard].long(),  # (n,)
-            "hidden_states": shard["exit_states"][hard].float(),  # (n, D)
+            "hidden_states": self.states(shard)[hard].float(),  # (n, D)
             "targets": shard["targets"][hard].long(),  # (n,)
             "confidences": shard["confidences"][hard],  # (n,)
         }

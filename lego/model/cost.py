@@ -27,6 +27,7 @@ class Ledger:
         exit_layer: depth of block 1 (k).
         seq_len: tokens per sequence (T).
         block2_context: `full`, `token` or `sequence`, see DeepSupervisionTransformer.
+        online: phase 2 makes exit states anew instead of reading them.
         gated: answers of hard tokens mix both exits, so these need the exit's head whatever the criterion reads.
     """
 
@@ -40,6 +41,7 @@ class Ledger:
     seq_len: int
     block2_context: str = "full"
     gated: bool = False
+    online: bool = False
 
     @classmethod
     def of(cls, model: Any, seq_len: int) -> Ledger:
@@ -136,6 +138,18 @@ class Ledger:
         """Confidences, and exit states and hard tokens, of `tokens` tokens: one forward pass of block 1."""
         return self.shallow() * tokens
 
+    def states_line(self, tokens: int, number_bytes: int, states: str) -> str:
+        """What exit states of a text take stored, and what it costs to make them anew whenever phase 2 reads them.
+
+        Args:
+            tokens: of the text.
+            number_bytes: of a stored number.
+            states: `stored` or `online`, which of the two is done.
+        """
+        size, again = number_bytes * self.dim * tokens, self.block1 * tokens
+        done = {"stored": "they are stored", "online": "they are made anew"}[states]
+        return f"exit states: {size / 2**20:,.1f} MiB stored, or {again:.3e} MACs a pass to make them anew; {done}"
+
     def train_block2(self, hard_tokens: int, head_trains: bool, tokens: int = 0) -> int:
         """Training block 2 on stored states.
 
@@ -149,4 +163,5 @@ class Ledger:
         if self.block2_context != "sequence":
             return (FORWARD_BACKWARD * depth * self.lone_layer + head) * hard_tokens
         own = (FORWARD_BACKWARD * depth * (self.layer - self.keys_values) + head) * hard_tokens
-        return own + FORWARD_BACKWARD * depth * self.keys_values * tokens
+        made = self.block1 * tokens if self.online else 0
+        return own + FORWARD_BACKWARD * depth * self.keys_values * tokens + made

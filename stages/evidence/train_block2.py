@@ -5,7 +5,7 @@ dvc repro stages/evidence/dvc.yaml:block2@random      (python -m stages.evidence
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -89,7 +89,7 @@ def mine_validation(params: Params, stage: Stage, block1: BaseTransformer) -> Hi
     batches = split_batches("data/tokens", "validation", params.evaluation.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
     threshold = quantile_threshold(collect_confidences(block1, batches, device), params.ashem.hard_example_ratio)
-    writer = StoreWriter(folder, threshold, params.ashem.store_dtype, params.ashem.shard_tokens)
+    writer = StoreWriter(folder, threshold, params.ashem.stored_dtype, params.ashem.shard_tokens)
     for batch in exit_states(block1, EvaluationBatches(batches.blocks, batches.batch_size, writer.blocks), device):
         writer.add(*batch)
     macs = Ledger.of(block1, batches.blocks.seq_len).mine(2 * batches.blocks.tokens)  # once more for the threshold
@@ -175,7 +175,7 @@ def search(one: Baseline) -> Search:
     def train(lr: float) -> Trial:
         model = grown(one.ashem, one.block1, one.store.threshold, one.stage.seed)
         spent = one.spent[lr] = Spent(mined)
-        ledger, head_trains = Ledger.of(model, seq_len), one.ashem.head != "shared"
+        ledger, head_trains = replace(Ledger.of(model, seq_len), online=one.store.online), one.ashem.head != "shared"
         for number, (share, choose) in enumerate(passes):
             chosen, macs = choose(model)
             batches = hard_batches(chosen, one.ashem.phase2_context, params.train, seq_len, one.stage.seed + number)
@@ -252,6 +252,8 @@ def prepare(name: str, params: Params, stage: Stage) -> Baseline:
     else:
         store = HiddenStateStore("data/hard")
         store.verify(identity("data/phase1"), identity("data/tokens/tokenizer/tokenizer.json"))
+    if store.online:
+        selection.recompute(store, block1, resolve_device(params.train.device))
     return Baseline(name, params, stage, block1, store, budget, n_hard=store.hard_tokens)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lego import DeepSupervisionTransformer, Ledger, Trainer, create_standard_config, grow_model, train_upper_layers
 from lego.growing.upper_layers import train_gathered
+from lego.model.exit_criteria import StateCriterion, max_prob
+from lego.model.gate import Gate
+from lego.routing.decoder import RoutedDecoder
 from tests.conftest import VOCAB
 
 B, T = 3, 20
@@ -83,6 +88,40 @@ def test_training_block_2_on_blocks_costs_what_the_flop_counter_says(head):
     batch = (torch.randn(B, T, 32), hard, torch.randint(0, VOCAB, (B, T)))
     counted = counted_macs(lambda: train_gathered(grown, [batch], optimizer, "cpu"))
     assert counted == Ledger.of(grown, T).train_block2(int(hard.sum()), head == "own", B * T)
+
+
+def test_making_states_anew_costs_block_1_without_its_head():
+    block1 = DeepSupervisionTransformer(VOCAB, 32, 2, 4, exit_layer=2)
+    grown, x = grow_model(block1, 5, block2_context="sequence"), torch.randint(0, VOCAB, (B, T))
+    ledger = Ledger.of(grown, T)
+    made = replace(ledger, online=True).train_block2(7, False, B * T) - ledger.train_block2(7, False, B * T)
+    with torch.no_grad():
+        assert made == counted_macs(lambda: block1.forward_to_hidden(x))
+    assert ledger.states_line(2**20, 2, "online") == (
+        f"exit states: {2 * 32:,}.0 MiB stored, or {ledger.block1 * 2**20:.3e} MACs a pass to make them anew; "
+        "they are made anew"
+    )
+
+
+@pytest.mark.parametrize("macs", [None, 300])
+@pytest.mark.parametrize("context", ["sequence", "token"])
+@torch.no_grad()
+def test_a_gate_costs_hard_tokens_the_exits_head(macs, context):
+    """Counted on the decoder that reads whole sequences, at half of the tokens hard and at all."""
+    model, x = two_blocks(context, SHAPES[0]), torch.randint(0, VOCAB, (B, T))
+    criterion = max_prob if macs is None else StateCriterion(32, 8).requires_grad_(False)
+    h = model.forward_to_hidden(x).flatten(0, 1)
+    scores = criterion(h, model.logits_at(h, 2))
+    ledger = replace(Ledger.of(model, T), gated=True)
+    for threshold in (2.0, 0.0):
+        decoder = RoutedDecoder(model, threshold, B, criterion, Gate())
+        counted = counted_macs(lambda decoder=decoder: decoder.read(x))
+        ratio = float((scores >= threshold).float().mean())
+        asked = None if macs is None else criterion.macs
+        spared = ratio * ledger.kv_fill()  # of exited tokens nothing is filled before one goes deep
+        assert counted == pytest.approx(round((ledger.routed(ratio, asked) - spared) * B * T), rel=1e-9)
+    even = ledger.break_even_shallow_ratio(macs)
+    assert even == 1.0 or ledger.routed(even, macs) == pytest.approx(ledger.full)
 
 
 sizes = st.fixed_dictionaries(
