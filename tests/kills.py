@@ -152,9 +152,12 @@ def round_of_the_queue(clone: Clone, whole: float, expected: list[list[str]], lu
     queue(clone, ratios)
     moment = luck.uniform(0.1, 0.9) * whole
     time.sleep(moment)
-    for process in workers(clone):
+    killed = workers(clone)
+    for process in killed:
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
+    while any(Path(f"/proc/{process}").exists() for process in killed):  # dvc takes one that is not reaped for alive
+        time.sleep(0.1)
     status = clone.run("dvc", "queue", "status")
     lost = [name for name in ratios if re.search(rf"\s{name}\s.*(Running|Queued)", status)]
     if lost:
