@@ -112,7 +112,7 @@ def train_gathered(
 
     Args:
         model: the grown model; only parameters of the optimizer are updated.
-        block_batches: exit states (B, T, D), hard mask (B, T), targets (B, T).
+        block_batches: outputs (B, T, D) of the layer that block 2 begins at, hard mask (B, T), targets (B, T).
         optimizer: over the parameters to update.
         device: where the model runs.
         options: how a step is taken.
@@ -124,7 +124,7 @@ def train_gathered(
 
     def loss_of(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, int]:
         h, hard, y = (part.to(device) for part in batch)
-        deep = model.deepen(h, hard, model.exit_layer)  # (n_hard, D)
+        deep = model.deepen(h, hard, model.branch_layer)  # (n_hard, D)
         return model.loss_at(deep, model.num_layers, y[hard]), len(deep)
 
     return run_epoch(block_batches, loss_of, optimizer, device, options)

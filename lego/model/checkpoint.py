@@ -146,34 +146,45 @@ def grow_model(
     routing_threshold: float = 0.0,
     block2_context: str = "full",
     head: str = "shared",
+    branch_layer: int | None = None,
 ) -> DeepSupervisionTransformer:
     """Puts new layers on top of a trained model and freezes what was there.
 
     Args:
         block1: the trained model; all of its layers become block 1, its last layer the exit.
-        num_layers: total depth of the grown model.
+        num_layers: total depth of the grown model, branch layers not counted again.
         init: `copy` repeats block 1's layers in order; `zero` zeroes the new layers' output projections, so that deep
             equals shallow before training; `random` keeps the constructor's weights.
         routing_threshold: confidence from which a token leaves early.
         block2_context: see DeepSupervisionTransformer.
         head: `shared` (frozen), `own` (a trainable copy for block 2 alone), or `shared_trainable` (one trainable head
             for both exits, untied from the embedding: the historical protocol, which moves block 1's confidences).
+        branch_layer: see DeepSupervisionTransformer; branch layers begin as copies of those that they repeat, and there
+            need be no new ones.
 
     Raises:
-        ValueError: num_layers does not exceed block 1's depth, or an unknown init or head.
+        ValueError: num_layers does not exceed block 1's depth, or an unknown init or head, or a branch_layer outside
+            block 1.
     """
-    if num_layers <= block1.num_layers:
+    branches = 0 if branch_layer is None else block1.num_layers - branch_layer
+    if not 0 <= branches <= block1.num_layers:
+        raise ValueError(f"branch_layer must be in 0..{block1.num_layers}, block 1's last, got {branch_layer}")
+    if num_layers < block1.num_layers + (not branches):
         raise ValueError(f"num_layers must exceed block 1's {block1.num_layers}, got {num_layers}")
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
     if head not in ("shared", "own", "shared_trainable"):
         raise ValueError(f"head must be shared, own or shared_trainable, got {head!r}")
     k = block1.num_layers
-    sizes = block1.sizes | {"num_layers": num_layers, "own_head": head == "own"}
+    sizes = block1.sizes | {"num_layers": num_layers + branches, "own_head": head == "own"}
     if head == "shared_trainable":
         sizes["tie_embeddings"] = False
     grown = DeepSupervisionTransformer(
-        **sizes, exit_layer=k, routing_threshold=routing_threshold, block2_context=block2_context
+        **sizes,
+        exit_layer=k,
+        routing_threshold=routing_threshold,
+        block2_context=block2_context,
+        branch_layer=branch_layer,
     )
     grown.generation_config = dict(block1.generation_config)
     grown.embedding.load_state_dict(block1.embedding.state_dict())
@@ -182,8 +193,10 @@ def grow_model(
         grown.deep_head.load_state_dict(block1.output_head.state_dict())
     for index in range(k):
         grown.layers[index].load_state_dict(block1.layers[index].state_dict())
-    for index in range(k, num_layers):
-        _init_new_layer(grown.layer(index + 1), block1.layer((index - k) % k + 1), block1.layer(k).exit_norm, init)
+    for number in range(k + 1, k + branches + 1):
+        _init_new_layer(grown.layer(number), block1.layer(number - branches), block1.layer(k).exit_norm, "copy")
+    for index, number in enumerate(grown.own_layers):
+        _init_new_layer(grown.layer(number), block1.layer(index % k + 1), block1.layer(k).exit_norm, init)
     frozen = [grown.embedding, *grown.layers[:k]] + ([] if head == "shared_trainable" else [grown.output_head])
     for module in frozen:
         module.requires_grad_(False)
@@ -195,7 +208,8 @@ def _init_new_layer(layer: TransformerLayer, source: TransformerLayer, exit_norm
     if init == "random":
         return
     if init == "copy":
-        layer.load_state_dict(source.state_dict())
+        wanted = layer.state_dict()  # of a branch layer without keys and values
+        layer.load_state_dict({name: tensor for name, tensor in source.state_dict().items() if name in wanted})
     else:
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()

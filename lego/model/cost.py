@@ -27,6 +27,7 @@ class Ledger:
         exit_layer: depth of block 1 (k).
         seq_len: tokens per sequence (T).
         block2_context: `full`, `token` or `sequence`, see DeepSupervisionTransformer.
+        branches: layers above the exit that repeat block 1's last ones on their keys and values.
         online: phase 2 makes exit states anew instead of reading them.
         gated: answers of hard tokens mix both exits, so these need the exit's head whatever the criterion reads.
     """
@@ -40,6 +41,7 @@ class Ledger:
     exit_layer: int
     seq_len: int
     block2_context: str = "full"
+    branches: int = 0
     gated: bool = False
     online: bool = False
 
@@ -47,12 +49,16 @@ class Ledger:
     def of(cls, model: Any, seq_len: int) -> Ledger:
         """Ledger of a BaseTransformer on sequences of seq_len tokens."""
         sizes = {name: model.sizes[name] for name in SIZES}
-        return cls(**sizes, exit_layer=model.exit_layer, seq_len=seq_len, block2_context=model.block2_context)
+        shape = {"exit_layer": model.exit_layer, "block2_context": model.block2_context, "branches": model.branches}
+        return cls(**sizes, **shape, seq_len=seq_len)
 
-    def grown(self, num_layers: int, phase2_context: str) -> Ledger:
-        """Ledger of the routed model that grows from this block 1 (`ashem.phase2_layers`, `ashem.phase2_context`)."""
-        context = CONTEXT_AT_INFERENCE[phase2_context]
-        return replace(self, num_layers=num_layers, exit_layer=self.num_layers, block2_context=context)
+    def grown(self, num_layers: int, phase2_context: str, branch_layer: int | None = None) -> Ledger:
+        """Ledger of the routed model that grows from this block 1, with arguments as for grow_model."""
+        context, branches = CONTEXT_AT_INFERENCE[phase2_context], 0
+        if branch_layer is not None:
+            branches = self.num_layers - branch_layer
+        depth, exit_layer = num_layers + branches, self.num_layers
+        return replace(self, num_layers=depth, exit_layer=exit_layer, branches=branches, block2_context=context)
 
     @property
     def head(self) -> int:
@@ -63,7 +69,12 @@ class Ledger:
     def layer(self) -> int:
         """One layer that sees the sequence: four projections, scores and mixing over T keys, MLP."""
         kv_dim = self.dim * self.num_kv_heads // self.num_heads
-        return 2 * self.dim * (self.dim + kv_dim) + 2 * self.seq_len * self.dim + 3 * self.dim * self.ffn_dim
+        return 2 * self.dim * (self.dim + kv_dim) + self.attention + 3 * self.dim * self.ffn_dim
+
+    @property
+    def attention(self) -> int:
+        """Scores and mixing over T keys in one layer."""
+        return 2 * self.seq_len * self.dim
 
     @property
     def lone_layer(self) -> int:
@@ -82,7 +93,14 @@ class Ledger:
 
     @property
     def block2(self) -> int:
-        return (self.num_layers - self.exit_layer) * (self.lone_layer if self.block2_context == "token" else self.layer)
+        """What a token costs there; branch layers have no keys and values to project."""
+        own = self.own_layers * (self.lone_layer if self.block2_context == "token" else self.layer)
+        return own + self.branches * (self.layer - self.keys_values)
+
+    @property
+    def own_layers(self) -> int:
+        """Layers of block 2 with keys and values of their own."""
+        return self.num_layers - self.exit_layer - self.branches
 
     @property
     def full(self) -> int:
@@ -96,8 +114,7 @@ class Ledger:
         exit state in every layer. In `full` context the states above the exit must exist at every layer, so block 2
         runs for exited tokens too: early exit then saves no layer at all.
         """
-        layers = self.num_layers - self.exit_layer
-        return {"token": 0, "sequence": layers * self.keys_values, "full": self.block2}[self.block2_context]
+        return {"token": 0, "sequence": self.own_layers * self.keys_values, "full": self.block2}[self.block2_context]
 
     def routed(self, shallow_ratio: float, criterion_macs: int | None = None) -> float:
         """Mean cost of a token.
@@ -162,6 +179,15 @@ class Ledger:
         head = (FORWARD_BACKWARD if head_trains else FROZEN_BACKWARD) * self.head
         if self.block2_context != "sequence":
             return (FORWARD_BACKWARD * depth * self.lone_layer + head) * hard_tokens
-        own = (FORWARD_BACKWARD * depth * (self.layer - self.keys_values) + head) * hard_tokens
-        made = self.block1 * tokens if self.online else 0
-        return own + FORWARD_BACKWARD * depth * self.keys_values * tokens + made
+        trained = FORWARD_BACKWARD * depth * (self.layer - self.keys_values)
+        trained -= self.branches * self.attention  # of keys and values that do not train no gradient is formed
+        own = (trained + head) * hard_tokens
+        made = self.block1 - self.branches * self.layer if self.online else 0
+        return own + (FORWARD_BACKWARD * self.own_layers * self.keys_values + self.above_the_branch + made) * tokens
+
+    @property
+    def above_the_branch(self) -> int:
+        """Block 1's layers that phase 2 runs over a token for their keys and values, and for its exit state."""
+        if self.own_layers or not self.branches:
+            return self.branches * self.layer
+        return (self.branches - 1) * self.layer + self.keys_values

@@ -181,6 +181,17 @@ class TransformerLayer(nn.Module):
         """This layer's rotated keys and values (B, G, T, d) of states (B, T, D)."""
         return self.self_attn.keys_values(self.input_layernorm(source), rotary)
 
+    def without_keys_values(self) -> None:
+        """Takes its key and value projections away: it then runs by `over` alone, on those of another layer."""
+        del self.self_attn.k_proj, self.self_attn.v_proj
+
+    def over_all(self, x: Tensor, k: Tensor, v: Tensor, rotary: Rotary) -> Tensor:
+        """Output (B, T, D) of all tokens x over their keys and values (B, G, T, d); rotary factors (T, d/2)."""
+        B, T, _ = x.shape
+        positions = torch.arange(T, device=x.device).expand(B, T)
+        rows = Rows(positions, torch.ones_like(positions, dtype=torch.bool), packed=True, newest=True)
+        return self.over(x.flatten(0, 1), rows, k, v, rotary).view_as(x)
+
     def over(self, x: Tensor, rows: Rows, k: Tensor, v: Tensor, rotary: Rotary) -> Tensor:
         """Output (n, D) of gathered tokens only, over given keys and values of their sequences.
 

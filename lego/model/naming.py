@@ -68,6 +68,8 @@ def config_of(model: BaseTransformer) -> dict[str, Any]:
     config |= {"model_type": "lego", "architectures": [type(model).__name__]}
     if isinstance(model, DeepSupervisionTransformer):
         config |= {name: getattr(model, name) for name in ROUTING_FIELDS}
+        if model.branches:
+            config["branch_layer"] = model.branch_layer
     return config
 
 
@@ -125,9 +127,11 @@ def model_of(config: dict[str, Any]) -> BaseTransformer:
         by_confidence = config["exit_criterion"] == "max_prob"  # the only criterion that the model itself knows
         threshold = (config["exit_threshold"] or 0.0) if by_confidence else 0.0
         routing = {"exit_layer": config["exit_layer"], "block2_context": config["block2_context"]}
+        routing["branch_layer"] = config.get("branch_layer")
         return DeepSupervisionTransformer(**sizes, **routing, routing_threshold=threshold)
     if config["architectures"] == [DeepSupervisionTransformer.__name__]:
-        return DeepSupervisionTransformer(**sizes, **{name: config[name] for name in ROUTING_FIELDS})
+        routing = {name: config[name] for name in ROUTING_FIELDS} | {"branch_layer": config.get("branch_layer")}
+        return DeepSupervisionTransformer(**sizes, **routing)
     return StandardTransformer(**sizes)
 
 

@@ -84,7 +84,7 @@ class LayerStack(nn.Module):
         }
         self.generation_config: dict[str, Any] = {}  # of the checkpoint it comes from: stop ids and the like
         self.num_layers = num_layers
-        self.exit_layer = num_layers
+        self.exit_layer = self.branch_layer = num_layers
         self.block2_context = "full"
         self.embedding = nn.Embedding(vocab_size, dim)
         frequencies = rotary_frequencies(dim // num_heads, rope_theta, rope_scaling)
@@ -104,6 +104,16 @@ class LayerStack(nn.Module):
         """The output heads: block 1's, and block 2's where it has its own."""
         return [self.output_head] + ([] if self.deep_head is None else [self.deep_head])
 
+    @property
+    def branches(self) -> int:
+        """Layers above the exit that repeat layers branch_layer + 1 to exit_layer on their keys and values."""
+        return self.exit_layer - self.branch_layer
+
+    @property
+    def own_layers(self) -> range:
+        """Layers above the exit with keys and values of their own."""
+        return range(self.exit_layer + self.branches + 1, self.num_layers + 1)
+
     def layer(self, number: int) -> TransformerLayer:
         """The layer of this number, from 1."""
         return cast(TransformerLayer, self.layers[number - 1])
@@ -117,9 +127,12 @@ class LayerStack(nn.Module):
             last: last layer to run; below `first` nothing is run.
 
         Raises:
-            ValueError: the first layer to run reads exit states in `sequence` context, and h holds others.
+            ValueError: the first layer to run reads exit states in `sequence` context, and h holds others; or block 2
+                begins below the exit, and h is the output of a later layer than it begins at.
         """
         boundary = self.num_layers if self.block2_context == "full" else self.exit_layer
+        if self.branches and last > boundary:
+            return self._run_branched(h, first, last)
         for index in range(first, min(last, boundary) + 1):
             h = self.layers[index - 1](h)
         if last <= boundary:
@@ -137,13 +150,28 @@ class LayerStack(nn.Module):
             h = self.layers[index - 1](h)
         return h.reshape(B, T, D)
 
+    def _run_branched(self, h: Tensor, first: int, last: int) -> Tensor:
+        """`run_layers` to a layer above the exit, where block 2 begins below it."""
+        if first > self.branch_layer + 1:
+            what = f"layers above the exit run from the output of layer {self.branch_layer} on"
+            raise ValueError(f"{what}, got first = {first}")
+        h = self.run_layers(h, first, self.branch_layer)
+        return self.gathered(h, torch.ones(h.shape[:2], dtype=torch.bool, device=h.device), last).view_as(h)
+
+    def trunk(self, x: Tensor) -> Tensor:
+        """Un-normed output (B, T, D) of the layer that block 2 begins at, for token ids (B, T); below layer 1 it is
+        the embedding."""
+        return self.run_layers(self.embedding(x), 1, self.branch_layer)
+
     def outputs(self, x: Tensor, layers: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
         """Number and un-normed output (B, T, D) of each of the layers, in ascending order, for token ids (B, T)."""
         h, done, above = self.embedding(x), 0, self.exit_layer + 1
         for layer in layers:
-            if self.block2_context == "sequence" and layer >= above:  # each is reached anew from the exit states
-                h, done = self.run_layers(h, done + 1, self.exit_layer), self.exit_layer
-                yield layer, self.run_layers(h, above, layer)
+            if self.block2_context == "sequence" and layer >= above:  # each is reached anew from the same states
+                if done > self.branch_layer:
+                    h, done = self.embedding(x), 0
+                h, done = self.run_layers(h, done + 1, self.branch_layer), self.branch_layer
+                yield layer, self.run_layers(h, done + 1, layer)
             else:
                 h, done = self.run_layers(h, done + 1, layer), layer
                 yield layer, h
@@ -163,25 +191,35 @@ class LayerStack(nn.Module):
         return self.states_at(x, self.exit_layer)
 
     def gathered(self, h: Tensor, mask: Tensor, last: int) -> Tensor:
-        """States (n, D) at layer `last` of the tokens true in mask (B, T) alone, from exit states h (B, T, D).
+        """States (n, D) at layer `last` of the tokens true in mask (B, T) alone, from outputs h (B, T, D) of the layer
+        that block 2 begins at.
 
-        Keys and values of every layer are projected from the exit states of all tokens (ashem section 5, kv_source
-        exit), so a token's result does not depend on which other tokens are computed.
+        Keys and values of branch layers are block 1's, those of the layers above are projected from the exit states of
+        all tokens (ashem sections 5 and 8), so a token's result does not depend on which other tokens are computed.
         """
         x = h[mask]  # (n, D)
-        if len(x):
-            rows, attention = Rows.of(mask), self.layer(last).self_attn
-            own = attention.rotary(rows.positions.unsqueeze(1))  # (B, 1, Q, d/2)
-            every = attention.rotary(torch.arange(h.shape[1], device=h.device))  # (T, d/2)
-            for number in range(self.exit_layer + 1, last + 1):
-                layer = self.layer(number)
-                x = layer.over(x, rows, *layer.keys_values(h, every), own)
+        if not len(x):
+            return x
+        rows, attention = Rows.of(mask), self.layer(last).self_attn
+        own = attention.rotary(rows.positions.unsqueeze(1))  # (B, 1, Q, d/2)
+        every = attention.rotary(torch.arange(h.shape[1], device=h.device))  # (T, d/2)
+        deepest = min(self.exit_layer, self.branch_layer + last - self.exit_layer)  # of block 1, that `last` needs
+        for number in range(self.branch_layer + 1, deepest + 1):
+            frozen = self.layer(number)
+            keys_values = frozen.keys_values(h, every)
+            x = self.layer(number + self.branches).over(x, rows, *keys_values, own)
+            if number < deepest or last >= self.own_layers.start:
+                h = frozen.over_all(h, *keys_values, every)
+        for number in range(self.own_layers.start, last + 1):
+            layer = self.layer(number)
+            x = layer.over(x, rows, *layer.keys_values(h, every), own)
         return x
 
-    def deepen(self, h: Tensor, hard: Tensor, exit_layer: int) -> Tensor:
-        """Full-depth states (n_hard, D) of the tokens marked in hard (B, T), from outputs h (B, T, D) of exit_layer."""
-        if self.block2_context == "sequence" and exit_layer == self.exit_layer:
+    def deepen(self, h: Tensor, hard: Tensor, layer: int) -> Tensor:
+        """Full-depth states (n_hard, D) of the tokens marked in hard (B, T), from outputs h (B, T, D) of a layer: the
+        exit, or where block 2 begins below it the layer that it begins at."""
+        if self.block2_context == "sequence" and layer == self.branch_layer:
             return self.gathered(h, hard, self.num_layers)
-        if self.block2_context == "token" and exit_layer >= self.exit_layer:  # the hard tokens need no other token
-            return self.run_layers(h[hard].unsqueeze(1), exit_layer + 1, self.num_layers).squeeze(1)
-        return self.run_layers(h, exit_layer + 1, self.num_layers)[hard]
+        if self.block2_context == "token" and layer >= self.exit_layer:  # the hard tokens need no other token
+            return self.run_layers(h[hard].unsqueeze(1), layer + 1, self.num_layers).squeeze(1)
+        return self.run_layers(h, layer + 1, self.num_layers)[hard]

@@ -90,13 +90,17 @@ class BaseTransformer(LayerStack):
         Raises:
             ValueError: exit_layer is none of the model's layers.
         """
-        h = self.states_at(x, exit_layer)
+        if not 1 <= exit_layer <= self.num_layers:
+            raise ValueError(f"exit_layer must be in 1..num_layers = {self.num_layers}, got {exit_layer}")
+        first = min(exit_layer, self.branch_layer) if self.branches else exit_layer  # that the full depth begins at
+        start = self.run_layers(self.embedding(x), 1, first)
+        h = self.run_layers(start, first + 1, exit_layer)
         both = self.scored_logits_at(h.flatten(0, 1), exit_layer, lambda _, logits: max_probability(logits))
         logits, confidence = both[0].view(*x.shape, -1), both[1].view(x.shape)  # (B, T, V), (B, T)
         if threshold == 0.0:
-            return self.logits_at(self.run_layers(h, exit_layer + 1, self.num_layers), self.num_layers), confidence
+            return self.logits_at(self.run_layers(start, first + 1, self.num_layers), self.num_layers), confidence
         hard = confidence < threshold
-        logits[hard] = self.logits_at(self.deepen(h, hard, exit_layer), self.num_layers).to(logits.dtype)
+        logits[hard] = self.logits_at(self.deepen(start, hard, first), self.num_layers).to(logits.dtype)
         return logits, confidence
 
 
@@ -113,10 +117,12 @@ class DeepSupervisionTransformer(BaseTransformer):
         routing_threshold: confidence from which a token leaves early; 0.0 = routing off.
         block2_context: what a token sees above the exit: `full` (the states of the layer below), `token` (itself alone)
             or `sequence` (the exit states up to itself).
+        branch_layer: layer whose output block 2 begins at, b; default exit_layer, k. Below it the first k - b layers
+            above the exit repeat layers b + 1 to k on their keys and values (ashem section 8); context `sequence`.
         **sizes: keyword arguments of LayerStack.
 
     Raises:
-        ValueError: exit_layer outside the model, a threshold below 0, or an unknown block2_context.
+        ValueError: exit_layer or branch_layer outside the model, a threshold below 0, or an unknown block2_context.
     """
 
     def __init__(
@@ -129,6 +135,7 @@ class DeepSupervisionTransformer(BaseTransformer):
         routing_threshold: float = 0.0,
         *,
         block2_context: str = "full",
+        branch_layer: int | None = None,
         **sizes: Any,
     ) -> None:
         super().__init__(vocab_size, dim, num_layers, num_heads, **sizes)
@@ -141,15 +148,25 @@ class DeepSupervisionTransformer(BaseTransformer):
         self.exit_layer = exit_layer
         self.routing_threshold = routing_threshold
         self.block2_context = block2_context
+        self.branch_layer = exit_layer if branch_layer is None else branch_layer
+        if not 0 <= self.branch_layer <= exit_layer or self.branches > num_layers - exit_layer:
+            least = max(0, 2 * exit_layer - num_layers)
+            raise ValueError(f"branch_layer must be in {least}..exit_layer = {exit_layer}, got {branch_layer}")
+        if self.branches and block2_context != "sequence":
+            raise ValueError(f"branch_layer below the exit needs block2_context sequence, got {block2_context!r}")
+        for number in range(exit_layer + 1, exit_layer + self.branches + 1):
+            self.layer(number).without_keys_values()
 
     def forward_train(self, x: Tensor) -> dict[str, Any]:
         """Both exits' logits (B, T, V) of all tokens, their confidence (B, T), and the share that would leave early."""
-        h = self.forward_to_hidden(x)
+        start = self.trunk(x)
+        h = self.run_layers(start, self.branch_layer + 1, self.exit_layer)
         shallow = self.logits_at(h, self.exit_layer)
+        deep = self.run_layers(start, self.branch_layer + 1, self.num_layers)
         confidence = max_probability(shallow)
         return {
             "shallow_logits": shallow,
-            "deep_logits": self.logits_at(self.run_layers(h, self.exit_layer + 1, self.num_layers), self.num_layers),
+            "deep_logits": self.logits_at(deep, self.num_layers),
             "confidence": confidence,
             "shallow_ratio": shallow_ratio(confidence, self.routing_threshold),
         }

@@ -60,7 +60,7 @@ class RoutedDecoder:
         self.slots = 0  # of the longest sequence
         self.exited: list[Shallow] = []  # tokens whose keys and values block 2 lacks
         self.heads = G, d = model.sizes["num_kv_heads"], model.sizes["dim"] // model.sizes["num_heads"]
-        remembered = model.exit_layer if model.block2_context == "token" else model.num_layers
+        remembered = model.exit_layer if model.block2_context == "token" else model.num_layers - model.branches
         self.cache = weight.new_zeros(remembered, 2, batch_size, G, 0, d)  # keys and values of each layer
         self.projection: Tensor | None = None  # of exit states, to block 2's keys and values
 
@@ -148,6 +148,8 @@ class RoutedDecoder:
         rotary = self._rotary(shallow)
         rows, own, _ = self._rows_of(shallow)
         for number in range(1, self.model.exit_layer + 1):
+            if self.model.branches and number == self.model.branch_layer + 1:
+                shallow.trunk = shallow.states
             self._remember(number, shallow.states, shallow, rotary)
             shallow.states = self.model.layer(number).over(shallow.states, rows, *self._cached(number), own)
         return shallow
@@ -163,17 +165,20 @@ class RoutedDecoder:
                 self._remember(number, h, shallow, rotary)
                 h = model.layer(number).over(h, rows, *self._cached(number), own)
             return h[deep]
-        if model.block2_context == "sequence":
+        if model.block2_context == "sequence" and model.own_layers:
             self.exited.append(shallow)
         if not deep.any():
             return h[deep]
         if model.block2_context == "token":
             return model.run_layers(h[deep].unsqueeze(1), numbers.start, model.num_layers).squeeze(1)  # (n_deep, D)
-        waiting, self.exited = Shallow.joined(self.exited), []
-        x, (rows, own, of) = h[deep], self._rows_of(shallow, deep)
-        self._remember_exits(waiting)
-        for number in numbers:
-            x = model.layer(number).over(x, rows, *self._cached(number, of), own)
+        x, (rows, own, of) = shallow.begin[deep], self._rows_of(shallow, deep)
+        for number in range(model.branch_layer + 1, model.exit_layer + 1):  # on the keys and values of block 1
+            x = model.layer(number + model.branches).over(x, rows, *self._cached(number, of), own)
+        if model.own_layers:
+            waiting, self.exited = Shallow.joined(self.exited), []
+            self._remember_exits(waiting)
+        for number in model.own_layers:
+            x = model.layer(number).over(x, rows, *self._cached(number - model.branches, of), own)
         return x
 
     def forget(self, lengths: Tensor) -> None:
@@ -185,7 +190,10 @@ class RoutedDecoder:
         self.slots = int(self.lengths.max())
 
     def _cached(self, number: int, of: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values (b, G, S, d) of a layer for the sequences `of` (b,), S the longest so far."""
+        """Keys and values (b, G, S, d) of a layer for the sequences `of` (b,), S the longest so far.
+
+        Branch layers, which have none, are left out of the numbering.
+        """
         k, v = self.cache[number - 1, :, :, :, : self.slots]
         return (k, v) if of is None else (k[of], v[of])
 
@@ -199,7 +207,7 @@ class RoutedDecoder:
     def _remember_exits(self, shallow: Shallow) -> None:
         """Writes block 2's keys and values of exit states, all layers' at once from one normalised state."""
         model, k = self.model, self.model.exit_layer
-        layers = [model.layer(number) for number in range(k + 1, model.num_layers + 1)]
+        layers = [model.layer(number) for number in model.own_layers]
         if self.projection is None:
             parts = [
                 torch.cat([layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight]) * layer.input_layernorm.weight
@@ -208,7 +216,7 @@ class RoutedDecoder:
             self.projection = torch.cat(parts)  # (L * 2 * G * d, D)
         normed = F.rms_norm(shallow.states, (shallow.states.shape[-1],), eps=model.sizes["norm_eps"])
         both = F.linear(normed, self.projection).view(-1, len(layers), 2, *self.heads)  # (n, L, 2, G, d)
-        self._write(slice(k, model.num_layers), both[:, :, 0], both[:, :, 1], shallow, self._rotary(shallow))
+        self._write(slice(k, k + len(layers)), both[:, :, 0], both[:, :, 1], shallow, self._rotary(shallow))
 
     def _write(self, layers: slice, k: Tensor, v: Tensor, shallow: Shallow, rotary: Rotary) -> None:
         """Rotates keys (n, L, G, d) of L layers, and puts them and the values into the slots of their tokens."""

@@ -13,7 +13,10 @@ from torch import Tensor
 
 @dataclass
 class Shallow:
-    """What block 1 made of new tokens: exit states (n, D), where they stand, and which of the (B, Q) are real."""
+    """What block 1 made of new tokens: exit states (n, D), where they stand, and which of the (B, Q) are real.
+
+    `trunk` are the states (n, D) that block 2 begins at, where it begins below the exit.
+    """
 
     states: Tensor
     sequence: Tensor  # (n,)
@@ -21,6 +24,12 @@ class Shallow:
     mask: Tensor  # (B, Q)
     positions: Tensor  # (B, Q)
     together: bool  # no padding, and all sequences equally long
+    trunk: Tensor | None = None
+
+    @property
+    def begin(self) -> Tensor:
+        """The states (n, D) that block 2 begins at."""
+        return self.states if self.trunk is None else self.trunk
 
     def within(self, lengths: Tensor) -> Shallow:
         """Its tokens at positions below their sequence's length (B,)."""
@@ -30,7 +39,8 @@ class Shallow:
         mask = self.mask.clone()
         mask[self.mask] = kept
         rest = (self.states[kept], self.sequence[kept], self.position[kept])
-        return Shallow(*rest, mask, self.positions, together=False)
+        trunk = None if self.trunk is None else self.trunk[kept]
+        return Shallow(*rest, mask, self.positions, together=False, trunk=trunk)
 
     @classmethod
     def joined(cls, parts: list[Shallow]) -> Shallow:
@@ -39,10 +49,16 @@ class Shallow:
             return parts[0]
         mask = torch.cat([part.mask for part in parts], dim=1)
         positions = torch.cat([part.positions for part in parts], dim=1)
+        trunks = [part.trunk for part in parts if part.trunk is not None]
         if all(part.together for part in parts):  # order is (B, Q)
-            states = torch.cat([part.states.unflatten(0, part.mask.shape) for part in parts], dim=1).flatten(0, 1)
+            shapes = [part.mask.shape for part in parts]
+
+            def side_by_side(found: list[Tensor]) -> Tensor:
+                return torch.cat([h.unflatten(0, of) for h, of in zip(found, shapes, strict=True)], dim=1).flatten(0, 1)
+
+            states, trunk = side_by_side([part.states for part in parts]), side_by_side(trunks) if trunks else None
             sequence = torch.arange(len(mask), device=mask.device).repeat_interleave(mask.shape[1])
-            return cls(states, sequence, positions.flatten(), mask, positions, together=True)
+            return cls(states, sequence, positions.flatten(), mask, positions, together=True, trunk=trunk)
         order = torch.cat([part.sequence for part in parts]).argsort(stable=True)
         return cls(
             torch.cat([part.states for part in parts])[order],
@@ -51,6 +67,7 @@ class Shallow:
             mask,
             positions,
             together=False,
+            trunk=torch.cat(trunks)[order] if trunks else None,
         )
 
 

@@ -7,12 +7,16 @@ import torch
 from lego import DeepSupervisionTransformer
 from tests.conftest import VOCAB
 
-CONTEXTS = ["full", "token", "sequence"]
+BRANCHED = {"branch": 1, "second pass": 0}  # layer at which block 2 begins; the latter has no new layers
+CONTEXTS = ["full", "token", "sequence", *BRANCHED]
 
 
 def random_model(context: str, vocab: int = VOCAB, **sizes) -> DeepSupervisionTransformer:
     torch.manual_seed(3)
-    model = DeepSupervisionTransformer(vocab, 32, 4, 4, exit_layer=2, block2_context=context, **sizes)
+    shape = {"block2_context": context}
+    if context in BRANCHED:
+        shape = {"block2_context": "sequence", "branch_layer": BRANCHED[context]}
+    model = DeepSupervisionTransformer(vocab, 32, 4, 4, exit_layer=2, **shape, **sizes)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
     return model.eval()
