@@ -1,7 +1,7 @@
 """A routed model without its heads, in transformers' classes: block 1 as Llama runs it, and block 2 above it.
 
-Above the exit, keys and values come from the exit states (ashem section 5, kv_source exit): only tokens whose states
-are asked for and that are hard are computed there.
+Above the exit, keys and values come from the exit states (ashem section 5, kv_source exit), those of branch layers from
+block 1 (section 8): only tokens whose states are asked for and that are hard are computed there.
 
 Shapes: B sequences, Q new tokens, K of them whose states are asked for, D width.
 """
@@ -22,7 +22,7 @@ from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrained
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lego.hub.configuration import OF_WEIGHTS, LegoConfig, refuse_other_weights
-from lego.hub.llama_layers import Reading, Watched, alone, over_exits, whole
+from lego.hub.llama_layers import Reading, Watched, alone, over_block1, over_exits, repeated, whole
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
 OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -109,6 +109,8 @@ class LegoModel(LegoPreTrainedModel, LlamaModel):
 
     def __init__(self, config: LegoConfig) -> None:
         super().__init__(config)
+        for layer in self.layers[config.exit_layer : 2 * config.exit_layer - config.begins_at]:
+            del layer.self_attn.k_proj, layer.self_attn.v_proj  # it runs on those of the layer that it repeats
         self.built = {name: getattr(config, name) for name in OF_WEIGHTS}
         self.freeze_unread()
 
@@ -174,8 +176,9 @@ class LegoModel(LegoPreTrainedModel, LlamaModel):
         rotary = self.rotary_emb(h, position_ids=position_ids)
         reading = Reading(mask, rotary, past_key_values, seen, self.config._attn_implementation, watched, kwargs)
         watched.add_state(h)
-        for layer in self.layers[: self.config.exit_layer]:
-            h = whole(layer, h, reading)  # (B, Q, D)
+        for number, layer in enumerate(self.layers[: self.config.exit_layer], 1):
+            run = repeated if number > self.config.begins_at else whole
+            h = run(layer, h, reading)  # (B, Q, D)
             watched.add_state(h)
         return h, reading
 
@@ -226,15 +229,22 @@ class LegoModel(LegoPreTrainedModel, LlamaModel):
             order = deep.int().argsort(dim=1, descending=True, stable=True)[:, : int(counts.max())]
             rows = kept[order]  # (B, H), H the longest count
             taken = torch.arange(rows.shape[1], device=rows.device) < counts[:, None]
-        x = exits.gather(1, rows.unsqueeze(-1).expand(-1, -1, exits.shape[-1]))  # (B, H, D)
+        start = reading.below[0][0] if reading.below else exits
+        x = start.gather(1, rows.unsqueeze(-1).expand(-1, -1, exits.shape[-1]))  # (B, H, D)
         mask, rotary = reading.mask, reading.rotary_of(rows)
         if deep is not None or kept.shape[0] < exits.shape[1]:
             mask = reading.mask_of(rows)
-        for layer in self.layers[self.config.exit_layer :]:
+        k, branches = self.config.exit_layer, len(reading.below)
+        for number, layer in enumerate(self.layers[k:]):
+            run: Callable[..., tuple[Tensor, Tensor | None]] = over_exits
+            source: tuple[Any, ...] = (exits,)
+            if number < branches:
+                below, found = reading.below[number]
+                run, source = over_block1, (below, self.layers[k - branches + number], found)
             if self.training and layer.gradient_checkpointing:
-                x, weights = layer._gradient_checkpointing_func(over_exits, layer, x, exits, mask, rotary, reading)
+                x, weights = layer._gradient_checkpointing_func(run, layer, x, *source, mask, rotary, reading)
             else:
-                x, weights = over_exits(layer, x, exits, mask, rotary, reading)
+                x, weights = run(layer, x, *source, mask, rotary, reading)
             reading.watched.add_above(exits, deep, x if taken is None else x[taken])
             if weights is not None and taken is not None:
                 weights = weights.transpose(1, 2)[taken]  # (n, heads, S)

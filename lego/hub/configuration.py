@@ -15,7 +15,15 @@ from lego.hub.standalone import AUTO_MAP, STANDALONE, standalone_code
 from lego.model.exit_criteria import CRITERIA, STATE_CRITERIA
 from lego.model.stack import BLOCK2_CONTEXTS
 
-OF_WEIGHTS = ("num_hidden_layers", "exit_layer", "block2_context", "own_head", "exit_criterion_width", "gated")
+OF_WEIGHTS = (
+    "num_hidden_layers",
+    "exit_layer",
+    "block2_context",
+    "own_head",
+    "exit_criterion_width",
+    "gated",
+    "branch_layer",
+)
 """Fields that the weights were trained with: another value runs, and answers nonsense."""
 
 
@@ -30,6 +38,7 @@ class LegoConfig(LlamaConfig):
         exit_criterion: max_prob, margin or entropy of the exit's logits, or probe or gain of the exit state.
         exit_criterion_width: hidden width of probe or gain; 0 = linear.
         block2_context: what a token sees above the exit: sequence, token or full (see DeepSupervisionTransformer).
+        branch_layer: layer whose output block 2 begins at; None = exit_layer (see DeepSupervisionTransformer).
         own_head: block 2 has an output head of its own.
         gated: tokens that went deep are answered by a mixture of both exits (see lego.model.gate); not in training.
         trained_context: longest sequence it was trained on; None if that is not known.
@@ -47,6 +56,7 @@ class LegoConfig(LlamaConfig):
     exit_criterion: str = "max_prob"
     exit_criterion_width: int = 0
     block2_context: str = "sequence"
+    branch_layer: int | None = None
     own_head: bool = False
     gated: bool = False
     trained_context: int | None = None
@@ -73,8 +83,18 @@ class LegoConfig(LlamaConfig):
         self.validate_numbers()
         if self.exit_criterion not in CRITERIA:
             raise ValueError(f"exit_criterion must be one of {', '.join(CRITERIA)}, got {self.exit_criterion!r}")
+        least = max(0, 2 * self.exit_layer - self.num_hidden_layers)
+        if not least <= self.begins_at <= self.exit_layer:
+            raise ValueError(f"branch_layer must be in {least}..{self.exit_layer}, got {self.branch_layer}")
+        if self.begins_at < self.exit_layer and self.block2_context != "sequence":
+            raise ValueError(f"branch_layer needs block2_context sequence, got {self.block2_context!r}")
         if self.block2_context not in BLOCK2_CONTEXTS:
             raise ValueError(f"block2_context must be one of {', '.join(BLOCK2_CONTEXTS)}, got {self.block2_context!r}")
+
+    @property
+    def begins_at(self) -> int:
+        """Layer whose output block 2 begins at."""
+        return self.exit_layer if self.branch_layer is None else self.branch_layer
 
     def validate_numbers(self) -> None:
         """Checks what users set on a loaded model.

@@ -5,7 +5,7 @@ Shapes: B sequences, Q new tokens, H rows of them that are computed, S tokens in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -82,6 +82,8 @@ class Reading:
         attention: name of transformers' implementation.
         watched: takes in what layers do.
         kwargs: handed on to Llama's own layers.
+        below: states (B, Q, D) below each layer of block 1 that a branch layer repeats, and its keys and values where
+            there is a cache.
     """
 
     mask: Tensor | None
@@ -91,6 +93,7 @@ class Reading:
     attention: str
     watched: Watched
     kwargs: dict[str, Any]
+    below: list[tuple[Tensor, tuple[Tensor, Tensor] | None]] = field(default_factory=list)
 
     def rotary_of(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, H, d) of the tokens at `rows` (B, H)."""
@@ -116,7 +119,29 @@ class Reading:
         return weights
 
 
-def whole(layer: Any, h: Tensor, reading: Reading) -> Tensor:
+class Recorded:
+    """A cache that keeps what it returned: the keys and values of every token so far, however it stores them."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache, self.found = cache, (torch.empty(0), torch.empty(0))
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.found = self.cache.update(*args, **kwargs)
+        return self.found
+
+
+def repeated(layer: Any, h: Tensor, reading: Reading) -> Tensor:
+    """Llama's own layer over all tokens, noting what a branch layer needs of it."""
+    if reading.cache is None:  # its keys and values are projected again where they are needed
+        reading.below.append((h, None))
+        return whole(layer, h, reading)
+    cache = Recorded(reading.cache)
+    output = whole(layer, h, reading, cache)
+    reading.below.append((h, cache.found))
+    return output
+
+
+def whole(layer: Any, h: Tensor, reading: Reading, cache: Any = None) -> Tensor:
     """Llama's own layer over all tokens."""
     attentions, hook = reading.watched.attentions, None
     if attentions is not None:  # the layer itself drops them
@@ -126,7 +151,7 @@ def whole(layer: Any, h: Tensor, reading: Reading) -> Tensor:
             h,
             attention_mask=reading.mask,
             position_embeddings=reading.rotary,
-            past_key_values=reading.cache,
+            past_key_values=cache or reading.cache,
             **reading.kwargs,
         )
     finally:
@@ -155,16 +180,56 @@ def over_exits(
     Returns:
         its output (B, H, D), and attention weights (B, heads, H, S) where the implementation has them.
     """
+    k, v = keys_values(layer, exits, reading)
+    if reading.cache is not None:
+        k, v = reading.cache.update(k, v, layer.self_attn.layer_idx)
+    return over(layer, x, k, v, mask, rotary, reading)
+
+
+def over_block1(
+    layer: LlamaDecoderLayer,
+    x: Tensor,
+    below: Tensor,
+    frozen: LlamaDecoderLayer,
+    found: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    rotary: tuple[Tensor, Tensor],
+    reading: Reading,
+) -> tuple[Tensor, Tensor | None]:
+    """A branch layer for rows x (B, H, D), over keys and values of the layer of block 1 that it repeats.
+
+    Args:
+        below: states (B, Q, D) below that layer, of all tokens.
+        frozen: that layer.
+        found: its keys and values, if there is a cache.
+    """
+    k, v = keys_values(frozen, below, reading) if found is None else found
+    return over(layer, x, k, v, mask, rotary, reading)
+
+
+def keys_values(layer: LlamaDecoderLayer, h: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
+    """Rotated keys and values (B, G, Q, d) of a layer for states (B, Q, D) below it."""
     attention = layer.self_attn
-    source = layer.input_layernorm(exits)
+    source = layer.input_layernorm(h)
     shape = (*source.shape[:2], -1, attention.head_dim)
     k = attention.k_proj(source).view(shape).transpose(1, 2)  # (B, G, Q, d)
     v = attention.v_proj(source).view(shape).transpose(1, 2)  # (B, G, Q, d)
-    k, _ = apply_rotary_pos_emb(k, k, *reading.rotary)
-    if reading.cache is not None:
-        k, v = reading.cache.update(k, v, attention.layer_idx)
+    return apply_rotary_pos_emb(k, k, *reading.rotary)[0], v
+
+
+def over(
+    layer: LlamaDecoderLayer,
+    x: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    rotary: tuple[Tensor, Tensor],
+    reading: Reading,
+) -> tuple[Tensor, Tensor | None]:
+    """A layer for rows x (B, H, D) over keys and values (B, G, S, d), and its attention weights (B, heads, H, S)."""
     if not x.shape[1]:
         return x, None
+    attention = layer.self_attn
     if mask is not None and mask.dtype is torch.bool:  # a static cache has slots beyond the newest token
         mask = F.pad(mask, (0, k.shape[2] - mask.shape[-1]))
     q = attention.q_proj(layer.input_layernorm(x)).view(*x.shape[:2], -1, attention.head_dim).transpose(1, 2)

@@ -174,6 +174,8 @@ class LegoForCausalLM(LegoPreTrainedModel, GenerationMixin):
             )
         # nothing is added, but the exit's weights get a gradient: distributed training waits for one of each
         nothing = sum(0.0 * w.sum() for w in own if w.requires_grad)
+        if self.config.begins_at < self.config.exit_layer and exits.requires_grad:  # nor may block 2 read exit states
+            nothing = nothing + 0.0 * exits.sum()
         return None if loss is None else loss + nothing, logits + nothing
 
     def _require_valid(self) -> None:

@@ -16,13 +16,22 @@ from lego.model.transformer import BaseTransformer
 
 @torch.no_grad()
 def exit_states(
-    model: BaseTransformer, batches: Batches, device: str | torch.device
+    model: BaseTransformer, batches: Batches, device: str | torch.device, layer: int | None = None
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Per batch: ids (B, T), targets (B, T), exit states (B, T, D) and confidences (B, T), on the CPU."""
+    """Per batch: ids (B, T), targets (B, T), exit states (B, T, D) and confidences (B, T), on the CPU.
+
+    Args:
+        model: read at its exit layer.
+        batches: (x, y) of token ids (B, T).
+        device: where the model runs.
+        layer: whose outputs come in the place of exit states, if block 2 is to begin below the exit.
+    """
     model.to(device).eval()
+    at = model.exit_layer if layer is None else layer
     for x, y in batches:
-        h = model.forward_to_hidden(x.to(device))
-        yield x, y, h.cpu(), model.compute_confidence(h).cpu()
+        states = model.run_layers(model.embedding(x.to(device)), 1, at)
+        exits = model.run_layers(states, at + 1, model.exit_layer)
+        yield x, y, states.cpu(), model.compute_confidence(exits).cpu()
 
 
 def collect_hard_examples(

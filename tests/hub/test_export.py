@@ -31,8 +31,9 @@ from lego.routing.decoder import RoutedDecoder
 from lego.routing.generation import generate
 from lego.text.tokenizer import TextEncoder, fit_bpe
 from tests.conftest import SOURCE, VOCAB, logits_close
+from tests.routing.conftest import BRANCHED
 
-CONTEXTS = ["sequence", "token", "full"]
+CONTEXTS = ["sequence", "token", "full", *BRANCHED]
 
 
 @pytest.fixture(scope="module")
@@ -115,9 +116,10 @@ def test_few_easy_tokens_have_the_same_bits_without_the_exits_head(checkpoint, e
 
 def lego_model(context: str, own_head: bool) -> DeepSupervisionTransformer:
     torch.manual_seed(2)
-    model = DeepSupervisionTransformer(
-        VOCAB, 32, 4, 4, exit_layer=2, block2_context=context, num_kv_heads=2, own_head=own_head, tie_embeddings=True
-    )
+    sizes = {"exit_layer": 2, "num_kv_heads": 2, "own_head": own_head, "tie_embeddings": True}
+    if context in BRANCHED:
+        sizes, context = sizes | {"branch_layer": BRANCHED[context]}, "sequence"
+    model = DeepSupervisionTransformer(VOCAB, 32, 4, 4, block2_context=context, **sizes)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
     return model.eval()

@@ -112,7 +112,7 @@ def test_every_trained_weight_gets_a_gradient(context, own_head, case, tmp_path)
         assert without == []
         if case == "frozen":
             assert not any(p.requires_grad for p in model.model.layers[:2].parameters())
-            assert model.model.layers[2].self_attn.v_proj.weight.grad.any()
+            assert model.model.layers[2].self_attn.o_proj.weight.grad.any()
 
 
 PROCESS = """
