@@ -26,24 +26,26 @@ def main() -> None:
             blocks = PackedBlocks("data/tokens", "validation")
         model = load_model("data/phase1")
         threshold = read_number("data/facts/compute_threshold.json", "threshold", high=1.0)
+        branch = ashem.branch_of(model.num_layers)
         writer = StoreWriter(folder, threshold, ashem.stored_dtype, ashem.shard_tokens)
         # shuffled, so that each shard, which phase 2 reads one after another, is a sample of all the text
         batches = EvaluationBatches(blocks, params.evaluation.batch_size, writer.blocks, shuffle_seed=stage.seed)
-        continued = writer.blocks > 0
-        if continued:
+        if continued := writer.blocks > 0:
             print(f"mining continues after {share(writer.blocks, len(blocks), 'blocks')}", flush=True)
         device = resolve_device(params.train.device)
-        for batch in track(exit_states(model, batches, device), len(batches), "mining", "batch"):
+        for batch in track(exit_states(model, batches, device, branch), len(batches), "mining", "batch"):
             writer.add(*batch)
         calibrated = read_number("data/facts/compute_threshold.json", "tokens")  # read once for the threshold
         ledger = Ledger.of(model, blocks.seq_len)
         macs = ledger.mine(blocks.tokens + round(calibrated))
+        print(ledger.states_line(blocks.tokens, NUMBER_BYTES[ashem.store_dtype], ashem.states, branch), flush=True)
         manifest = writer.close(
             split=ashem.hard_split,
             text="all" if ashem.hard_split == "validation" else ashem.phase2_text,
             block1_sha256=identity("data/phase1"),
             tokenizer_sha256=identity("data/tokens/tokenizer/tokenizer.json"),
             macs=macs,
+            **({} if branch is None else {"layer": branch}),
         )
         hard, tokens = manifest["hard_tokens"], manifest["tokens"]
         write_facts(
@@ -59,7 +61,6 @@ def main() -> None:
                 "leaky": ashem.hard_split == "validation",
             },
         )
-        print(ledger.states_line(blocks.tokens, NUMBER_BYTES[ashem.store_dtype], ashem.states), flush=True)
         publish(folder, "data/hard")  # last: whoever is killed before it has lost no shard
         stage.continued = continued
         print(f"hard: {share(hard, tokens)} of {ashem.hard_split} text, below confidence {threshold:.4f}")

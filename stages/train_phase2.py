@@ -76,8 +76,9 @@ def main() -> None:
         store, seq_len = HiddenStateStore("data/hard"), corpus_facts("data/tokens")["seq_len"]
         store.verify(identity("data/phase1"), identity("data/tokens/tokenizer/tokenizer.json"))
         block1 = load_model("data/phase1")
+        store.require_layer(branch := params.ashem.branch_of(block1.num_layers))
         if store.online:
-            recompute(store, block1, resolve_device(params.train.device))
+            recompute(store, block1, resolve_device(params.train.device), branch)
         learned = with_replay(store, params.ashem.replay_share, stage.seed)
         batches = hard_batches(learned, params.ashem.phase2_context, params.train, seq_len, stage.seed)
         easy = learned.hard_tokens - store.hard_tokens

@@ -70,7 +70,8 @@ def main() -> None:
         unmined = {"n_hard": None, "hard_share": None, "leaky": leaky}  # it learns from every token
         threshold = read_number("data/facts/compute_threshold.json", "threshold", high=1.0)
         device = resolve_device(train.device)
-        routed = ledger.grown(block1.num_layers + ashem.new_layers, ashem.phase2_context)
+        branch = ashem.branch_of(block1.num_layers)
+        routed = ledger.grown(block1.num_layers + ashem.new_layers, ashem.phase2_context, branch)
         size = params.evaluation.batch_size
         metrics, documents = Comparison.on("data/tokens", size, block1, threshold, routed, device).judge(model)
         write_csv("data/documents/shallow_continued.csv", documents)

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, model_validator
 
+from lego.base.parameter_files import ParamsError
 from lego.base.sections import Count, CountOrZero, Number, Positive, Section, Share, at_least, within
 
 
@@ -30,6 +31,7 @@ class AshemParams(Section):
     phase2_share: Annotated[Number, within("[0, 1)")]
     phase2_split: Literal["blocks", "documents"]
     phase2_layers: Count
+    branch_layer: CountOrZero | None
     phase2_lr: Positive
     phase2_epochs: Count
     phase2_patience: Count
@@ -46,6 +48,19 @@ class AshemParams(Section):
         """Layers that phase 2 puts on top of block 1."""
         return self.phase2_layers - self.phase1_layers
 
+    def branch_of(self, depth: int) -> int | None:
+        """Layer whose output block 2 begins at, of a block 1 of this depth; None = its last.
+
+        Raises:
+            ParamsError: block 1 has no such layer below its last.
+        """
+        if self.branch_layer is not None and self.branch_layer >= depth:
+            raise ParamsError(
+                f"params.yaml: ashem.branch_layer must be less than block 1's {depth} layers, got {self.branch_layer}; "
+                "null lets block 2 begin at the last"
+            )
+        return self.branch_layer
+
     @property
     def stored_dtype(self) -> str | None:
         """Of the exit states in the store; None if it holds none."""
@@ -53,11 +68,13 @@ class AshemParams(Section):
 
     @model_validator(mode="after")
     def _two_blocks(self) -> AshemParams:
-        if self.phase2_layers <= self.phase1_layers:
+        if self.phase2_layers < self.phase1_layers + (self.branch_layer is None):
             raise ValueError(
                 f"phase2_layers is the total depth and must be greater than phase1_layers = {self.phase1_layers}, "
-                f"got {self.phase2_layers}"
+                f"got {self.phase2_layers}; with a branch_layer it may be equal"
             )
+        if self.branch_layer is not None and self.phase2_context != "sequence":
+            raise ValueError(f"branch_layer needs phase2_context sequence, got {self.phase2_context}")
         if self.phase2_text == "fresh" and self.phase2_share == 0:
             raise ValueError("phase2_share must be in (0, 1) when phase2_text is fresh, got 0")
         if self.states == "online" and self.phase2_context != "sequence":

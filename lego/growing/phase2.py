@@ -42,6 +42,7 @@ def grown(ashem: AshemParams, block1: BaseTransformer, threshold: float, seed: i
         routing_threshold=threshold,
         block2_context=CONTEXT_AT_INFERENCE[ashem.phase2_context],
         head=ashem.head,
+        branch_layer=ashem.branch_of(block1.num_layers),
     )
 
 

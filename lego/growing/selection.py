@@ -16,13 +16,15 @@ Score = Callable[[dict[str, Tensor]], Tensor]
 """(inputs, targets, confidences, hard (b, T), exit_states (b, T, D)) -> how much each token is wanted (b, T)."""
 
 
-def recompute(store: HiddenStateStore, model: BaseTransformer, device: torch.device) -> None:
-    """Lets a store that holds no exit states make them with block 1, a few blocks at a time."""
+def recompute(store: HiddenStateStore, model: BaseTransformer, device: torch.device, layer: int | None = None) -> None:
+    """Lets a store without states make them with block 1, a few blocks at a time; of its exit or a lower layer."""
+    at = model.exit_layer if layer is None else layer
 
     @torch.no_grad()
     def states(ids: Tensor) -> Tensor:
         model.eval()
-        return torch.cat([model.forward_to_hidden(part.to(device)).cpu() for part in ids.split(BLOCKS)])
+        made = (model.run_layers(model.embedding(part.to(device)), 1, at).cpu() for part in ids.split(BLOCKS))
+        return torch.cat(list(made))
 
     model.to(device)
     store.compute = states
@@ -72,19 +74,35 @@ def easy(blocks: dict[str, Tensor]) -> Tensor:
     return blocks["confidences"]
 
 
-def exit_loss(model: BaseTransformer, device: torch.device) -> Score:
-    """The tokens with the largest loss at block 1's exit."""
+def exits_of(
+    blocks: dict[str, Tensor], model: BaseTransformer | None, device: torch.device, layer: int | None
+) -> Tensor:
+    """Exit states (b, T, D) of blocks, whose states are those of the exit or of a lower layer of block 1."""
+    h = blocks["exit_states"].float().to(device)
+    return h if model is None or layer is None else model.run_layers(h, layer + 1, model.exit_layer)
+
+
+def exit_loss(model: BaseTransformer, device: torch.device, layer: int | None = None) -> Score:
+    """The tokens with the largest loss at block 1's exit.
+
+    Args:
+        model: block 1.
+        device: where it runs.
+        layer: whose outputs the store holds, if not the exit's.
+    """
 
     def score(blocks: dict[str, Tensor]) -> Tensor:
-        h, y = blocks["exit_states"].float().to(device), blocks["targets"].long().to(device)
-        return model.read_at(h, model.exit_layer, y)[0].view(y.shape)
+        y = blocks["targets"].long().to(device)
+        return model.read_at(exits_of(blocks, model, device, layer), model.exit_layer, y)[0].view(y.shape)
 
     return score
 
 
-def reducible_loss(model: BaseTransformer, reference: BaseTransformer, device: torch.device) -> Score:
+def reducible_loss(
+    model: BaseTransformer, reference: BaseTransformer, device: torch.device, layer: int | None = None
+) -> Score:
     """RHO-loss (Mindermann et al. 2022, arXiv 2206.07137): the loss less that of a reference model of other text."""
-    loss = exit_loss(model, device)
+    loss = exit_loss(model, device, layer)
 
     def score(blocks: dict[str, Tensor]) -> Tensor:
         x, y = (blocks[key].long().to(device) for key in ("inputs", "targets"))
@@ -94,11 +112,20 @@ def reducible_loss(model: BaseTransformer, reference: BaseTransformer, device: t
     return score
 
 
-def expected_gain(gain: StateCriterion, device: torch.device) -> Score:
-    """The tokens that block 2, as a first round left it, is expected to help most."""
+def expected_gain(
+    gain: StateCriterion, device: torch.device, model: BaseTransformer | None = None, layer: int | None = None
+) -> Score:
+    """The tokens that block 2, as a first round left it, is expected to help most.
+
+    Args:
+        gain: fitted to exit states.
+        device: where it runs.
+        model: block 1, where a layer is given.
+        layer: whose outputs the store holds, if not the exit's.
+    """
 
     def score(blocks: dict[str, Tensor]) -> Tensor:
-        h = blocks["exit_states"].float().to(device)  # (b, T, D)
+        h = exits_of(blocks, model, device, layer)  # (b, T, D)
         return -gain(h.flatten(0, 1), h.new_empty(h.shape[0] * h.shape[1], 0)).view(h.shape[:2])
 
     return score

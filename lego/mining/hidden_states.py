@@ -216,6 +216,17 @@ class HiddenStateStore:
             if not verify(file) and sha256(file) != shard["sha256"]:
                 raise ArtifactError(f"{file}: was changed; {way_back(file)}")
 
+    def require_layer(self, layer: int | None) -> None:
+        """Makes sure that it holds the outputs of this layer of block 1, None being its exit.
+
+        Raises:
+            ArtifactError: they are another layer's.
+        """
+        if self.manifest.get("layer") != layer:
+            raise ArtifactError(
+                f"{self.folder}: holds states for another ashem.branch_layer; run dvc repro collect_hard"
+            )
+
     def selecting(self, masks: list[Tensor]) -> HiddenStateStore:
         """The same states with other tokens in the place of the hard ones.
 

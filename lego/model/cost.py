@@ -155,17 +155,19 @@ class Ledger:
         """Confidences, and exit states and hard tokens, of `tokens` tokens: one forward pass of block 1."""
         return self.shallow() * tokens
 
-    def states_line(self, tokens: int, number_bytes: int, states: str) -> str:
-        """What exit states of a text take stored, and what it costs to make them anew whenever phase 2 reads them.
+    def states_line(self, tokens: int, number_bytes: int, states: str, layer: int | None = None) -> str:
+        """What states of a text take stored, and what it costs to make them anew whenever phase 2 reads them.
 
         Args:
             tokens: of the text.
             number_bytes: of a stored number.
             states: `stored` or `online`, which of the two is done.
+            layer: whose they are, if not the exit's.
         """
-        size, again = number_bytes * self.dim * tokens, self.block1 * tokens
+        below = self.exit_layer if layer is None else layer
+        size, again = number_bytes * self.dim * tokens, below * self.layer * tokens
         done = {"stored": "they are stored", "online": "they are made anew"}[states]
-        return f"exit states: {size / 2**20:,.1f} MiB stored, or {again:.3e} MACs a pass to make them anew; {done}"
+        return f"states: {size / 2**20:,.1f} MiB stored, or {again:.3e} MACs a pass to make them anew; {done}"
 
     def train_block2(self, hard_tokens: int, head_trains: bool, tokens: int = 0) -> int:
         """Training block 2 on stored states.

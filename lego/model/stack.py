@@ -84,7 +84,8 @@ class LayerStack(nn.Module):
         }
         self.generation_config: dict[str, Any] = {}  # of the checkpoint it comes from: stop ids and the like
         self.num_layers = num_layers
-        self.exit_layer = self.branch_layer = num_layers
+        self.exit_layer = num_layers
+        self.branched_at: int | None = None
         self.block2_context = "full"
         self.embedding = nn.Embedding(vocab_size, dim)
         frequencies = rotary_frequencies(dim // num_heads, rope_theta, rope_scaling)
@@ -103,6 +104,11 @@ class LayerStack(nn.Module):
     def heads(self) -> list[nn.Linear]:
         """The output heads: block 1's, and block 2's where it has its own."""
         return [self.output_head] + ([] if self.deep_head is None else [self.deep_head])
+
+    @property
+    def branch_layer(self) -> int:
+        """Layer whose output block 2 begins at."""
+        return self.exit_layer if self.branched_at is None else self.branched_at
 
     @property
     def branches(self) -> int:

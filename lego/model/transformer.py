@@ -148,7 +148,7 @@ class DeepSupervisionTransformer(BaseTransformer):
         self.exit_layer = exit_layer
         self.routing_threshold = routing_threshold
         self.block2_context = block2_context
-        self.branch_layer = exit_layer if branch_layer is None else branch_layer
+        self.branched_at = branch_layer
         if not 0 <= self.branch_layer <= exit_layer or self.branches > num_layers - exit_layer:
             least = max(0, 2 * exit_layer - num_layers)
             raise ValueError(f"branch_layer must be in {least}..exit_layer = {exit_layer}, got {branch_layer}")

@@ -72,8 +72,13 @@ class Baseline:
     @property
     def ashem(self) -> AshemParams:
         """The section `ashem`, as the protocol changes it."""
-        historic = {"phase2_context": "historic", "head": "shared_trainable", "replay_share": 0.0}
+        historic = {"phase2_context": "historic", "head": "shared_trainable", "replay_share": 0.0, "branch_layer": None}
         return self.params.ashem.model_copy(update=historic if self.protocol == "historic" else {})
+
+    @property
+    def branch(self) -> int | None:
+        """Layer whose outputs the store holds, if not the exit's."""
+        return self.ashem.branch_of(self.block1.num_layers)
 
     @property
     def device(self) -> torch.device:
@@ -129,7 +134,9 @@ def by_expected_gain(one: Baseline, model: DeepSupervisionTransformer) -> tuple[
     fit = GainFit(model.sizes["dim"], 0)
     token_table(model, calibration, device, on_states=fit.add)
     gain = fit.solve(params.routing.gain_l2, one.stage.seed).to(device)
-    scores = selection.scores_of(one.store, selection.expected_gain(gain, device), params.evaluation.batch_size)
+    scores = selection.scores_of(
+        one.store, selection.expected_gain(gain, device, one.block1, one.branch), params.evaluation.batch_size
+    )
     ledger = Ledger.of(model, calibration.blocks.seq_len)
     macs = (ledger.full + ledger.head) * calibration.blocks.tokens + gain.macs * one.store.manifest["tokens"]
     return one.store.selecting(selection.top(scores, one.store.hard_tokens)), macs
@@ -156,10 +163,10 @@ def rounds(one: Baseline) -> list[tuple[float, Choose]]:
             elif select == "easy":
                 score = selection.easy
             elif select == "high_loss":
-                score = selection.exit_loss(block1, device)
+                score = selection.exit_loss(block1, device, one.branch)
             else:
                 reference, extra = reference_of(one)
-                score = selection.reducible_loss(block1, reference, device)
+                score = selection.reducible_loss(block1, reference, device, one.branch)
             chosen = store.selecting(selection.top(selection.scores_of(store, score, blocks), store.hard_tokens))
     print(f"{one.name}: {chosen.hard_tokens / store.manifest['tokens']:.1%} of the mined tokens", flush=True)
     one.n_hard = chosen.hard_tokens
@@ -252,9 +259,11 @@ def prepare(name: str, params: Params, stage: Stage) -> Baseline:
     else:
         store = HiddenStateStore("data/hard")
         store.verify(identity("data/phase1"), identity("data/tokens/tokenizer/tokenizer.json"))
+    one = Baseline(name, params, stage, block1, store, budget, n_hard=store.hard_tokens)
+    store.require_layer(one.branch)
     if store.online:
-        selection.recompute(store, block1, resolve_device(params.train.device))
-    return Baseline(name, params, stage, block1, store, budget, n_hard=store.hard_tokens)
+        selection.recompute(store, block1, one.device, one.branch)
+    return one
 
 
 def main(name: str = "") -> None:

@@ -82,7 +82,7 @@ def plan(name: str, params: Params, seed: int) -> Plan:
         share, split = ashem.phase2_share, ashem.phase2_split
         blocks = train_text("data/tokens", 2, share, split, params.seed, ashem.phase2_text)
     depth = block1.num_layers + ashem.new_layers
-    ledger = Ledger.of(block1, blocks.seq_len).grown(depth, ashem.phase2_context)
+    ledger = Ledger.of(block1, blocks.seq_len).grown(depth, ashem.phase2_context, ashem.branch_of(block1.num_layers))
 
     def start() -> BaseTransformer:
         torch.manual_seed(seed)

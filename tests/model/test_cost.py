@@ -98,7 +98,7 @@ def test_making_states_anew_costs_block_1_without_its_head():
     with torch.no_grad():
         assert made == counted_macs(lambda: block1.forward_to_hidden(x))
     assert ledger.states_line(2**20, 2, "online") == (
-        f"exit states: {2 * 32:,}.0 MiB stored, or {ledger.block1 * 2**20:.3e} MACs a pass to make them anew; "
+        f"states: {2 * 32:,}.0 MiB stored, or {ledger.block1 * 2**20:.3e} MACs a pass to make them anew; "
         "they are made anew"
     )
 

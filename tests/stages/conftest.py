@@ -86,7 +86,9 @@ def code_deps(entry: dict) -> set[str]:
 
 
 def is_property(section: str, name: str) -> bool:
-    return isinstance(getattr(Params.model_fields[section].annotation, name, None), property)
+    """Or a method of the section's own."""
+    own = vars(Params.model_fields[section].annotation).get(name)
+    return isinstance(own, property) or callable(own)
 
 
 def keys_behind(section: str, name: str) -> set[str]:
