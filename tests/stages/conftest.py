@@ -1,14 +1,16 @@
-"""What tests of pipelines share: the stages of dvc.yaml against the code they name."""
+"""What tests of pipelines share: the stages of dvc.yaml against the code they name, and a finished run."""
 
 from __future__ import annotations
 
 import ast
+import shutil
 from pathlib import Path
 
+import pytest
 import yaml
 
 from lego.base.params import Params
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Clone, run_in_process
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 ORDER = [
@@ -120,3 +122,20 @@ def reruns(key: str) -> tuple[list[str], list[str]]:
             changed |= outs(stage)
             following += [stage] if stage not in direct else []
     return direct, following
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Clone:
+    """A run of all stages, made once a worker: tests read it, or damage a copy."""
+    clone = Clone.of_this_tree(tmp_path_factory.mktemp("clone"))
+    run_in_process(clone.folder, ORDER)
+    return clone
+
+
+@pytest.fixture
+def folder(finished, tmp_path, monkeypatch) -> Path:
+    """A copy of a finished run that a test may damage; the working folder."""
+    target = tmp_path / "run"
+    shutil.copytree(finished.folder, target, ignore=shutil.ignore_patterns(".git", ".dvc", "lego", "stages"))
+    monkeypatch.chdir(target)
+    return target
