@@ -92,7 +92,7 @@ def mining(arguments: argparse.Namespace) -> None:
 
     folder = str(arguments.model)
     ours = load_llama(folder)
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()
     ids = torch.randint(ours.sizes["vocab_size"], (arguments.tokens // 128, 128))
 
     def forward() -> None:

@@ -16,7 +16,7 @@ from lego.model.checkpoint import grow_model
 from lego.model.cost import Ledger
 from lego.model.stack import CONTEXT_AT_INFERENCE
 from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
-from lego.routing.decoder import evaluate
+from lego.routing.measure import evaluate
 from lego.tokens.batches import EvaluationBatches, tokens_in_epoch
 from lego.training.epochs import History, TrainingState, fit
 from lego.training.setup import build_training

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lego.model.exit_criteria import LOGIT_CRITERIA, StateCriterion
-from lego.routing.decoder import ALWAYS_DEEP, RoutedDecoder, evaluate
+from lego.routing.decoder import ALWAYS_DEEP, RoutedDecoder
+from lego.routing.measure import evaluate
 from tests.conftest import VOCAB, logits_close, random_batches
 from tests.routing.conftest import CONTEXTS, MODELS, random_model
 
