@@ -223,9 +223,8 @@ class HiddenStateStore:
             ArtifactError: they are another layer's.
         """
         if self.manifest.get("layer") != layer:
-            raise ArtifactError(
-                f"{self.folder}: holds states for another ashem.branch_layer; run dvc repro collect_hard"
-            )
+            what = "holds states of another layer than ashem.branch_layer"
+            raise ArtifactError(f"{self.folder}: {what}; run dvc repro collect_hard")
 
     def selecting(self, masks: list[Tensor]) -> HiddenStateStore:
         """The same states with other tokens in the place of the hard ones.
