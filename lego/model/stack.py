@@ -165,8 +165,7 @@ class LayerStack(nn.Module):
         return self.gathered(h, torch.ones(h.shape[:2], dtype=torch.bool, device=h.device), last).view_as(h)
 
     def trunk(self, x: Tensor) -> Tensor:
-        """Un-normed output (B, T, D) of the layer that block 2 begins at, for token ids (B, T); below layer 1 it is
-        the embedding."""
+        """Un-normed output (B, T, D) of the layer that block 2 begins at, or the embedding, for token ids (B, T)."""
         return self.run_layers(self.embedding(x), 1, self.branch_layer)
 
     def outputs(self, x: Tensor, layers: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
@@ -197,9 +196,9 @@ class LayerStack(nn.Module):
         return self.states_at(x, self.exit_layer)
 
     def gathered(self, h: Tensor, mask: Tensor, last: int) -> Tensor:
-        """States (n, D) at layer `last` of the tokens true in mask (B, T) alone, from outputs h (B, T, D) of the layer
-        that block 2 begins at.
+        """States (n, D) at layer `last` of the tokens true in mask (B, T) alone.
 
+        They are computed from outputs h (B, T, D) of the layer that block 2 begins at.
         Keys and values of branch layers are block 1's, those of the layers above are projected from the exit states of
         all tokens (ashem sections 5 and 8), so a token's result does not depend on which other tokens are computed.
         """
@@ -222,8 +221,10 @@ class LayerStack(nn.Module):
         return x
 
     def deepen(self, h: Tensor, hard: Tensor, layer: int) -> Tensor:
-        """Full-depth states (n_hard, D) of the tokens marked in hard (B, T), from outputs h (B, T, D) of a layer: the
-        exit, or where block 2 begins below it the layer that it begins at."""
+        """Full-depth states (n_hard, D) of the tokens marked in hard (B, T), from outputs h (B, T, D) of a layer.
+
+        That is the exit, or where block 2 begins below it the layer that it begins at.
+        """
         if self.block2_context == "sequence" and layer == self.branch_layer:
             return self.gathered(h, hard, self.num_layers)
         if self.block2_context == "token" and layer >= self.exit_layer:  # the hard tokens need no other token

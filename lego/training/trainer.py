@@ -121,11 +121,14 @@ class Trainer:
         for x, y in batches:
             x, y = x.to(self.device), y.to(self.device)
             read = k if threshold else model.num_layers
-            h = model.states_at(x, read)
+            h = start = model.states_at(x, read)
+            first = read
+            if threshold and model.branches:  # hard tokens go back below the exit
+                start, first = model.trunk(x), model.branch_layer
             losses, correct, confidence = model.read_at(h, read, y)
             if threshold:
                 hard = confidence.view_as(y) < threshold  # (B, T)
-                deep = model.read_at(model.deepen(h, hard, k), model.num_layers, y[hard])
+                deep = model.read_at(model.deepen(start, hard, first), model.num_layers, y[hard])
                 losses[hard.flatten()], correct[hard.flatten()] = deep[:2]
                 shallow += int((~hard).sum())
             nll += losses.cpu().double().sum().item()  # not every device has float64

@@ -12,7 +12,9 @@ from lego import DeepSupervisionTransformer, Ledger, Trainer, create_standard_co
 from lego.growing.upper_layers import train_gathered
 from lego.model.checkpoint import load_model, same_block1, save_model
 from lego.routing.decoder import ALWAYS_DEEP, RoutedDecoder
-from tests.conftest import VOCAB, logits_close
+from lego.routing.measure import evaluate
+from lego.training.trainer import StageConfig, TrainingConfig
+from tests.conftest import VOCAB, logits_close, random_batches
 from tests.model.test_cost import counted_macs
 
 SHAPES = [(2, 0), (2, 1), (1, 0), (1, 2), (0, 0), (0, 1)]  # layer that block 2 begins at, of 3, and new layers
@@ -153,6 +155,17 @@ def test_nothing_is_remembered_for_branch_layers(b, new):
     decoder.read(torch.randint(0, VOCAB, (1, 6)))
     assert len(decoder.cache) == 3 + new
     assert bool(decoder.exited) is False
+
+
+@pytest.mark.parametrize(("b", "new"), SHAPES)
+def test_the_trainers_measures_are_the_decoders(b, new):
+    model, batches = branched(b, new), random_batches(3, seed=5)
+    for threshold in (0.0, 0.04):
+        config = TrainingConfig([StageConfig((3, 3))], routing_threshold=threshold, exit_layer=3)
+        theirs = evaluate(model, batches, threshold or None, "cpu")
+        mine = Trainer(config, VOCAB).evaluate(model, batches)
+        assert mine == pytest.approx(theirs, rel=1e-5)
+        assert (mine["shallow_ratio"] > 0) is (threshold > 0)
 
 
 @pytest.mark.parametrize(("b", "new"), [(1, 0), (0, 2)])
