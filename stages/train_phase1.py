@@ -63,7 +63,7 @@ def main() -> None:
     with Stage("train_phase1", params.seed, params.train.threads) as stage:
         ashem = params.ashem
         blocks = train_text("data/tokens", 1, ashem.phase2_share, ashem.phase2_split, params.seed)
-        per_epoch = blocks_in_epoch(params.train.tokens_per_epoch, blocks)
+        per_epoch = blocks_in_epoch(params.train.tokens_per_epoch, blocks) if ashem.phase1_epochs else 1
         batches = TrainingBatches(blocks, params.train.batch_size, per_epoch, stage.seed)
         model, history = train(params, stage, batches)
         with atomic_folder("data/phase1") as folder:
