@@ -40,17 +40,23 @@ def _under_way(folder: Path) -> bool:
     DVC keeps no list of those that live. A stage's lock names its process (to try the lock would take it, for a
     moment, from a stage that starts); between two stages the last one is not long over.
     """
-    locks = [file for file in folder.glob(".scratch/locks/**/*") if file.is_file()]
-    if any(_lives(file.read_text(encoding="utf-8")) for file in locks):
-        return True
-    times = [file.stat().st_mtime for file in (folder, folder / "dvc.lock", *locks) if file.exists()]
-    return folder.is_dir() and time.time() - max(times) < BETWEEN_STAGES
+    try:
+        locks = [file for file in folder.glob(".scratch/locks/**/*") if file.is_file()]
+        if any(_lives(file.read_text(encoding="utf-8")) for file in locks):
+            return True
+        times = [file.stat().st_mtime for file in (folder, folder / "dvc.lock", *locks) if file.exists()]
+        return folder.is_dir() and time.time() - max(times) < BETWEEN_STAGES
+    except (OSError, ValueError):  # it ended, and dvc removes it, at this moment; or holds what no stage wrote
+        return False
 
 
 def _lives(process: str) -> bool:
     try:
-        os.kill(int(process), 0)
-    except (ValueError, ProcessLookupError):
+        number = int(process)
+        if number < 1:  # of a whole group of processes
+            return False
+        os.kill(number, 0)
+    except (ValueError, OverflowError, ProcessLookupError):
         return False
     except PermissionError:  # another user's
         return True

@@ -8,6 +8,7 @@ Shapes: B sequences, Q new tokens, K of them whose states are asked for, D width
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -25,6 +26,8 @@ from lego.hub.configuration import OF_WEIGHTS, LegoConfig, refuse_other_weights
 from lego.hub.llama_layers import Reading, Watched, alone, over_block1, over_exits, repeated, whole
 
 Forward = TypeVar("Forward", bound=Callable[..., Any])
+OF_LAYERS = re.compile(r"(^|\.)layers\.\d")
+NEEDED = re.compile(rf"{OF_LAYERS.pattern}|^gate\.|^exit_criterion_module\.")  # weights that no model begins without
 OF_THE_HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -71,9 +74,18 @@ class LegoPreTrainedModel(LlamaPreTrainedModel):
             saved, _ = LegoConfig.get_config_dict(pretrained_model_name_or_path, **where)
             if saved.get("model_type") == "lego":
                 refuse_other_weights(saved, asked)
-        found = super().from_pretrained(pretrained_model_name_or_path, *args, config=config, **kwargs)
-        (found[0] if isinstance(found, tuple) else found).freeze_unread()  # reading makes every weight a trained one
-        return found
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, config=config, output_loading_info=True, **kwargs
+        )
+        lacking = [name for name in info["missing_keys"] if NEEDED.search(name)]
+        if wrong := sorted(lacking + [name for name in info["unexpected_keys"] if OF_LAYERS.search(name)]):
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: {wrong[0]} is in its weights and not in its config.json, or the "
+                "other way round; take both from where the model was saved"
+            )
+        model.freeze_unread()  # reading makes every weight a trained one
+        return (model, info) if wants_info else model
 
     def freeze_unread(self) -> None:
         """Takes the weights that no loss reaches out of training: distributed training would wait for them."""

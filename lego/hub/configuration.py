@@ -25,6 +25,7 @@ OF_WEIGHTS = (
     "branch_layer",
 )
 """Fields that the weights were trained with: another value runs, and answers nonsense."""
+DEFAULTS = {"branch_layer": None, "gated": False}  # of those that older folders do not have
 
 
 @strict
@@ -83,6 +84,8 @@ class LegoConfig(LlamaConfig):
         self.validate_numbers()
         if self.exit_criterion not in CRITERIA:
             raise ValueError(f"exit_criterion must be one of {', '.join(CRITERIA)}, got {self.exit_criterion!r}")
+        if self.branch_layer is not None and type(self.branch_layer) is not int:
+            raise ValueError(f"branch_layer must be a whole number or null, got {self.branch_layer!r}")
         least = max(0, 2 * self.exit_layer - self.num_hidden_layers)
         if not least <= self.begins_at <= self.exit_layer:
             raise ValueError(f"branch_layer must be in {least}..{self.exit_layer}, got {self.branch_layer}")
@@ -128,10 +131,11 @@ def refuse_other_weights(saved: Mapping[str, Any], asked: Mapping[str, Any]) -> 
         ValueError: they contradict what was saved.
     """
     for name in (*OF_WEIGHTS, "exit_criterion"):
-        before, now = saved.get(name), asked.get(name, saved.get(name))
+        before = saved.get(name, DEFAULTS.get(name))
+        now = asked.get(name, before)
         if name == "exit_criterion" and not {before, now} & set(STATE_CRITERIA):
             continue  # read from the exit's logits, with which any model can
-        if before is not None and now != before:
+        if (before is not None or name in DEFAULTS) and now != before:
             raise ValueError(
                 f"{name} is {before!r} in this model's weights and cannot be {now!r}; leave {name} as it is saved"
             )

@@ -62,7 +62,7 @@ def to_hf(
     for field in ("architectures", "model_type", "routing_threshold"):
         del known[field]
     width, given = scorer.width if scorer is not None else 0, model.generation_config
-    fields = {name: given[name] for name in TOKEN_IDS if name in given} | fields
+    fields = {name: given.get(name) for name in TOKEN_IDS} | fields  # Llama's own defaults are another vocabulary's
     routing = {"exit_threshold": threshold, "exit_criterion": criterion, "exit_criterion_width": width}
     config = LegoConfig(**known | fields, **routing, gated=gate is not None)
     converted = LegoForCausalLM(config)

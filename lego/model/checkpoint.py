@@ -166,6 +166,8 @@ def grow_model(
         ValueError: num_layers does not exceed block 1's depth, or an unknown init or head, or a branch_layer outside
             block 1.
     """
+    if block1.branches:
+        raise ValueError("block 1 has a block 2 that begins below its exit; grow the model that it was grown from")
     branches = 0 if branch_layer is None else block1.num_layers - branch_layer
     if not 0 <= branches <= block1.num_layers:
         raise ValueError(f"branch_layer must be in 0..{block1.num_layers}, block 1's last, got {branch_layer}")

@@ -40,10 +40,17 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def stop_ids(generation_config: Mapping[str, Any], end_of_text: int | None) -> set[int]:
-    """Ids that end a text: the model's own, one or several, and where it names none the tokenizer's end-of-text."""
+    """Ids that end a text: the model's own, one or several, and where it names none the tokenizer's end-of-text.
+
+    Raises:
+        ValueError: the model's are no ids.
+    """
     told = generation_config.get("eos_token_id")
     told = end_of_text if told is None else told
-    return set() if told is None else {told} if isinstance(told, int) else {*told}
+    ids = [] if told is None else told if isinstance(told, list) else [told]
+    if not all(type(one) is int for one in ids):
+        raise ValueError(f"generation_config.json: eos_token_id must be a whole number or a list of such, got {told!r}")
+    return {*ids}
 
 
 def _write(arguments: argparse.Namespace) -> dict[str, Any]:

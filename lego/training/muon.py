@@ -21,8 +21,8 @@ class Optimizers(Optimizer):
     """
 
     def __init__(self, parts: Sequence[Optimizer]) -> None:
-        self.parts = list(parts)
         super().__init__([group for part in parts for group in part.param_groups], {})
+        self.parts = list(parts)
         self._share()
 
     def _share(self) -> None:
@@ -33,14 +33,33 @@ class Optimizers(Optimizer):
             part.param_groups, part.state = self.param_groups[done : done + count], self.state
             done += count
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"parts": self.parts}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._share()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Refused once it is made: which part should train them?
+
+        Raises:
+            ValueError: see above.
+        """
+        if hasattr(self, "parts"):
+            raise ValueError("give all parameters when the optimizer is made, or add them to one of its parts")
+        super().add_param_group(param_group)
+
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step of each; closures are not supported."""
+        """One step of each.
+
+        Raises:
+            ValueError: a closure is given.
+        """
+        if closure is not None:
+            raise ValueError("closures are not supported: compute loss and gradients before the step")
         for part in self.parts:
             part.step()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._share()
 
 
 def build_muon(

@@ -72,7 +72,7 @@ def build_scheduler(
         min_ratio: as a share of the peak.
         decay_share: wsd: share of total_steps in which it falls.
     """
-    falling = max(1.0, decay_share * total_steps)
+    falling = max(1.0, min(decay_share * total_steps, total_steps - warmup_steps))
 
     def factor(step: int) -> float:
         if step < warmup_steps:

@@ -72,8 +72,15 @@ class Baseline:
     @property
     def ashem(self) -> AshemParams:
         """The section `ashem`, as the protocol changes it."""
-        historic = {"phase2_context": "historic", "head": "shared_trainable", "replay_share": 0.0, "branch_layer": None}
-        return self.params.ashem.model_copy(update=historic if self.protocol == "historic" else {})
+        if self.protocol != "historic":
+            return self.params.ashem
+        if not self.params.ashem.new_layers:
+            raise StageError(
+                f"params.yaml: baselines.block2.{self.name} puts new layers on block 1, and there are none: raise "
+                "ashem.phase2_layers, or leave it out"
+            )
+        historic = {"phase2_context": "historic", "head": "shared_trainable", "replay_share": 0.0}
+        return self.params.ashem.model_copy(update=historic | {"branch_layer": None, "states": "stored"})
 
     @property
     def branch(self) -> int | None:
@@ -94,7 +101,7 @@ def mine_validation(params: Params, stage: Stage, block1: BaseTransformer) -> Hi
     batches = split_batches("data/tokens", "validation", params.evaluation.batch_size)
     folder.mkdir(parents=True, exist_ok=True)
     threshold = quantile_threshold(collect_confidences(block1, batches, device), params.ashem.hard_example_ratio)
-    writer = StoreWriter(folder, threshold, params.ashem.stored_dtype, params.ashem.shard_tokens)
+    writer = StoreWriter(folder, threshold, params.ashem.store_dtype, params.ashem.shard_tokens)
     for batch in exit_states(block1, EvaluationBatches(batches.blocks, batches.batch_size, writer.blocks), device):
         writer.add(*batch)
     macs = Ledger.of(block1, batches.blocks.seq_len).mine(2 * batches.blocks.tokens)  # once more for the threshold
@@ -138,7 +145,9 @@ def by_expected_gain(one: Baseline, model: DeepSupervisionTransformer) -> tuple[
         one.store, selection.expected_gain(gain, device, one.block1, one.branch), params.evaluation.batch_size
     )
     ledger = Ledger.of(model, calibration.blocks.seq_len)
-    macs = (ledger.full + ledger.head) * calibration.blocks.tokens + gain.macs * one.store.manifest["tokens"]
+    again = ledger.block1 if one.store.online else ledger.branches * ledger.layer  # for exit states that are not stored
+    macs = (ledger.full + ledger.head) * calibration.blocks.tokens
+    macs += (gain.macs + again) * one.store.manifest["tokens"]
     return one.store.selecting(selection.top(scores, one.store.hard_tokens)), macs
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +73,26 @@ def test_runs_of_one_tree_are_counted(experiment, tmp_path, monkeypatch):
         assert side_by_side() == 1 + alive  # a stage that has run for long, and one that was killed
         child.kill()
         child.wait()
+    for odd in (b"", b"\xff\xfe", b"0", b"-1", b"9" * 30, b"x"):  # what no stage writes
+        lock.write_bytes(odd)
+        for path in (lock, experiment.parent / "tmp2"):
+            os.utime(path, (0, 0))
+        assert side_by_side() == 1
     monkeypatch.chdir(tmp_path)
+    assert side_by_side() == 1
+
+
+def test_a_folder_that_goes_while_it_is_looked_at_is_no_run(experiment, monkeypatch):
+    other = experiment.parent / "tmp2/.scratch/locks"
+    other.mkdir(parents=True)
+    (other / "train_phase1").write_text("1\n")
+    plain = Path.read_text
+
+    def gone(self, **kwargs):
+        shutil.rmtree(experiment.parent / "tmp2")
+        return plain(self, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", gone)
     assert side_by_side() == 1
 
 

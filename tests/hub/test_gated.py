@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from lego.base.artifacts import ArtifactError, read_json, write_json
-from lego.hf import save_routed, to_hf
+from lego.hf import LegoConfig, save_routed, to_hf
 from lego.model.checkpoint import load_model, load_routed
 from lego.model.exit_criteria import LOGIT_CRITERIA, StateCriterion
 from lego.routing.decoder import RoutedDecoder
@@ -87,8 +87,46 @@ def test_a_folder_with_a_gate_brings_its_own_code(tmp_path, tokenizer_folder):  
     logits_close(torch.load(tmp_path / "logits")[0], expected)
 
 
-def test_a_folder_that_lacks_its_gate_is_refused(tmp_path, tokenizer_folder):  # noqa: F811
+def test_a_folder_that_lacks_its_gate_is_refused(tmp_path):
     to_hf(lego_model("full", own_head=False), 0.3).save_pretrained(tmp_path)
     write_json(tmp_path / "config.json", read_json(tmp_path / "config.json") | {"gated": True})
     with pytest.raises(ArtifactError, match=r"lacks the gate that its config\.json speaks of"):
         load_routed(tmp_path)
+    with pytest.raises(ValueError, match=r"gate\.bias is in its weights and not in its config\.json, or the other way"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_gated_folder_without_its_heads_is_no_language_model(tmp_path):
+    to_hf(lego_model("full", own_head=False), 0.3, gate=gate_of()).save_pretrained(tmp_path / "whole")
+    AutoModel.from_pretrained(tmp_path / "whole").save_pretrained(tmp_path / "headless")
+    AutoModel.from_pretrained(tmp_path / "headless")
+    with pytest.raises(ValueError, match=r"headless: gate\.bias is in its weights and not in its config"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "headless")
+
+
+@pytest.mark.parametrize("saved", [None, 1])
+@pytest.mark.parametrize("asked", [None, 0, 1, 2])
+def test_a_branch_layer_that_the_weights_do_not_have_is_refused(tmp_path, saved, asked):
+    """As an argument, set on the loaded model, or written into the folder's configuration."""
+    context = "sequence" if saved is None else "branch"
+    to_hf(lego_model(context, own_head=False), 0.3).save_pretrained(tmp_path)
+    if asked == saved:
+        assert AutoModelForCausalLM.from_pretrained(tmp_path, branch_layer=asked).config.branch_layer == saved
+        return
+    refused = "branch_layer is .* in this model's weights and cannot be"
+    with pytest.raises(ValueError, match=refused):
+        AutoModelForCausalLM.from_pretrained(tmp_path, branch_layer=asked)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.config.branch_layer = asked
+    with pytest.raises(ValueError, match=refused):
+        model(torch.zeros(1, 3, dtype=torch.long))
+    if {saved, asked} != {None, 2}:  # 2 is the exit, as null is
+        write_json(tmp_path / "config.json", read_json(tmp_path / "config.json") | {"branch_layer": asked})
+        with pytest.raises(ValueError, match="in its weights and not in its config"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("value", [-1, 99, 1.5, 1.0, "x", [1], True])
+def test_a_branch_layer_that_is_no_layer_is_named(value):
+    with pytest.raises(Exception, match="branch_layer"):
+        LegoConfig(num_hidden_layers=4, hidden_size=8, num_attention_heads=2, exit_layer=2, branch_layer=value)

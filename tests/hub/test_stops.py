@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from lego import DeepSupervisionTransformer
 from lego.base.artifacts import read_json
 from lego.hf import LegoForCausalLM, save_routed, to_hf
 from lego.model.checkpoint import grow_model, load_model, save_model
 from lego.model.llama import load_llama
-from lego.routing.command_line import main
+from lego.routing.command_line import main, stop_ids
 from tests.model.test_llama import change, small_llama
 
 
@@ -69,3 +71,18 @@ def given_tokenizer(checkpoint: Path, folder: Path) -> Path:
     """The tokenizer's files of a checkpoint, apart from the model's."""
     AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder / "tokenizer")
     return folder / "tokenizer"
+
+
+def test_without_ids_of_its_own_a_model_stops_at_the_tokenizers_end():
+    converted = to_hf(grow_model(DeepSupervisionTransformer(60, 32, 2, 4, exit_layer=2), 3), 0.3)
+    assert converted.generation_config.eos_token_id is converted.config.eos_token_id is None  # not Llama's 2
+    assert stop_ids({}, 40) == stop_ids({"eos_token_id": None}, 40) == {40}
+    assert stop_ids({"eos_token_id": 3}, 40) == {3}
+    assert stop_ids({"eos_token_id": [3, 4]}, None) == {3, 4}
+    assert stop_ids({}, None) == set()
+
+
+@pytest.mark.parametrize("value", [2.0, "2", [[1]], [None], True, {"a": 1}])
+def test_what_is_no_id_is_named(value):
+    with pytest.raises(ValueError, match="eos_token_id must be a whole number or a list of such, got"):
+        stop_ids({"eos_token_id": value}, 40)

@@ -187,6 +187,8 @@ def test_what_cannot_be_is_named():
     ):
         with pytest.raises(ValueError, match=sentence):
             grow_model(block1_of(), **{"num_layers": 4, "block2_context": "sequence"} | arguments)
+    with pytest.raises(ValueError, match="grow the model that it was grown from"):
+        grow_model(branched(1, 1), 7, block2_context="sequence")
     model, x = branched(1, 1), torch.randn(1, 4, 32)
     with pytest.raises(ValueError, match="layers above the exit run from the output of layer 1 on, got first = 4"):
         model.run_layers(x, 4, model.num_layers)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import lego.hf  # noqa: F401 - registers the classes
 from lego.base.artifacts import read_json
-from lego.base.harness import exit_cleanly
+from lego.base.harness import StageError, exit_cleanly
 from lego.base.params import load_params
 from lego.mining.hidden_states import HiddenStateStore
 from lego.model.checkpoint import load_model, load_routed
@@ -98,13 +98,24 @@ def test_a_baseline_selects_by_exit_states_and_has_a_gate_of_its_own(run, monkey
     assert all(math.isfinite(value) for value in plain.values())
 
 
+def test_the_historical_protocol_needs_new_layers(run, monkeypatch):
+    monkeypatch.chdir(run)
+    before = (run / "params.yaml").read_text()
+    with_params(run, {"phase2_layers": "2"})
+    try:
+        with pytest.raises(StageError, match="leaky_validation puts new layers on block 1, and there are none"):
+            train_block2.main("leaky_validation")
+    finally:
+        (run / "params.yaml").write_text(before)
+
+
 @pytest.mark.parametrize(
     ("changes", "stage", "sentence"),
     [
         (
             {"branch_layer": "2"},
             collect_hard,
-            "must be less than block 1's 2 layers, got 2; null lets",
+            "ashem.branch_layer must be less than phase1_layers = 2, or null, got 2",
         ),
         ({"branch_layer": "-1"}, collect_hard, "ashem.branch_layer must be at least 0, got -1"),
         ({"branch_layer": "null", "phase2_layers": "2"}, collect_hard, "must be greater than phase1_layers = 2, got 2"),

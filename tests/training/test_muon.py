@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -100,3 +101,30 @@ def test_a_model_of_matrices_alone_has_muon_alone():
     optimizer = build_muon(nn.Linear(4, 4, bias=False), 0.1, 0.1, 0.0, (0.9, 0.99))
     assert isinstance(optimizer, Optimizers)
     assert [type(part) for part in optimizer.parts] == [Muon]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_steps_its_own_weights(copied):
+    model = nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4))
+    optimizer = build_muon(model, 0.1, 0.1, 0.0, (0.9, 0.99))
+    model(torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    other = copied(optimizer)
+    other.param_groups[0]["lr"] = 0.0
+    for group in other.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    moved = [p.detach().clone() for group in other.param_groups for p in group["params"]]
+    other.step()
+    after = [p.detach() for group in other.param_groups for p in group["params"]]
+    assert [torch.equal(a, b) for a, b in zip(moved, after, strict=True)] == [True, False, False]  # Muon's rate is 0
+    assert all(torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True))
+
+
+def test_what_it_cannot_do_is_named():
+    optimizer = build_muon(nn.Linear(4, 4), 0.1, 0.1, 0.0, (0.9, 0.99))
+    with pytest.raises(ValueError, match="give all parameters when the optimizer is made"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
+    with pytest.raises(ValueError, match="closures are not supported"):
+        optimizer.step(lambda: 1.0)

@@ -12,9 +12,9 @@ from lego.training.steps import build_scheduler
 
 
 def test_schedules_warm_up_and_end_where_they_say():
-    def rates(kind: str) -> list[float]:
+    def rates(kind: str, decay_share: float = 0.2) -> list[float]:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-        scheduler = build_scheduler(optimizer, kind, warmup_steps=4, total_steps=12, min_ratio=0.1)
+        scheduler = build_scheduler(optimizer, kind, 4, total_steps=12, min_ratio=0.1, decay_share=decay_share)
         seen = []
         for _ in range(14):
             seen.append(optimizer.param_groups[0]["lr"])
@@ -25,4 +25,6 @@ def test_schedules_warm_up_and_end_where_they_say():
     assert rates("constant") == pytest.approx([0.2, 0.4, 0.6, 0.8] + [1.0] * 10)
     cosine = [0.1 + 0.9 * (1 + math.cos(math.pi * i / 8)) / 2 for i in range(9)]
     assert rates("wsd") == pytest.approx([0.2, 0.4, 0.6, 0.8, *[1.0] * 6, 0.85, 0.475, 0.1, 0.1])
+    straight = [1 - 0.9 * i / 8 for i in range(9)]
+    assert rates("wsd", 1.0) == pytest.approx([0.2, 0.4, 0.6, 0.8, *straight, 0.1])  # falls from the warm-up's end on
     assert rates("cosine") == pytest.approx([0.2, 0.4, 0.6, 0.8, *cosine, 0.1])
