@@ -179,15 +179,20 @@ class Clone:
         clone.commit("the tree")
         return clone
 
-    def run(self, *command: str, fails: bool = False) -> str:
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of its commands: this Python's own come first, and git knows who commits."""
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         identity = {
             f"GIT_{who}_{what}": "lego@example.org" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
         }
+        return os.environ | identity | {"PATH": path, "DVC_NO_ANALYTICS": "1"}
+
+    def run(self, *command: str, fails: bool = False) -> str:
         done = subprocess.run(
             command,
             cwd=self.folder,
-            env=os.environ | identity | {"PATH": path, "DVC_NO_ANALYTICS": "1"},
+            env=self.environment,
             capture_output=True,
             text=True,
         )
@@ -202,8 +207,10 @@ class Clone:
         return read_json(self.folder / name)
 
 
-def ran(output: str) -> list[str]:
-    return re.findall(r"^Running stage '(\w+)':$", output, re.M)
+def ran(output: str, pipeline: str = "") -> list[str]:
+    """Stages that dvc says it ran: of the root's dvc.yaml, or of the one that is named."""
+    place = re.escape(f"{pipeline}:") if pipeline else ""
+    return re.findall(rf"^Running stage '{place}([\w@]+)':$", output, re.M)
 
 
 def run_in_process(folder: Path, stages: list[str]) -> None:

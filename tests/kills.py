@@ -78,11 +78,9 @@ def outs(clone: Clone, file: str, stage: str) -> dict[str, str]:
 
 
 def started(clone: Clone, *command: str) -> subprocess.Popen:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     log = (clone.folder / ".scratch/killed.log").open("w")
-    environment = os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1"}
     return subprocess.Popen(
-        command, cwd=clone.folder, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        command, cwd=clone.folder, env=clone.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
     )
 
 

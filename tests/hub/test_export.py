@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from lego import DeepSupervisionTransformer, load_model
 from lego.base.artifacts import ArtifactError, read_json, write_json, write_tensors
-from lego.hf import LegoConfig, save_routed, to_hf
+from lego.hf import LegoConfig, LegoForCausalLM, save_routed, to_hf
 from lego.model.checkpoint import load_routed
 from lego.model.exit_criteria import LOGIT_CRITERIA, StateCriterion
 from lego.routing.command_line import main as write_text_with
@@ -42,6 +43,16 @@ def lego_model(context: str, own_head: bool) -> DeepSupervisionTransformer:
     return model.eval()
 
 
+def read_in_pieces(routed: LegoForCausalLM, x: Tensor) -> Tensor:
+    """Logits (B, T, V) of ids (B, T) that are read three at a time, through the cache."""
+    pieces, cache = [], None
+    for piece in x.split(3, dim=1):
+        part = routed(piece, past_key_values=cache, use_cache=True)
+        cache = part.past_key_values
+        pieces.append(part.logits)
+    return torch.cat(pieces, dim=1)
+
+
 @pytest.mark.parametrize("context", CONTEXTS)
 @pytest.mark.parametrize("criterion", ["max_prob", "entropy", "gain"])
 @torch.no_grad()
@@ -58,12 +69,7 @@ def test_the_transformers_model_routes_as_our_decoder_does(context, criterion, t
     answer = routed(x)
     logits_close(answer.logits.flatten(0, 1), expected.logits)
     assert torch.equal(answer.went_deep.flatten(), expected.deep)
-    pieces, cache = [], None
-    for start in range(0, 11, 3):
-        part = routed(x[:, start : start + 3], past_key_values=cache, use_cache=True)
-        cache = part.past_key_values
-        pieces.append(part.logits)
-    logits_close(torch.cat(pieces, dim=1), answer.logits)
+    logits_close(read_in_pieces(routed, x), answer.logits)
     logits_close(routed(x, logits_to_keep=2).logits, answer.logits[:, -2:])
     for value, full in ((None, model(x)), (2.0, model(x)), (0.0, model.logits_at(model.forward_to_hidden(x), 2))):
         routed.config.exit_threshold = value

@@ -17,7 +17,7 @@ from lego.model.exit_criteria import LOGIT_CRITERIA, StateCriterion
 from lego.routing.decoder import RoutedDecoder
 from lego.routing.generation import generate
 from tests.conftest import VOCAB, logits_close
-from tests.hub.test_export import CONTEXTS, lego_model, tokenizer_folder  # noqa: F401
+from tests.hub.test_export import CONTEXTS, lego_model, read_in_pieces, tokenizer_folder  # noqa: F401
 from tests.routing.test_gated import gate_of
 
 
@@ -42,12 +42,7 @@ def test_the_transformers_model_mixes_as_our_decoder_does(context, criterion, tm
         logits_close(RoutedDecoder(again.model, at, 3, again.criterion, again.gate).read(x).logits, expected.logits)
         left = ~expected.deep.view(3, 11)
         assert torch.equal(answer.logits[left], bare(x).logits[left])  # easy tokens know nothing of the gate
-        pieces, cache = [], None
-        for start in range(0, 11, 3):
-            part = routed(x[:, start : start + 3], past_key_values=cache, use_cache=True)
-            cache = part.past_key_values
-            pieces.append(part.logits)
-        logits_close(torch.cat(pieces, dim=1), answer.logits)
+        logits_close(read_in_pieces(routed, x), answer.logits)
     logits_close(load_model(tmp_path)(x), model(x))
 
 

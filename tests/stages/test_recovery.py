@@ -7,9 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
@@ -45,13 +43,12 @@ def clone(tmp_path_factory) -> Clone:
 
 def start_and_kill(clone: Clone, line: str) -> None:
     """An experiment, killed with all its processes a moment after it said this."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     log = clone.folder / ".scratch/experiment.log"
     with log.open("w") as output:
         child = subprocess.Popen(
             ["dvc", "exp", "run", "-S", "ashem.hard_example_ratio=0.4"],
             cwd=clone.folder,
-            env=os.environ | {"PATH": path, "DVC_NO_ANALYTICS": "1"},
+            env=clone.environment,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -279,9 +279,8 @@ def test_dvc_and_its_stage_killed_with_9(clone):
     """dvc dies, the stage lives on and is named; then both are dead, and the next run continues."""
     expected = sha256(clone.folder / "data/phase1")
     command = ("dvc", "repro", "--single-item", "--force", "train_phase1")
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     clone.run("dvc", "commit", "-f", "-q", "dvc.yaml")
-    dvc = subprocess.Popen(command, cwd=clone.folder, env=environment, stdout=subprocess.DEVNULL)
+    dvc = subprocess.Popen(command, cwd=clone.folder, env=clone.environment, stdout=subprocess.DEVNULL)
     wait_for(lambda: list(clone.folder.glob(".scratch/train_phase1/*/state.safetensors")))
     child = int((clone.folder / ".scratch/locks/train_phase1").read_text())
     os.kill(child, signal.SIGSTOP)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from lego.cvfp.sections import OWN, PARAMS, ROOT_PARAMS, changed, load, with_pro
 from lego.cvfp.store import build
 from lego.cvfp.text import SPLITS, Text, digest, stream
 from tests.conftest import ROOT, Clone
+from tests.conftest import ran as ran_by_dvc
 from tests.stages.cvfp.test_pipeline import STAGES
 
 TINY = {
@@ -69,8 +70,7 @@ def clone(tmp_path_factory) -> Clone:
     return clone
 
 
-def ran(output: str) -> list[str]:
-    return re.findall(r"^Running stage 'stages/cvfp/dvc\.yaml:(\w+)':$", output, re.M)
+ran = partial(ran_by_dvc, pipeline="stages/cvfp/dvc.yaml")
 
 
 @pytest.mark.slow

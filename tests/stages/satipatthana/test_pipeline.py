@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import sys
+from functools import partial
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from lego.satipatthana.sections import PARAMS, SatipatthanaParams, changed, load
 from lego.satipatthana.store import load as load_system
 from stages.satipatthana.prepare import TABLES, unwatched
 from tests.conftest import ROOT, Clone
+from tests.conftest import ran as ran_by_dvc
 from tests.stages.conftest import code_deps, code_lines, names
 
 STAGES = yaml.safe_load((ROOT / "stages/satipatthana/dvc.yaml").read_text())["stages"]
@@ -176,8 +178,7 @@ def clone(tmp_path_factory) -> Clone:
     return clone
 
 
-def ran(output: str) -> list[str]:
-    return re.findall(r"^Running stage 'stages/satipatthana/dvc\.yaml:([\w@]+)':$", output, re.M)
+ran = partial(ran_by_dvc, pipeline="stages/satipatthana/dvc.yaml")
 
 
 @pytest.mark.slow
