@@ -32,6 +32,8 @@ class AshemParams(Section):
     phase2_split: Literal["blocks", "documents"]
     phase2_layers: Count
     branch_layer: CountOrZero | None
+    branch: Literal["full", "lora"]
+    branch_rank: Annotated[int, at_least(1, 2**12)]
     phase2_lr: Positive
     phase2_epochs: Count
     phase2_patience: Count
@@ -61,6 +63,19 @@ class AshemParams(Section):
             )
         return self.branch_layer
 
+    def rank_of(self, dim: int) -> int:
+        """Rank of what branch layers learn beside matrices of a width; 0 = whole matrices.
+
+        Raises:
+            ParamsError: it is not below the width.
+        """
+        if self.branch == "lora" and self.branch_rank >= dim:
+            raise ParamsError(
+                f"params.yaml: ashem.branch_rank must be less than block 1's width {dim}, got {self.branch_rank}; "
+                "ashem.branch full trains whole matrices"
+            )
+        return self.branch_rank if self.branch == "lora" else 0
+
     @property
     def stored_dtype(self) -> str | None:
         """Of the exit states in the store; None if it holds none."""
@@ -75,6 +90,8 @@ class AshemParams(Section):
             )
         if self.branch_layer is not None and self.phase2_context != "sequence":
             raise ValueError(f"branch_layer needs phase2_context sequence, got {self.phase2_context}")
+        if self.branch == "lora" and self.branch_layer is None:
+            raise ValueError("branch lora needs a branch_layer: it is the layers after that one that learn by low rank")
         if self.phase2_text == "fresh" and self.phase2_share == 0:
             raise ValueError("phase2_share must be in (0, 1) when phase2_text is fresh, got 0")
         if self.states == "online" and self.phase2_context != "sequence":

@@ -43,6 +43,7 @@ def grown(ashem: AshemParams, block1: BaseTransformer, threshold: float, seed: i
         block2_context=CONTEXT_AT_INFERENCE[ashem.phase2_context],
         head=ashem.head,
         branch_layer=ashem.branch_of(block1.num_layers),
+        branch_rank=ashem.rank_of(block1.sizes["dim"]),
     )
 
 

@@ -24,6 +24,7 @@ from lego.hub.modeling import LegoForCausalLM, LegoOutput
 from lego.hub.standalone import STANDALONE
 from lego.model.exit_criteria import STATE_CRITERIA, StateCriterion
 from lego.model.gate import Gate
+from lego.model.low_rank import folded_state
 from lego.model.naming import TOKEN_IDS, config_of, to_llama
 from lego.model.transformer import DeepSupervisionTransformer
 
@@ -66,8 +67,8 @@ def to_hf(
     routing = {"exit_threshold": threshold, "exit_criterion": criterion, "exit_criterion_width": width}
     config = LegoConfig(**known | fields, **routing, gated=gate is not None)
     converted = LegoForCausalLM(config)
-    converted.generation_config.update(**given | {name: fields[name] for name in TOKEN_IDS if name in fields})
-    tensors = to_llama(model.state_dict(), model.num_layers, model.exit_layer)
+    converted.generation_config.update(**given | {name: fields[name] for name in TOKEN_IDS})
+    tensors = to_llama(folded_state(model), model.num_layers, model.exit_layer)
     if scorer is not None and converted.exit_criterion_module is not None:
         tensors |= {f"exit_criterion_module.{name}": tensor for name, tensor in scorer.state_dict().items()}
     if gate is not None:

@@ -17,6 +17,7 @@ from lego.base.digests import verify, way_back
 from lego.model.exit_criteria import CRITERIA, LOGIT_CRITERIA, Criterion, StateCriterion, max_prob
 from lego.model.gate import Gate
 from lego.model.layers import TransformerLayer
+from lego.model.low_rank import folded_state, train_low_rank
 from lego.model.naming import ROUTED, config_of, from_llama, is_tied, model_of
 from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
 
@@ -34,7 +35,7 @@ def save_model(model: BaseTransformer, folder: str | Path, tokenizer: str | Path
         tokenizer: a folder in Hugging Face format whose files are copied.
     """
     folder = Path(folder)
-    tensors = model.state_dict()
+    tensors = folded_state(model)
     if model.sizes["tie_embeddings"]:
         del tensors["output_head.weight"]  # the same storage as embedding.weight
     write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
@@ -147,24 +148,27 @@ def grow_model(
     block2_context: str = "full",
     head: str = "shared",
     branch_layer: int | None = None,
+    branch_rank: int = 0,
 ) -> DeepSupervisionTransformer:
     """Puts new layers on top of a trained model and freezes what was there.
 
     Args:
         block1: the trained model; all of its layers become block 1, its last layer the exit.
         num_layers: total depth of the grown model, branch layers not counted again.
-        init: `copy` repeats block 1's layers in order; `zero` zeroes the new layers' output projections, so that deep
-            equals shallow before training; `random` keeps the constructor's weights.
+        init: `copy` repeats block 1's last layers in order, so that the last new one is a copy of its last; `zero`
+            zeroes the new layers' output projections, so that deep equals shallow before training; `random` keeps the
+            constructor's weights.
         routing_threshold: confidence from which a token leaves early.
         block2_context: see DeepSupervisionTransformer.
         head: `shared` (frozen), `own` (a trainable copy for block 2 alone), or `shared_trainable` (one trainable head
             for both exits, untied from the embedding: the historical protocol, which moves block 1's confidences).
         branch_layer: see DeepSupervisionTransformer; branch layers begin as copies of those that they repeat, and there
             need be no new ones.
+        branch_rank: of the changes that branch layers learn instead of whole matrices (LoRA); 0 = whole ones.
 
     Raises:
         ValueError: num_layers does not exceed block 1's depth, or an unknown init or head, or a branch_layer outside
-            block 1.
+            block 1, or a rank that is not below its width.
     """
     if block1.branches:
         raise ValueError("block 1 has a block 2 that begins below its exit; grow the model that it was grown from")
@@ -175,6 +179,10 @@ def grow_model(
         raise ValueError(f"num_layers must exceed block 1's {block1.num_layers}, got {num_layers}")
     if init not in INITS:
         raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+    if not 0 <= branch_rank < block1.sizes["dim"]:
+        raise ValueError(f"branch_rank must be in 0..{block1.sizes['dim'] - 1}, got {branch_rank}")
+    if branch_rank and not branches:
+        raise ValueError("branch_rank needs a branch_layer below the exit: it is the branch layers that it is of")
     if head not in ("shared", "own", "shared_trainable"):
         raise ValueError(f"head must be shared, own or shared_trainable, got {head!r}")
     k = block1.num_layers
@@ -197,11 +205,15 @@ def grow_model(
         grown.layers[index].load_state_dict(block1.layers[index].state_dict())
     for number in range(k + 1, k + branches + 1):
         _init_new_layer(grown.layer(number), block1.layer(number - branches), block1.layer(k).exit_norm, "copy")
-    for index, number in enumerate(grown.own_layers):
-        _init_new_layer(grown.layer(number), block1.layer(index % k + 1), block1.layer(k).exit_norm, init)
+    for number in grown.own_layers:
+        source = block1.layer(k - (grown.num_layers - number) % k)
+        _init_new_layer(grown.layer(number), source, block1.layer(k).exit_norm, init)
     frozen = [grown.embedding, *grown.layers[:k]] + ([] if head == "shared_trainable" else [grown.output_head])
     for module in frozen:
         module.requires_grad_(False)
+    grown.branch_rank = branch_rank
+    for number in range(k + 1, k + branches + 1) if branch_rank else ():
+        train_low_rank(grown.layer(number), branch_rank)
     return grown
 
 

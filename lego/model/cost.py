@@ -28,6 +28,7 @@ class Ledger:
         seq_len: tokens per sequence (T).
         block2_context: `full`, `token` or `sequence`, see DeepSupervisionTransformer.
         branches: layers above the exit that repeat block 1's last ones on their keys and values.
+        branch_rank: of the changes that they learn beside frozen matrices; 0 = whole matrices.
         online: phase 2 makes exit states anew instead of reading them.
         gated: answers of hard tokens mix both exits, so these need the exit's head whatever the criterion reads.
     """
@@ -42,6 +43,7 @@ class Ledger:
     seq_len: int
     block2_context: str = "full"
     branches: int = 0
+    branch_rank: int = 0
     gated: bool = False
     online: bool = False
 
@@ -49,7 +51,7 @@ class Ledger:
     def of(cls, model: Any, seq_len: int) -> Ledger:
         """Ledger of a BaseTransformer on sequences of seq_len tokens."""
         sizes = {name: model.sizes[name] for name in SIZES}
-        shape = {"exit_layer": model.exit_layer, "block2_context": model.block2_context, "branches": model.branches}
+        shape = {name: getattr(model, name) for name in ("exit_layer", "block2_context", "branches", "branch_rank")}
         return cls(**sizes, **shape, seq_len=seq_len)
 
     def grown(self, num_layers: int, phase2_context: str, branch_layer: int | None = None) -> Ledger:
@@ -181,11 +183,21 @@ class Ledger:
         head = (FORWARD_BACKWARD if head_trains else FROZEN_BACKWARD) * self.head
         if self.block2_context != "sequence":
             return (FORWARD_BACKWARD * depth * self.lone_layer + head) * hard_tokens
-        trained = FORWARD_BACKWARD * depth * (self.layer - self.keys_values)
-        trained -= self.branches * self.attention  # of keys and values that do not train no gradient is formed
+        trained = FORWARD_BACKWARD * self.own_layers * (self.layer - self.keys_values) + self.train_branches
         own = (trained + head) * hard_tokens
         made = self.block1 - self.branches * self.layer if self.online else 0
         return own + (FORWARD_BACKWARD * self.own_layers * self.keys_values + self.above_the_branch + made) * tokens
+
+    @property
+    def train_branches(self) -> int:
+        """Training the branch layers on a hard token; of keys and values, which do not train, no gradient is formed."""
+        matrices = self.layer - self.keys_values - self.attention
+        if self.branch_rank:
+            low = self.branch_rank * (4 * self.dim + 3 * (self.dim + self.ffn_dim))  # queries, output, three of the MLP
+            one = FROZEN_BACKWARD * matrices + FORWARD_BACKWARD * low
+        else:
+            one = FORWARD_BACKWARD * matrices
+        return self.branches * (one + FROZEN_BACKWARD * self.attention)
 
     @property
     def above_the_branch(self) -> int:

@@ -109,8 +109,7 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, y: Tensor) -> Tensor:
 
 def max_probability(logits: Tensor) -> Tensor:
     """Largest softmax probability (...,) of logits (..., V), in float32."""
-    logits = logits.float()
-    return (logits - logits.amax(dim=-1, keepdim=True)).exp_().sum(dim=-1).reciprocal()
+    return logits.float().softmax(dim=-1).amax(dim=-1)
 
 
 @torch.no_grad()
@@ -123,9 +122,7 @@ def exit_confidence(h: Tensor, weight: Tensor) -> Tensor:
     """
     rows, parts = _rows_of_a_pass(weight), []
     for chunk in h.split(_rows_of_a_product(weight)):
-        for logits in (chunk @ weight.t()).float().split(rows):  # (r, V), ours: `max_probability` without its copy
-            logits -= logits.amax(dim=-1, keepdim=True)
-            parts.append(logits.exp_().sum(dim=-1).reciprocal())
+        parts += [max_probability(logits) for logits in (chunk @ weight.t()).split(rows)]  # of (r, V)
     return torch.cat(parts)
 
 

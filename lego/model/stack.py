@@ -86,6 +86,7 @@ class LayerStack(nn.Module):
         self.num_layers = num_layers
         self.exit_layer = num_layers
         self.branched_at: int | None = None
+        self.branch_rank = 0  # of what branch layers learn in training; 0 = whole matrices
         self.block2_context = "full"
         self.embedding = nn.Embedding(vocab_size, dim)
         frequencies = rotary_frequencies(dim // num_heads, rope_theta, rope_scaling)

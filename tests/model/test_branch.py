@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lego import DeepSupervisionTransformer, Ledger, Trainer, create_standard_config, grow_model
 from lego.growing.upper_layers import train_gathered
+from lego.hub.export import to_hf
 from lego.model.checkpoint import load_model, same_block1, save_model
 from lego.routing.decoder import ALWAYS_DEEP, RoutedDecoder
 from lego.routing.measure import evaluate
@@ -90,10 +92,11 @@ def test_every_way_of_running_it_is_its_definition(b, new, heads):
     logits_close(RoutedDecoder(model, 0.0).read(x).logits, shallow)
 
 
+@pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize(("b", "new"), SHAPES)
 @torch.no_grad()
-def test_at_step_0_deep_is_shallow_bit_for_bit(b, new):
-    model, x = branched(b, new, trained=False, init="zero"), torch.randint(0, VOCAB, (2, 9))
+def test_at_step_0_deep_is_shallow_bit_for_bit(b, new, rank):
+    model, x = branched(b, new, trained=False, init="zero", branch_rank=rank), torch.randint(0, VOCAB, (2, 9))
     shallow = RoutedDecoder(model, 0.0, 2).read(x).logits
     assert torch.equal(RoutedDecoder(model, ALWAYS_DEEP, 2).read(x).logits, shallow)
     assert torch.equal(RoutedDecoder(model, None, 2).read(x).logits, shallow)
@@ -117,10 +120,11 @@ def test_who_else_goes_deep_changes_nothing_and_easy_tokens_are_block_1s(b, new)
     logits_close(logits[0][~easy], every[~easy])
 
 
+@pytest.mark.parametrize("rank", [0, 3])
 @pytest.mark.parametrize("head", ["shared", "own"])
 @pytest.mark.parametrize(("b", "new"), SHAPES)
-def test_training_moves_block_2_alone_and_costs_what_the_ledger_says(b, new, head):
-    model = branched(b, new, trained=False, head=head)
+def test_training_moves_block_2_alone_and_costs_what_the_ledger_says(b, new, head, rank):
+    model = branched(b, new, trained=False, head=head, branch_rank=rank)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     hard = torch.zeros(3, 12, dtype=torch.bool)
     hard[:, ::3] = True  # as many in each block: nothing is padded
@@ -130,7 +134,7 @@ def test_training_moves_block_2_alone_and_costs_what_the_ledger_says(b, new, hea
     ledger = Ledger.of(model, 12)
     assert counted == ledger.train_block2(int(hard.sum()), head == "own", hard.numel())
     grown = Ledger.of(block1_of(), 12).grown(3 + new, "sequence", b)
-    assert grown == ledger
+    assert replace(grown, branch_rank=rank) == ledger
     assert same_block1(block1_of(), model)
     moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {name.split(".")[1] for name in moved if name.startswith("layers.")} == {
@@ -178,11 +182,32 @@ def test_a_folder_brings_it_back(b, new, tmp_path):
     assert torch.equal(again(x), model(x))
 
 
+@torch.no_grad()
+def test_low_rank_changes_are_added_to_the_layers_they_change_when_saved(tmp_path):
+    model, x = branched(1, 1, branch_rank=3, init="zero"), torch.randint(0, VOCAB, (2, 9))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and ".3." in name}
+    low = [f"{name}.{part}" for name in ("self_attn.q_proj", "mlp.up_proj") for part in ("down", "up")]
+    assert {f"layers.3.{name}.weight" for name in low} < trained
+    assert not {"layers.3.self_attn.q_proj.weight", "layers.3.mlp.up_proj.weight"} & trained
+    save_model(model, tmp_path)
+    again = load_model(tmp_path)
+    assert again.branch_rank == 0
+    assert "layers.3.mlp.up_proj.down.weight" not in again.state_dict()
+    logits_close(again(x).flatten(0, 1), model(x).flatten(0, 1))
+    projection = model.layer(4).mlp.up_proj
+    change = again.layer(4).mlp.up_proj.weight - projection.weight
+    logits_close(change, projection.up.weight @ projection.down.weight, 1e-6)
+    assert torch.linalg.matrix_rank(change, rtol=1e-3) == 3
+    logits_close(to_hf(model, None)(x).logits.flatten(0, 1), model(x).flatten(0, 1))
+
+
 def test_what_cannot_be_is_named():
     for arguments, sentence in (
         ({"branch_layer": 4}, r"branch_layer must be in 0\.\.3, block 1's last, got 4"),
         ({"branch_layer": -1}, r"branch_layer must be in 0\.\.3, block 1's last, got -1"),
         ({"branch_layer": 1, "block2_context": "token"}, "needs block2_context sequence, got 'token'"),
+        ({"branch_rank": 4}, "branch_rank needs a branch_layer below the exit"),
+        ({"branch_layer": 1, "branch_rank": 32}, r"branch_rank must be in 0\.\.31, got 32"),
         ({"num_layers": 2, "branch_layer": 1}, "num_layers must exceed block 1's 3, got 2"),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -16,11 +16,12 @@ def test_zero_initialised_layers_leave_the_logits_and_copies_repeat_block_1(bloc
     for context in ("full", "token"):
         zero = grow_model(block1, 5, init="zero", block2_context=context)
         logits_close(zero(x), block1(x), 1e-6)
-    copied = grow_model(block1, 5, init="copy")
-    for new, old in ((2, 0), (3, 1), (4, 0)):
-        for name, tensor in copied.layers[new].state_dict().items():
-            source = block1.layers[1 if name.startswith("exit_norm") else old]
-            assert torch.equal(tensor, source.state_dict()[name])
+    for layers, pairs in ((5, ((2, 1), (3, 0), (4, 1))), (4, ((2, 0), (3, 1))), (3, ((2, 1),))):
+        copied = grow_model(block1, layers, init="copy")  # the last new one is a copy of block 1's last
+        for new, old in pairs:
+            for name, tensor in copied.layers[new].state_dict().items():
+                source = block1.layers[1 if name.startswith("exit_norm") else old]
+                assert torch.equal(tensor, source.state_dict()[name])
     fresh = grow_model(block1, 4, init="random")
     assert not torch.equal(fresh.layers[2].mlp.up_proj.weight, block1.layers[0].mlp.up_proj.weight)
 

@@ -25,6 +25,8 @@ from tests.stages.conftest import ORDER
 
 CHANGES = {
     "branch_layer": "1",
+    "branch": "lora",
+    "branch_rank": "4",
     "phase2_layers": "3",
     "gate": "fitted",
     "optimizer": "muon",
@@ -117,15 +119,21 @@ def test_the_historical_protocol_needs_new_layers(run, monkeypatch):
             collect_hard,
             "ashem.branch_layer must be less than phase1_layers = 2, or null, got 2",
         ),
+        ({"branch_layer": "null"}, collect_hard, "branch lora needs a branch_layer"),
+        ({"branch_rank": "64"}, train_phase2, "ashem.branch_rank must be less than block 1's width"),
         ({"branch_layer": "-1"}, collect_hard, "ashem.branch_layer must be at least 0, got -1"),
-        ({"branch_layer": "null", "phase2_layers": "2"}, collect_hard, "must be greater than phase1_layers = 2, got 2"),
+        (
+            {"branch_layer": "null", "branch": "full", "phase2_layers": "2"},
+            collect_hard,
+            "must be greater than phase1_layers = 2, got 2",
+        ),
         (
             {"phase2_context": "token", "states": "stored"},
             collect_hard,
             "branch_layer needs phase2_context sequence",
         ),
         (
-            {"branch_layer": "null", "phase2_context": "token"},
+            {"branch_layer": "null", "branch": "full", "phase2_context": "token"},
             collect_hard,
             "states online needs phase2_context sequence",
         ),
