@@ -29,7 +29,13 @@ from lego.evaluation.routed import (
     threshold_sweep,
     token_table,
 )
-from lego.evaluation.router_quality import payment_sentence, quality_lines, realised_risk, router_quality
+from lego.evaluation.router_quality import (
+    captured_by_share,
+    payment_sentence,
+    quality_lines,
+    realised_risk,
+    router_quality,
+)
 from lego.hub.export import model_card, save_routed, to_hf
 from lego.model.checkpoint import load_exit, load_model
 from lego.model.cost import Ledger
@@ -126,7 +132,10 @@ def report(params: Params, routing: Routing, tables: dict[str, TokenTable], ledg
         realised = realised_risk(tables["test"], routing.chosen, of_test, params.routing.risk_clip)
         promise = vars(routing.promise) | realised
         print("risk on test text: " + ", ".join(f"{key} {value:.4f}" for key, value in realised.items()))
-    gated = {"gate": routing.mixed} if routing.gate is not None else {}
+    gated: dict[str, Any] = {}
+    if routing.gate is not None:
+        captured = {split: captured_by_share(table, routing.routes) for split, table in tables.items()}
+        gated = {"gate": routing.mixed, "of_attainable_by_deep_share": captured}
     write_json("metrics/details/criteria.json", quality | {"risk": promise, "leaky": leaky} | gated)
     if routing.gate is not None:
         print("gate, where it was fitted: " + ", ".join(f"{key} {value:.4f}" for key, value in routing.mixed.items()))

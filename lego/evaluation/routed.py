@@ -66,6 +66,10 @@ PRINTED_KEYS = (
 )
 
 
+ATTAINABLE = "attainable"
+"""Score of a criterion that is told both exits' answers: how little the mixture of them expects to spare a token."""
+
+
 @dataclass(frozen=True)
 class TokenTable:
     """What both exits said of each token, arrays (n,): losses in nats, correctness, confidence at the exit.
@@ -131,7 +135,7 @@ def token_table(
     batches: Iterable[tuple[Tensor, Tensor]],
     device: str | torch.device,
     criteria: Mapping[str, Criterion] | None = None,
-    on_states: Callable[[Tensor, Tensor], None] = lambda states, gain: None,
+    on_states: Callable[[Tensor, Tensor], None] = lambda states, spared: None,
     gate: Gate | None = None,
 ) -> TokenTable:
     """Runs both exits over all batches with the routed decoder; a model without block 2 has two equal columns.
@@ -141,26 +145,28 @@ def token_table(
         batches: (x, y) of token ids (B, T).
         device: where the model runs.
         criteria: exit criteria by name, whose scores are wanted.
-        on_states: called with each batch's exit states (n, D) and what block 2 spares them (n,), in nats.
-        gate: mixes both exits in the answers of the full depth.
+        on_states: called with each batch's exit states (n, D) and what block 2 spares them (n,), in nats: with a gate
+            what the mixture expects to spare (see `read_mixture`), which is the mean of what it does without its noise.
+        gate: mixes both exits in the answers of the full depth; the table then has the score ATTAINABLE.
     """
     model.to(device)
-    names, wanted = list(criteria or {}), list((criteria or {}).values())
+    names, wanted = list(criteria or {}) + ([] if gate is None else [ATTAINABLE]), list((criteria or {}).values())
     columns: list[tuple[Tensor, ...]] = []
     for x, y in batches:
         y = y.to(device).flatten()  # (n,)
         decoder = RoutedDecoder(model, None, len(x))
         read = decoder.shallow(x.to(device))
-        shallow = model.read_at(read.states, model.exit_layer, y, wanted)
-        deep = shallow
+        last = read.states
         if model.exit_layer < model.num_layers:
-            states = decoder.deep_states(read, torch.ones_like(y, dtype=torch.bool))
-            deep = (
-                model.read_at(states, model.num_layers, y)
-                if gate is None
-                else model.read_mixed(read.states, states, y, gate.to(device).mixed)
-            )
-        on_states(read.states, shallow[0] - deep[0])
+            last = decoder.deep_states(read, torch.ones_like(y, dtype=torch.bool))
+        if gate is None:
+            shallow = model.read_at(read.states, model.exit_layer, y, wanted)
+            deep = model.read_at(last, model.num_layers, y) if last is not read.states else shallow
+            on_states(read.states, shallow[0] - deep[0])
+        else:
+            shallow, deep = model.read_mixed(read.states, last, y, gate.to(device).mixed, wanted)
+            on_states(read.states, deep[2])
+            shallow = (*shallow, (-deep[2]).sigmoid())
         columns.append((shallow[0], deep[0], shallow[1], deep[1], *shallow[2:]))
     arrays = [torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True)]
     nll_shallow, nll_deep = (losses.astype(np.float64) for losses in arrays[:2])

@@ -155,17 +155,55 @@ def read_exit(
         scores: functions of states (r, D) and logits (r, V), whose results (n,) follow the three.
         states: what the scores are given (n, D); default h.
     """
-    scores, states = tuple(scores), h if states is None else states
-    parts, rows = [], _rows_of_a_pass(weight)
-    made = (chunk @ weight.t() for chunk in h.split(_rows_of_a_product(weight)))
-    pieces = (piece for logits in made for piece in logits.split(rows))
-    for piece, state, target in _in_step(pieces, states, y):
-        logits = piece.float()  # (r, V)
-        best, guess = logits.max(dim=1)  # (r,)
-        norm = logits.logsumexp(dim=1)  # (r,)
-        right = logits.gather(1, target[:, None]).squeeze(1)  # (r,)
-        parts.append((norm - right, guess == target, (best - norm).exp(), *(score(state, logits) for score in scores)))
+    pieces = _in_step(_logits(h, weight), h if states is None else states, y)
+    parts = [_read(logits, state, target, tuple(scores)) for logits, state, target in pieces]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+@torch.no_grad()
+def read_mixture(
+    shallow: tuple[Tensor, Tensor],
+    deep: tuple[Tensor, Tensor],
+    mixed: Score,
+    y: Tensor,
+    scores: Iterable[Score] = (),
+    states: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """What `read_exit` says of the first exit, and then of the mixture of both.
+
+    That is its loss in nats (n,), whether its best guess is right (n,), and what it expects to spare the first exit,
+    the Kullback-Leibler divergence KL(mixture || first exit) in nats (n,).
+
+    Args:
+        shallow, deep: of each exit, normed states (n, D) and the weight of its head (V, D).
+        mixed: logits (r, V) of both -> log-probabilities (r, V).
+        y: targets (n,).
+        scores, states: as for `read_exit`, of the first exit.
+    """
+    parts = []
+    pieces = _in_step(_logits(*shallow), shallow[0] if states is None else states, y)
+    for (logits, state, target), other in zip(pieces, _logits(*deep), strict=True):
+        log_p = mixed(logits, other)  # (r, V)
+        nll, best = -log_p.gather(1, target[:, None]).squeeze(1), log_p.argmax(dim=1)
+        spared = (log_p.exp() * (log_p - logits.float().log_softmax(dim=1))).sum(dim=1)
+        parts.append((*_read(logits, state, target, tuple(scores)), nll, best == target, spared))
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+def _read(logits: Tensor, states: Tensor, targets: Tensor, scores: tuple[Score, ...]) -> tuple[Tensor, ...]:
+    """What logits (r, V) say of targets (r,): loss, right or not, confidence, and scores."""
+    logits = logits.float()
+    best, guess = logits.max(dim=1)  # (r,)
+    norm = logits.logsumexp(dim=1)  # (r,)
+    right = logits.gather(1, targets[:, None]).squeeze(1)  # (r,)
+    return norm - right, guess == targets, (best - norm).exp(), *(score(states, logits) for score in scores)
+
+
+def _logits(h: Tensor, weight: Tensor) -> Iterator[Tensor]:
+    """Logits (r, V) of normed states (n, D), a few rows at a time that were made by larger products."""
+    rows = min(_rows_of_a_pass(weight), _rows_of_a_product(weight))
+    for chunk in h.split(_rows_of_a_product(weight)):
+        yield from (chunk @ weight.t()).split(rows)
 
 
 def _in_step(pieces: Iterable[Tensor], states: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -175,25 +213,3 @@ def _in_step(pieces: Iterable[Tensor], states: Tensor, y: Tensor) -> Iterator[tu
         rows = slice(done, done + len(piece))
         yield piece, states[rows], y[rows]
         done = rows.stop
-
-
-@torch.no_grad()
-def read_mixture(
-    shallow: tuple[Tensor, Tensor], deep: tuple[Tensor, Tensor], mixed: Score, y: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Loss in nats (n,) of the mixture of two exits, and whether its best guess is right (n,).
-
-    Args:
-        shallow, deep: of each exit, normed states (n, D) and the weight of its head (V, D).
-        mixed: logits (r, V) of both -> log-probabilities (r, V).
-        y: targets (n,).
-    """
-    parts, rows = [], _rows_of_a_pass(shallow[1])
-    product = _rows_of_a_product(shallow[1])
-    for h1, h2, targets in zip(shallow[0].split(product), deep[0].split(product), y.split(product), strict=True):
-        both = (h1 @ shallow[1].t()).split(rows), (h2 @ deep[1].t()).split(rows)
-        for one, two, target in zip(*both, targets.split(rows), strict=True):
-            log_p = mixed(one, two)  # (r, V)
-            parts.append((-log_p.gather(1, target[:, None]).squeeze(1), log_p.argmax(dim=1) == target))
-    nll, right = zip(*parts, strict=True)
-    return torch.cat(nll), torch.cat(right)

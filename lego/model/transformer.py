@@ -48,17 +48,21 @@ class BaseTransformer(LayerStack):
         states = h.reshape(-1, h.shape[-1])  # (n, D)
         return read_exit(self.layer(layer).exit_norm(states), self.head_at(layer).weight, y.flatten(), scores, states)
 
-    def read_mixed(self, exits: Tensor, last: Tensor, y: Tensor, mixed: Score) -> tuple[Tensor, Tensor]:
-        """Loss in nats (n,) and correctness (n,) of mixtures of both exits, for targets (n,).
+    def read_mixed(
+        self, exits: Tensor, last: Tensor, y: Tensor, mixed: Score, scores: Iterable[Score] = ()
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """What `read_at` says of the exit; and of mixtures of both loss, right or not, nats expected to be spared (n,).
 
         Args:
             exits, last: un-normed outputs (n, D) of the exit layer and of the last one.
             y: targets (n,).
             mixed: logits of both -> log-probabilities, see Gate.mixed.
+            scores: exit criteria.
         """
         k, n = self.exit_layer, self.num_layers
         both = [(self.layer(at).exit_norm(h), self.head_at(at).weight) for at, h in ((k, exits), (n, last))]
-        return read_mixture(both[0], both[1], mixed, y)
+        found = read_mixture(both[0], both[1], mixed, y, scores, exits)
+        return found[:-3], found[-3:]
 
     def scored_logits_at(self, h: Tensor, layer: int, score: Score) -> tuple[Tensor, Tensor]:
         """Logits (n, V) of un-normed outputs (n, D) of a layer, and the exit criterion's score of each (n,)."""

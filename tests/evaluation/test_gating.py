@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lego.evaluation.gating import GATE_FEATURES, feature_score, fit_gate, gate_for
-from lego.evaluation.routed import perplexity, token_table
+from lego.evaluation.routed import ATTAINABLE, perplexity, token_table
 from lego.model.gate import FEATURES, gate_features
 from tests.conftest import random_batches
 from tests.routing.conftest import MODELS
@@ -67,6 +67,12 @@ def test_a_table_holds_the_losses_of_the_mixture():
     assert (table.right_deep == (mixed.argmax(1) == y.flatten()).numpy()).mean() > 0.99
     assert np.array_equal(table.nll_shallow, plain.nll_shallow)
     assert np.array_equal(table.confidence, plain.confidence)
+    expected = (mixed.exp() * (mixed - shallow.flatten(0, 1).log_softmax(1))).sum(1)
+    np.testing.assert_allclose(table.scores[ATTAINABLE], torch.sigmoid(-expected).numpy(), rtol=1e-4, atol=1e-5)
+    assert ATTAINABLE not in plain.scores
+    told = []
+    token_table(model, batches, "cpu", gate=gate, on_states=lambda states, spared: told.append(spared))
+    np.testing.assert_allclose(torch.cat(told).numpy(), expected.numpy(), rtol=1e-3, atol=1e-5)
     assert said["mixed_ppl"] == pytest.approx(perplexity(table.nll_deep), rel=1e-5)
     assert said["mixed_ppl"] <= min(said["shallow_ppl"], said["deep_ppl"]) * 1.001
     assert (said["shallow_ppl"], said["deep_ppl"]) == (perplexity(plain.nll_shallow), perplexity(plain.nll_deep))

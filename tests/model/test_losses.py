@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from torch.nn import functional as F
 
 from lego import DeepSupervisionTransformer, grow_model
 from lego.model import losses
-from lego.model.losses import exit_confidence, linear_cross_entropy, max_probability, read_exit
+from lego.model.losses import exit_confidence, linear_cross_entropy, max_probability, read_exit, read_mixture
 from tests.conftest import VOCAB
 
 SIZES = {
@@ -69,6 +71,33 @@ def test_what_an_exit_says_equals_torchs(n, dim, vocab, rows, most, scale, seed)
     top = logits.topk(2, dim=1).values
     clear = (top[:, 0] - top[:, 1]) > 1e-3  # where two guesses tie, either is right
     assert torch.equal(right[clear], (logits.argmax(1) == y)[clear])
+
+
+@settings(max_examples=60, deadline=None)
+@given(**SIZES)
+def test_a_mixture_of_two_exits_by_its_definition(n, dim, vocab, rows, most, scale, seed):
+    h, weight, y = drawn(n, dim, vocab, scale, seed, torch.float32)
+    h2, weight2, _ = drawn(n, dim, vocab, scale, seed + 1, torch.float32)
+
+    def mixed(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return torch.stack([first.log_softmax(1) + math.log(0.3), second.log_softmax(1) + math.log(0.7)]).logsumexp(0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(losses, "LOGITS_IN_CACHE", rows * vocab)
+        patch.setattr(losses, "LOGITS_AT_A_TIME", most * vocab)
+        alone = read_exit(h, weight, y, [lambda states, logits: states[:, 0]])
+        *first, nll, right, spared = read_mixture(
+            (h, weight), (h2, weight2), mixed, y, [lambda states, logits: states[:, 0]]
+        )
+    assert all(torch.equal(one, other) for one, other in zip(first, alone, strict=True))
+    shallow = (h @ weight.t()).log_softmax(1)
+    answer = mixed(h @ weight.t(), h2 @ weight2.t())
+    torch.testing.assert_close(nll, F.nll_loss(answer, y, reduction="none"), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(spared, (answer.exp() * (answer - shallow)).sum(1), rtol=1e-3, atol=1e-3)
+    assert spared.min() > -1e-4
+    top = answer.topk(2, dim=1).values
+    clear = (top[:, 0] - top[:, 1]) > 1e-3
+    assert torch.equal(right[clear], (answer.argmax(1) == y)[clear])
 
 
 @pytest.mark.parametrize(
