@@ -23,7 +23,7 @@ PARTS: dict[str, tuple[str, ...]] = {  # what is taken of a source, in order; no
         *("max_prob", "margin", "entropy", "LOGIT_CRITERIA", "STATE_CRITERIA", "CRITERIA", "StateCriterion"),
         "features",
     ),
-    "model/gate.py": ("TOP", "FEATURES", "SURE", "gate_features", "Gate"),
+    "model/gate.py": ("SURE", "Gate"),
     "hub/configuration.py": (),
     "hub/llama_layers.py": (),
     "hub/backbone.py": (),

@@ -8,56 +8,51 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lego.evaluation.gating import GATE_FEATURES, feature_score, fit_gate, gate_for
+from lego.evaluation.gating import fit_gate, gate_for
 from lego.evaluation.routed import ATTAINABLE, perplexity, token_table
-from lego.model.gate import FEATURES, gate_features
 from tests.conftest import random_batches
 from tests.routing.conftest import MODELS
 
 
-def mean_loss(gate, features: np.ndarray, shallow: np.ndarray, deep: np.ndarray) -> float:
-    a = torch.sigmoid(torch.from_numpy(features).double() @ gate.weight.double() + gate.bias.double()).numpy()
+def mean_loss(gate, confidence: np.ndarray, shallow: np.ndarray, deep: np.ndarray) -> float:
+    a = gate(torch.from_numpy(confidence)).double().sigmoid().numpy()
     return float(-np.log(a * np.exp(-shallow) + (1 - a) * np.exp(-deep)).mean())
 
 
 def text(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    logits = torch.from_numpy(rng.normal(size=(n, 20)) * rng.choice([0.5, 2.0, 8.0]))
-    return gate_features(logits).numpy(), *np.abs(rng.normal(size=(2, n))) * rng.uniform(0.1, 4, size=(2, 1))
+    return rng.beta(1, 2, size=n), *np.abs(rng.normal(size=(2, n))) * rng.uniform(0.1, 4, size=(2, 1))
 
 
 @settings(max_examples=40, deadline=None)
 @given(n=st.integers(1, 400), seed=st.integers(0, 10**6))
 def test_the_fitted_mixture_is_no_worse_than_either_exit_or_a_neighbour(n, seed):
-    features, shallow, deep = text(n, seed)
-    gate = fit_gate(features, shallow, deep, l2=0.0)
-    loss = mean_loss(gate, features, shallow, deep)
+    confidence, shallow, deep = text(n, seed)
+    gate = fit_gate(confidence, shallow, deep, l2=0.0)
+    loss = mean_loss(gate, confidence, shallow, deep)
     assert loss <= min(shallow.mean(), deep.mean()) + 1e-3
     gate.bias += 0.05
-    assert mean_loss(gate, features, shallow, deep) >= loss - 1e-4
+    assert mean_loss(gate, confidence, shallow, deep) >= loss - 1e-4
 
 
 def test_a_gate_that_made_the_data_is_found():
     """Where block 2 is right exactly when block 1 is unsure, that is what is learned."""
-    features, *_ = text(20_000, 3)
-    rng = np.random.default_rng(0)
-    odds = 3 * (features[:, 0] - np.median(features[:, 0]))
-    first_is_right = rng.random(len(odds)) < 1 / (1 + np.exp(-odds))
+    confidence, *_ = text(20_000, 3)
+    rng, log_odds = np.random.default_rng(0), np.log(confidence / (1 - confidence))
+    share = 1 / (1 + np.exp(-3 * (log_odds - np.median(log_odds))))
+    first_is_right = rng.random(len(share)) < share
     shallow, deep = np.where(first_is_right, 0.1, 5.0), np.where(first_is_right, 5.0, 0.1)
-    gate = fit_gate(features, shallow, deep)
-    found = torch.sigmoid(torch.from_numpy(features) @ gate.weight.float() + gate.bias).numpy()
-    assert np.corrcoef(found, 1 / (1 + np.exp(-odds)))[0, 1] > 0.99
-    assert 0.1 < mean_loss(gate, features, shallow, deep) < min(shallow.mean(), deep.mean()) - 0.5
+    gate = fit_gate(confidence, shallow, deep)
+    assert np.corrcoef(gate(torch.from_numpy(confidence)).sigmoid().numpy(), share)[0, 1] > 0.99
+    assert 0.1 < mean_loss(gate, confidence, shallow, deep) < min(shallow.mean(), deep.mean()) - 0.5
 
 
 @torch.no_grad()
 def test_a_table_holds_the_losses_of_the_mixture():
     model, batches = MODELS["sequence", 2], random_batches(3, seed=4)
     gate, said = gate_for(model, batches, "cpu")
-    plain = token_table(model, batches, "cpu", {GATE_FEATURES: feature_score})
+    plain = token_table(model, batches, "cpu")
     table = token_table(model, batches, "cpu", gate=gate)
-    features = plain.scores[GATE_FEATURES]
-    assert features.shape == (len(plain.nll_deep), FEATURES)
     x, y = (torch.cat(part) for part in zip(*batches, strict=True))
     shallow = model.logits_at(model.states_at(x, 2), 2)
     mixed = gate.mixed(shallow, model(x)).flatten(0, 1)  # (n, V)
@@ -77,4 +72,4 @@ def test_a_table_holds_the_losses_of_the_mixture():
     assert said["mixed_ppl"] <= min(said["shallow_ppl"], said["deep_ppl"]) * 1.001
     assert (said["shallow_ppl"], said["deep_ppl"]) == (perplexity(plain.nll_shallow), perplexity(plain.nll_deep))
     with pytest.raises(ValueError, match="no token to fit the gate on"):
-        fit_gate(np.zeros((0, FEATURES)), np.zeros(0), np.zeros(0))
+        fit_gate(np.zeros(0), np.zeros(0), np.zeros(0))

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 from lego.model.exit_criteria import LOGIT_CRITERIA, StateCriterion
-from lego.model.gate import FEATURES, Gate
+from lego.model.gate import Gate
 from lego.routing.decoder import ALWAYS_DEEP, RoutedDecoder
 from lego.routing.generation import generate, generate_lossless
 from tests.conftest import VOCAB, logits_close
@@ -18,18 +18,16 @@ from tests.routing.test_decoder import by_sequence, cases, padded
 
 def gate_of(seed: int = 5) -> Gate:
     gate, generator = Gate(), torch.Generator().manual_seed(seed)
-    gate.weight.copy_(torch.randn(FEATURES, generator=generator))
+    gate.weight.copy_(torch.randn((), generator=generator))
     gate.bias.fill_(0.7)
     return gate
 
 
 def mixture(gate: Gate, shallow: Tensor, deep: Tensor) -> Tensor:
-    """p = a p1 + (1 - a) p2 in double precision, a = sigmoid(w . f + c) with f written out: log-probabilities."""
+    """p = a p1 + (1 - a) p2 in double precision, a = sigmoid(w f + c) with f written out: log-probabilities."""
     p1, p2 = shallow.double().softmax(-1), deep.double().softmax(-1)
     best = p1.amax(-1).clamp(1e-6, 1 - 1e-6)
-    entropy = -(p1 * p1.log()).sum(-1)
-    features = [(best / (1 - best)).log(), entropy, *p1.sort(dim=-1, descending=True).values[..., :8].log().unbind(-1)]
-    a = (torch.stack(features, -1) @ gate.weight.double() + gate.bias.double()).sigmoid().unsqueeze(-1)
+    a = (gate.weight.double() * (best / (1 - best)).log() + gate.bias.double()).sigmoid().unsqueeze(-1)
     return (a * p1 + (1 - a) * p2).log().float()
 
 
@@ -88,3 +86,16 @@ def test_the_mixture_is_a_distribution_whatever_the_logits():
         mixed = gate.mixed(shallow, deep)
         logits_close(mixed.exp().sum(-1), torch.ones(len(mixed)))
         assert not mixed.isnan().any()
+
+
+def test_forbidden_tokens_and_probabilities_too_small_for_float32_stay_finite():
+    """Logits of -inf, as processors set them, give no NaN; what no exit allows has the least probability there is."""
+    gate = Gate()
+    gate.weight.fill_(2.0)
+    shallow = torch.tensor([[1.0, 0.0, -torch.inf, -500.0]])
+    log_p = gate.mixed(shallow, torch.tensor([[0.0, -torch.inf, -torch.inf, -500.0]]))
+    assert torch.isfinite(log_p).all()
+    assert log_p.exp().sum() == pytest.approx(1)
+    assert (log_p[0, 2:] < -87).all()
+    sure = torch.tensor([[50.0, 0.0]]), torch.tensor([[0.0, 50.0]])
+    logits_close(gate.mixed(*sure), mixture(gate, *sure).float())
