@@ -97,5 +97,5 @@ def test_forbidden_tokens_and_probabilities_too_small_for_float32_stay_finite():
     assert torch.isfinite(log_p).all()
     assert log_p.exp().sum() == pytest.approx(1)
     assert (log_p[0, 2:] < -87).all()
-    sure = torch.tensor([[50.0, 0.0]]), torch.tensor([[0.0, 50.0]])
-    logits_close(gate.mixed(*sure), mixture(gate, *sure).float())
+    sure = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 90.0]])
+    logits_close(gate.mixed(*sure), mixture(gate, *sure).float(), 1e-4)
