@@ -148,7 +148,7 @@ class JointParams(Section):
     """A baseline whose layers are all trained on all tokens."""
 
     budget: Literal["total", "added"]
-    start: Literal["scratch", "block1", "grown"]
+    start: Literal["scratch", "block1", "grown", "late"]
     depth: Literal["shallow", "middle", "full"]
     widened: bool
     exits: Literal["last", "both"]
@@ -156,12 +156,14 @@ class JointParams(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> JointParams:
-        given = self.start != "scratch"
+        given = self.start in ("block1", "grown")
         if given != (self.budget == "added"):
             raise ValueError(f"budget must be {'added' if given else 'total'} when start is {self.start}")
-        if (self.start == "block1" and self.depth != "shallow") or (self.start == "grown" and self.depth == "shallow"):
+        if (self.start == "block1" and self.depth != "shallow") or (
+            self.start in ("grown", "late") and self.depth == "shallow"
+        ):
             raise ValueError(f"depth {self.depth} does not go with start {self.start}")
-        if self.widened and given:
+        if self.widened and self.start != "scratch":
             raise ValueError(f"widened must be false when start is {self.start}")
         if self.exits == "both" and self.depth == "shallow":
             raise ValueError("exits must be last when depth is shallow")
@@ -190,10 +192,16 @@ class SelectionParams(Section):
     unfrozen_end: Share
 
 
+class GrowthParams(Section):
+    at: Share
+    decay_share: Share
+
+
 class BaselinesParams(Section):
     joint: dict[str, JointParams]
     block2: dict[str, Block2Params]
     selection: SelectionParams
+    growth: GrowthParams
 
     @model_validator(mode="after")
     def _names(self) -> BaselinesParams:

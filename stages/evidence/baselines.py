@@ -54,7 +54,7 @@ def start_joint(
 
     Args:
         entry: of the section baselines.joint.
-        block1: the model of phase 1.
+        block1: the model of phase 1, or what `late` grows from.
         ledger: costs of the routed model that grows from it.
         hard_ratio: share of its tokens that go deep.
     """

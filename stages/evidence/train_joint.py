@@ -6,6 +6,7 @@ dvc repro stages/evidence/dvc.yaml:joint@dense      (python -m stages.evidence.t
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from lego.base.artifacts import atomic_folder, read_json, read_number, write_csv
 from lego.base.ashem_sections import JointParams
 from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
+from lego.base.sections import TrainParams
 from lego.evaluation.plain import Comparison
 from lego.evaluation.routed import evaluate_at_share, summary
 from lego.mining.thresholds import collect_confidences, quantile_threshold
@@ -23,36 +25,63 @@ from lego.model.transformer import BaseTransformer
 from lego.tokens.batches import TrainingBatches, blocks_in_epoch, split_batches
 from lego.tokens.blocks import PackedBlocks, data_digests, train_text
 from lego.training.budget import Budget, train_blocks
-from lego.training.epochs import epoch_rows
+from lego.training.epochs import History, epoch_rows
 from lego.training.search import Search, Trial, search_rates
+from lego.training.trainer import TrainingConfig
 from stages.evidence.baselines import gate_of, joint_macs, losses_of, start_joint
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is trained and for how much: `ledger` holds the costs of the routed model it is compared with."""
+class Leg:
+    """A stretch of training: what it begins with, on which batches, under which schedule.
 
-    name: str
-    entry: JointParams
-    block1: BaseTransformer
-    ledger: Ledger
-    budget: Budget
+    Args:
+        start: makes the model, from the one that the leg before ended with.
+        config: where the loss is computed.
+        macs_per_token: what training it costs.
+        batches: with total_blocks.
+        train: section `train` of the parameters, its schedule that of this leg.
+        keep_start: whether the model may also stay as it began.
+    """
+
+    start: Callable[[BaseTransformer | None], BaseTransformer]
+    config: TrainingConfig
+    macs_per_token: int
     batches: TrainingBatches
-    start: Callable[[], BaseTransformer]
+    train: TrainParams
+    keep_start: bool
 
     @property
     def tokens(self) -> int:
         assert self.batches.total_blocks
-        return self.batches.total_blocks * self.ledger.seq_len
+        return self.batches.total_blocks * self.batches.blocks.seq_len
 
     @property
     def macs(self) -> int:
-        return joint_macs(self.entry, self.start(), self.ledger.seq_len, self.tokens) + self.threshold_macs
+        return self.macs_per_token * self.tokens
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is trained and for how much: `ledger` holds the costs of the routed model it is compared with.
+
+    `threshold_macs` are those of the pass over calibration text of a model that routes by its own exit.
+    """
+
+    entry: JointParams
+    block1: BaseTransformer
+    ledger: Ledger
+    budget: Budget
+    legs: list[Leg]
+    threshold_macs: int
 
     @property
-    def threshold_macs(self) -> int:
-        """The pass over calibration text of a model that routes by its own exit."""
-        return threshold_macs(self.start(), PackedBlocks("data/tokens", "calibration"))
+    def tokens(self) -> int:
+        return sum(leg.tokens for leg in self.legs)
+
+    @property
+    def macs(self) -> int:
+        return sum(leg.macs for leg in self.legs) + self.threshold_macs
 
 
 def threshold_macs(model: BaseTransformer, calibration: PackedBlocks) -> int:
@@ -84,46 +113,76 @@ def plan(name: str, params: Params, seed: int) -> Plan:
     depth = block1.num_layers + ashem.new_layers
     ledger = Ledger.of(block1, blocks.seq_len).grown(depth, ashem.phase2_context, ashem.branch_of(block1.num_layers))
 
-    def start() -> BaseTransformer:
+    def start(entry: JointParams, before: BaseTransformer | None) -> BaseTransformer:
         torch.manual_seed(seed)
-        return start_joint(entry, block1, ledger, ashem.hard_example_ratio)
+        return start_joint(entry, before or block1, ledger, ashem.hard_example_ratio)
 
-    model = start()
-    training = budget.macs - threshold_macs(model, PackedBlocks("data/tokens", "calibration"))
-    affordable = round(training / joint_macs(entry, model, blocks.seq_len, blocks.seq_len))
-    if affordable < 1:
-        raise StageError(
-            f"data/facts/added_macs.json: the budget of {name} pays for no block; raise ashem.phase2_epochs"
-        )
-    per_epoch = blocks_in_epoch(params.train.tokens_per_epoch, blocks)
-    batches = TrainingBatches(blocks, params.train.batch_size, per_epoch, seed, total_blocks=affordable)
-    return Plan(name, entry, block1, ledger, budget, batches, start)
+    parts = [(entry, 1.0, params.train)]
+    if entry.start == "late":
+        growth = params.baselines.growth
+        first = entry.model_copy(update={"start": "scratch", "depth": "shallow", "exits": "last"})
+        last = params.train.model_copy(update={"schedule": "wsd", "decay_share": growth.decay_share})
+        steady = params.train.model_copy(update={"schedule": "constant"})
+        parts = [(first, growth.at, steady), (entry, 1.0, last)]
+    passed = threshold_macs(start(entry, None), PackedBlocks("data/tokens", "calibration"))
+    legs: list[Leg] = []
+    for number, (part, share, train) in enumerate(parts):
+        model = start(part, None)
+        cost = joint_macs(part, model, blocks.seq_len, 1)
+        left = share * (budget.macs - passed) - sum(leg.macs for leg in legs)
+        affordable = round(left / (cost * blocks.seq_len))
+        if affordable < 1:
+            raise StageError(
+                f"data/facts/added_macs.json: the budget of {name} pays for no block; raise ashem.phase2_epochs"
+            )
+        per_epoch = blocks_in_epoch(params.train.tokens_per_epoch, blocks)
+        batches = TrainingBatches(blocks, params.train.batch_size, per_epoch, seed + number, total_blocks=affordable)
+        legs.append(Leg(partial(start, part), losses_of(part, model), cost, batches, train, part.start != "scratch"))
+    return Plan(entry, block1, ledger, budget, legs, passed)
 
 
-def search(params: Params, stage: Stage, planned: Plan) -> Search:
-    """Trains the model at each learning rate for the whole budget."""
+def search(params: Params, stage: Stage, planned: Plan) -> tuple[Search, dict[float, list[History]]]:
+    """Trains the model at each learning rate for the whole budget; also says what each run saw in its legs."""
     device, ratio = resolve_device(params.train.device), params.ashem.hard_example_ratio
     validation = split_batches("data/tokens", "validation", params.evaluation.batch_size)
+    seen: dict[float, list[History]] = {}
 
     def train(lr: float) -> Trial:
-        model = planned.start()
-        routes = model.exit_layer < model.num_layers
-        history, continued = train_blocks(
-            model,
-            losses_of(planned.entry, model),
-            planned.batches,
-            lr,
-            params.train,
-            validation,
-            device,
-            stage.scratch / f"state-{lr:g}.safetensors",
-            keep_start=planned.entry.start != "scratch",
-            evaluate=(lambda: evaluate_at_share(model, validation, ratio, device)) if routes else None,
-        )
-        stage.continued |= continued
-        return Trial(lr, model, history)
+        model, seen[lr] = None, []
+        for number, leg in enumerate(planned.legs):
+            model = leg.start(model)
+            routes = model.exit_layer < model.num_layers
+            history, continued = train_blocks(
+                model,
+                leg.config,
+                leg.batches,
+                lr,
+                leg.train,
+                validation,
+                device,
+                stage.scratch / f"state-{lr:g}-{number}.safetensors",
+                keep_start=leg.keep_start,
+                evaluate=partial(evaluate_at_share, model, validation, ratio, device) if routes else None,
+            )
+            stage.continued |= continued
+            seen[lr].append(history)
+        assert model is not None
+        return Trial(lr, model, seen[lr][-1])
 
-    return search_rates(planned.entry.lr, params.search.lr_factors, train)
+    return search_rates(planned.entry.lr, params.search.lr_factors, train), seen
+
+
+def curve(planned: Plan, histories: list[History]) -> list[dict[str, float]]:
+    """Rows of the legs' epochs, one after the other."""
+    rows: list[dict[str, float]] = []
+    spent, tokens = planned.budget.before or 0.0, 0
+    for leg, history in zip(planned.legs, histories, strict=True):
+        result, begun = history.as_result(), len(rows)
+        macs = leg.macs + (planned.threshold_macs if leg is planned.legs[-1] else 0)
+        for row in epoch_rows(result, leg.batches.seen(result["total_epochs"]), macs, spent):
+            rows.append(row | {"epoch": begun + row["epoch"], "tokens": tokens + row["tokens"]})
+        spent, tokens = spent + macs, tokens + leg.tokens
+    return rows
 
 
 def evaluate(params: Params, model: BaseTransformer, planned: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -149,13 +208,11 @@ def main(name: str = "") -> None:
         planned = plan(name, params, stage.seed)
         tokens, macs = planned.tokens, planned.macs
         print(f"{name}: {tokens:,} tokens for {planned.budget.macs:.3e} MACs", flush=True)
-        found = search(params, stage, planned)
+        found, histories = search(params, stage, planned)
         metrics, documents = evaluate(params, found.best.model, planned)
         with atomic_folder(f"data/baseline/{name}") as folder:
             save_model(found.best.model, folder, tokenizer="data/tokens/tokenizer")
-        result = found.best.history.as_result()
-        seen = planned.batches.seen(result["total_epochs"])
-        write_csv(f"data/curves/{name}.csv", epoch_rows(result, seen, macs, planned.budget.before or 0))
+        write_csv(f"data/curves/{name}.csv", curve(planned, histories[found.best.lr]))
         write_csv(f"data/documents/{name}.csv", documents)
         spent = planned.budget.spent(macs, found.best.lr)
         leaky = read_json("data/facts/added_macs.json", "leaky")["leaky"]  # whether its budget is that of a leaky run

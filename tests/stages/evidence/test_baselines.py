@@ -34,6 +34,8 @@ KINDS = {
     "static_mid": {"start": "scratch", "depth": "middle"},
     "shallow_wide": {"start": "scratch", "depth": "shallow", "widened": True},
     "grow_copy": {"start": "grown", "depth": "full", "budget": "added"},
+    "grow_late": {"start": "late", "depth": "full"},
+    "grow_late_exits": {"start": "late", "depth": "full", "exits": "both"},
     "continued": {"start": "block1", "depth": "shallow", "budget": "added"},
 }
 
@@ -76,9 +78,12 @@ def test_depths_and_starts(block1, ledger):
         "static_mid": 4,
         "shallow_wide": 2,
         "grow_copy": 6,
+        "grow_late": 6,
+        "grow_late_exits": 6,
         "continued": 2,
     }
     grown = start("grow_copy")
+    assert [start(name).exit_layer for name in ("grow_late", "grow_late_exits")] == [6, 2]
     for number in range(6):
         for key, tensor in grown.layers[number].state_dict().items():
             assert torch.equal(tensor, block1.layers[number % 2].state_dict()[key])
@@ -175,7 +180,7 @@ def test_impossible_baselines_are_refused(changes, sentence):
 
 
 def test_names_are_files_so_they_are_plain_and_none_is_taken():
-    rest = {"joint": {}, "selection": load_params(ROOT / "params.yaml").baselines.selection.model_dump()}
+    rest = load_params(ROOT / "params.yaml").baselines.model_dump(exclude={"block2"}) | {"joint": {}}
     block2 = {"select": "random", "protocol": "ashem", "lr": 1e-3}
     for name in ("shallow_continued", "ashem", "../x", "Big"):
         with pytest.raises(ValueError, match="name"):

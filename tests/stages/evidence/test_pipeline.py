@@ -17,6 +17,8 @@ from lego.base.harness import StageError
 from lego.base.params import load_params
 from lego.base.scratch import fingerprint, pipeline_entry
 from lego.evaluation.routed import MODEL_KEYS
+from lego.model.checkpoint import load_model
+from lego.model.cost import Ledger
 from stages.evidence import graph, run
 from stages.evidence.graph import task_of
 from stages.evidence.records import Records
@@ -27,7 +29,7 @@ ENTRIES = yaml.safe_load((ROOT / "stages/evidence/dvc.yaml").read_text())["stage
 SCRIPTS = {"joint": "evidence/train_joint", "block2": "evidence/train_block2", "report": "evidence/report"}
 VALUES = yaml.safe_load((ROOT / "params.yaml").read_text())
 RUN_HERE = {
-    "joint": ["deep_supervision", "shallow_wide", "grow_copy"],
+    "joint": ["deep_supervision", "shallow_wide", "grow_late_exits", "grow_copy"],
     "block2": ["frozen_all", "random", "reducible_loss", "expected_gain", "unfrozen_end", "leaky_validation"],
 }
 
@@ -111,7 +113,7 @@ def test_every_model_reports_the_same_keys_and_keeps_its_budget(ran):
 def test_the_two_budgets_are_kept_apart(ran):
     phase1 = read_json(ran / "data/facts/train_phase1.json")["train_macs"]
     added = read_json(ran / "data/facts/added_macs.json")["added_macs"]
-    for name in ("deep_supervision", "shallow_wide"):
+    for name in ("deep_supervision", "shallow_wide", "grow_late_exits"):
         metrics = read_json(ran / f"metrics/details/{name}.json")
         assert metrics["budget_macs"] == phase1 + added
         assert metrics["train_macs"] == pytest.approx(phase1 + added, rel=0.02)
@@ -155,10 +157,24 @@ def test_losses_by_document_add_up_to_the_perplexity(ran):
 
 
 def test_the_curve_ends_at_what_training_cost(ran):
-    for name in ("deep_supervision", "grow_copy", "random", "expected_gain", "unfrozen_end"):
+    for name in ("deep_supervision", "grow_late_exits", "grow_copy", "random", "expected_gain", "unfrozen_end"):
         macs = run.table(ran / f"data/curves/{name}.csv")["macs"]
         assert macs == sorted(macs)
         assert macs[-1] == pytest.approx(read_json(ran / f"metrics/details/{name}.json")["train_macs"], rel=1e-6)
+
+
+def test_a_model_that_grows_late_was_shallow_for_most_of_its_budget(ran):
+    rows = run.table(ran / "data/curves/grow_late_exits.csv")
+    assert rows["epoch"] == list(range(1, len(rows["epoch"]) + 1))
+    assert rows["tokens"] == sorted(rows["tokens"])
+    slopes = [macs / tokens for macs, tokens in zip(rows["macs"], rows["tokens"], strict=True)]
+    ledger = Ledger.of(load_model(ran / "data/phase1"), 32)
+    shallow = [
+        spent for spent, slope in zip(rows["macs"], slopes, strict=True) if slope == pytest.approx(3 * ledger.full)
+    ]
+    assert shallow[-1] / rows["macs"][-1] == pytest.approx(0.8, abs=0.05)
+    grown = load_model(ran / "data/baseline/grow_late_exits")
+    assert (grown.num_layers, grown.exit_layer) == (4, 2)
 
 
 def test_unknown_baselines_and_given_models_are_refused_in_one_sentence(ran, monkeypatch):
