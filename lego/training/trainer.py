@@ -121,10 +121,10 @@ class Trainer:
         for x, y in batches:
             x, y = x.to(self.device), y.to(self.device)
             read = k if threshold else model.num_layers
-            h = start = model.states_at(x, read)
-            first = read
-            if threshold and model.branches:  # hard tokens go back below the exit
-                start, first = model.trunk(x), model.branch_layer
+            first = model.branch_layer if threshold and model.branches else read  # that hard tokens go on from
+            h = start = model.run_layers(model.embedding(x), 1, first)
+            if first < read:
+                h = model.run_layers(start, first + 1, read)
             losses, correct, confidence = model.read_at(h, read, y)
             if threshold:
                 hard = confidence.view_as(y) < threshold  # (B, T)
