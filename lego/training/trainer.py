@@ -122,7 +122,7 @@ class Trainer:
             x, y = x.to(self.device), y.to(self.device)
             read = k if threshold else model.num_layers
             first = model.branch_layer if threshold and model.branches else read  # that hard tokens go on from
-            h = start = model.run_layers(model.embedding(x), 1, first)
+            h = start = model.trunk(x) if first < read else model.states_at(x, read)
             if first < read:
                 h = model.run_layers(start, first + 1, read)
             losses, correct, confidence = model.read_at(h, read, y)
