@@ -81,7 +81,7 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
             return generate_lossless(
                 model, prompt, count, gate=routed.gate, sampling=sampling, stop=stop, generator=drawn
             )
-        routing = partial(generate, criterion=routed.criterion, gate=routed.gate if exits else None)
+        routing = partial(generate, criterion=routed.criterion, gate=routed.gate)
         at = threshold if exits else None
         return routing(model, [prompt], count, at, sampling=sampling, stop=stop, generator=drawn)
 
