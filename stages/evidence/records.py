@@ -1,50 +1,115 @@
-"""What the suites wrote: metrics/evidence/<suite>.json, which people merge, edit and cut."""
+"""The records of the suites, metrics/evidence/<suite>.json: one line a model, setting and seed, as people merge them.
+
+`base` holds parameters; each record says what it differs by, the revision that its experiment was queued from, and
+what it was made of: code, text and Python, as dvc.lock of the experiment has them (null: computed before records
+held that).
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, RootModel, StringConstraints, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
-from lego.base.artifacts import ArtifactError, read_json
+from lego.base.artifacts import ArtifactError, read_json, write_text
+from lego.base.params import load_params
+from stages.evidence.suites import flat
 
 RESULTS = Path("metrics/evidence")
-Seed = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,4}$")]
+DIGITS = 10  # significant ones of what is kept
 Columns = dict[str, list[float | None]]
+Found = dict[str, dict[str, dict[str, dict[str, Any]]]]
+"""Setting -> model -> seed -> record."""
 
 
 class Record(BaseModel):
     """One model of one seed, as far as every reader relies on it."""
 
-    fingerprint: str
+    setting: str
+    model: str
+    seed: Annotated[int, Field(ge=0)]
     revision: str
+    changes: dict[str, Any]
+    made_of: dict[str, str] | None
     metrics: Annotated[dict[str, float | bool | None], Field(min_length=1)]
     documents: Columns
-    curve: Columns
+    curve: Columns | None = None
 
 
-class Records(RootModel[dict[str, dict[str, dict[Seed, Record]]]]):
-    """Setting -> model -> seed -> record."""
+class Records(BaseModel):
+    """A suite's file."""
+
+    base: dict[str, Any]
+    records: list[Record]
 
 
-def results(suite: str) -> dict[str, Any]:
-    """The records of a suite; empty if it has no file.
+def read(suite: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The base parameters of a suite's file and its records; nothing if there is no file.
 
     Raises:
         ArtifactError: the file is damaged or not of this shape.
     """
     file = RESULTS / f"{suite}.json"
     if not file.exists():
-        return {}
+        return {}, []
     try:
         found = read_json(file)
         Records.model_validate(found)
     except ValidationError as error:
         key = ".".join(str(part) for part in error.errors()[0]["loc"])
-        reason = f"{file}: {key} is not as the runner wrote it"
+        reason = f"{file}: {key} is not as stages.evidence.gather wrote it"
     except ArtifactError as error:
         reason = str(error).split(";")[0]
     else:
-        return found
-    raise ArtifactError(f"{reason}; bring it back with git checkout {file}, or remove it and run the suite again")
+        return found["base"], found["records"]
+    raise ArtifactError(f"{reason}; bring it back with git checkout {file}, or remove it and gather again")
+
+
+def results(suite: str) -> Found:
+    """The records of a suite, each with all its parameters; empty if it has no file.
+
+    Raises:
+        ArtifactError: as for `read`.
+    """
+    base, records = read(suite)
+    return nested([{**one, "params": base | one["changes"]} for one in records])
+
+
+def nested(records: list[dict[str, Any]]) -> Found:
+    found: Found = {}
+    for one in records:
+        found.setdefault(one["setting"], {}).setdefault(one["model"], {})[str(one["seed"])] = one
+    return found
+
+
+def flattened(found: Found) -> list[dict[str, Any]]:
+    return [one for models in found.values() for seeds in models.values() for one in seeds.values()]
+
+
+def write(suite: str, found: Found) -> None:
+    """Writes a suite's file, a record a line, in the order of their names."""
+    base = read(suite)[0] or flat(load_params().model_dump())
+    lines = []
+    for one in sorted(flattened(found), key=lambda one: (one["setting"], one["model"], one["seed"])):
+        changes = {key: value for key, value in one["params"].items() if key not in base or base[key] != value}
+        first = {key: one[key] for key in ("setting", "model", "seed", "revision")} | {"changes": changes}
+        lines.append(_line(first | {key: one[key] for key in one if key not in ("params", *first)}))
+    write_text(RESULTS / f"{suite}.json", f'{{"base":{_line(base)},\n"records":[\n' + ",\n".join(lines) + "\n]}\n")
+
+
+def _line(content: dict[str, Any]) -> str:
+    return json.dumps(rounded(content), separators=(",", ":"), allow_nan=False)
+
+
+def rounded(content: Any) -> Any:
+    """The same with numbers of DIGITS significant digits, whole ones without a point."""
+    if isinstance(content, dict):
+        return {key: rounded(value) for key, value in content.items()}
+    if isinstance(content, list):
+        return [rounded(value) for value in content]
+    if not isinstance(content, float):
+        return content
+    short = float(f"{content:.{DIGITS}g}")
+    return int(short) if short.is_integer() else short

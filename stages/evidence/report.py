@@ -16,16 +16,18 @@ from lego.model.checkpoint import load_model
 from lego.model.cost import Ledger
 from lego.report.page import Figure, Page, drawn, versions
 from lego.tokens.blocks import PackedBlocks
-from stages.evidence import graph, tables, wording
-from stages.evidence.graph import FULL, load_suites
+from stages.evidence import suites as named
+from stages.evidence import tables, wording
+from stages.evidence.current import outdated
 from stages.evidence.pictures import hard_against_random, regime_map, routed_against_cost, training_curves
 from stages.evidence.quality import criterion_rows, load_table
+from stages.evidence.records import results
+from stages.evidence.suites import FULL, load_suites
 from stages.evidence.summary import Suite, by_regime
 from stages.evidence.token_pictures import confidences, hard_by_class, sample
-from stages.evidence.wanted import outdated
 
 SETTING, MOST_TEXT, OTHER_TEXT = "default", "tokens_5500k", "wikitext2"
-NOT_RUN = "Not run yet: `python -m stages.evidence.run --full`."
+NOT_RUN = "Not run yet: `python -m stages.evidence.queue --full`."
 PICTURES = Path("metrics/pictures")
 
 
@@ -70,7 +72,7 @@ def parameters(params: Params) -> list[str]:
     return [f"seed: {values['seed']}", *named]
 
 
-def settings(asked: dict[str, graph.Suite]) -> str:
+def settings(asked: dict[str, named.Suite]) -> str:
     """What each suite changes in params.yaml, one setting a line."""
     lines = []
     for name, suite in asked.items():
@@ -127,17 +129,20 @@ def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict
         page.text(wording.facts(other, SETTING))
         page.table(*tables.main_table(other, SETTING, params, asked[OTHER_TEXT]))
     else:
-        page.text(f"Not run yet: `python -m stages.evidence.run --suite {OTHER_TEXT}` (docs/evidence.md).")
+        page.text(f"Not run yet: `python -m stages.evidence.queue --suite {OTHER_TEXT}` (docs/evidence.md).")
     page.heading("The historical protocol")
     page.text(wording.leak(core, SETTING))
 
 
-def count_outdated(suite: Suite, asked: graph.Suite) -> int | None:
-    """How many records follow from other parameters, code or text than today's; None if that cannot be told here."""
+def not_current(name: str, asked: named.Suite) -> list[list[str]] | None:
+    """What has changed since, of each record that does not follow from today's code, text and parameters.
+
+    None if that cannot be told here.
+    """
     try:
-        return len(outdated(suite.name, asked))
+        return outdated(asked, results(name))
     except StageError as error:
-        print(f"{suite.name}: {error}", flush=True)
+        print(f"{name}: {error}", flush=True)
         return None
 
 
@@ -157,7 +162,7 @@ def build(params: Params, suites: dict[str, Suite], figures: dict[str, Figure], 
     page.heading("Threats to validity")
     page.points([wording.documents_fact(suites["core"], SETTING), *wording.THREATS])
     page.heading("Made with")
-    old = {suite.name: count_outdated(suite, asked[suite.name]) for suite in suites.values()}
+    old = {suite.name: not_current(suite.name, asked[suite.name]) for suite in suites.values()}
     page.points(wording.provenance(suites, old))
     page.code("\n".join([*parameters(params), "", *versions()]))
     page.text("Each suite is that with these changes; `search` holds the factors of the learning rate that were tried.")
@@ -172,7 +177,7 @@ def main() -> None:
         if "ashem" not in suites["core"].models(SETTING):
             suites["core"] = Suite.load("quick")
             if "ashem" not in suites["core"].models(SETTING):
-                raise StageError("metrics/evidence/core.json: has no ASHEM; run python -m stages.evidence.run first")
+                raise StageError("metrics/evidence/core.json: has no ASHEM; run python -m stages.evidence.queue first")
         test = load_table(Path("data/evaluation/test.safetensors"))
         figures = drawn(PICTURES, lambda folder: draw(folder, suites, test, params.routing.criterion))
         build(params, suites, figures, test).write("metrics")

@@ -9,7 +9,7 @@ from typing import Any
 from lego.base.params import Params
 from lego.model.cost import Ledger
 from lego.report.stats import mean_interval
-from stages.evidence import graph
+from stages.evidence import suites
 from stages.evidence.summary import (
     DEEP,
     Difference,
@@ -31,7 +31,7 @@ def cells_of(found: Difference | None) -> list[str]:
     return [f"{found.over_seeds:+.2f}", f"{found.over_documents:+.2f}", found.verdict] if found else ["", "", ""]
 
 
-def at_end(suite: Suite, setting: str, model: str, params: Params, asked: graph.Suite) -> str:
+def at_end(suite: Suite, setting: str, model: str, params: Params, asked: suites.Suite) -> str:
     """A mark if the learning rate that was taken is an end of what was tried.
 
     Args:
@@ -40,13 +40,13 @@ def at_end(suite: Suite, setting: str, model: str, params: Params, asked: graph.
         asked: the suite as suites.yaml has it.
     """
     rate, factors = suite.values(setting, model, "lr")[0], asked.search
-    values = graph.changed(params.model_dump(), asked.settings.get(setting, {}))
-    base = graph.base_rate(model.removesuffix(DEEP), Params.model_validate(values))
+    values = suites.changed(params.model_dump(), asked.settings.get(setting, {}))
+    base = suites.base_rate(model.removesuffix(DEEP), Params.model_validate(values))
     ends = [base * factor for factor in (min(factors), max(factors))]
     return " (end)" if len(factors) > 1 and any(abs(rate - end) < 1e-9 * rate for end in ends) else ""
 
 
-def main_table(suite: Suite, setting: str, params: Params, asked: graph.Suite) -> Table:
+def main_table(suite: Suite, setting: str, params: Params, asked: suites.Suite) -> Table:
     """All models of the core suite, the best first."""
     header = (
         "model",
@@ -112,7 +112,7 @@ def short_table(suite: Suite, setting: str) -> Table:
     return header, rows, "Means of seeds with 95 % intervals; inference as a share of the full model's."
 
 
-def difference_table(suite: Suite, setting: str, params: Params, asked: graph.Suite) -> Table:
+def difference_table(suite: Suite, setting: str, params: Params, asked: suites.Suite) -> Table:
     """ASHEM against the other selections."""
     header = (
         "model",
@@ -141,7 +141,7 @@ def difference_table(suite: Suite, setting: str, params: Params, asked: graph.Su
     return header, rows, "Block 2 on other tokens, at equal added MACs; (end): the rate is an end of those tried."
 
 
-def regime_table(suite: Suite, params: Params, asked: graph.Suite) -> Table:
+def regime_table(suite: Suite, params: Params, asked: suites.Suite) -> Table:
     """One row a setting."""
     others = compared_in(suite)
     header = ("tokens per parameter", "setting", "seeds", "always shallow", "ASHEM", *(f"less {o}" for o in others))
@@ -162,7 +162,7 @@ def regime_table(suite: Suite, params: Params, asked: graph.Suite) -> Table:
     return header, rows, caption
 
 
-def ratios_table(suite: Suite, params: Params, asked: graph.Suite) -> Table:
+def ratios_table(suite: Suite, params: Params, asked: suites.Suite) -> Table:
     """Hard against random tokens at every share, routed alike and with the random ones at full depth."""
     header = (
         "hard_example_ratio",

@@ -287,8 +287,8 @@ def main(name: str = "") -> None:
         metrics, documents = evaluate(one, model)
         with atomic_folder(f"data/baseline/{name}") as folder:
             save_model(model, folder, tokenizer="data/tokens/tokenizer")
-        write_csv(f"data/curves/{name}.csv", spent.rows)
-        write_csv(f"data/documents/{name}.csv", documents)
+        write_csv(f"metrics/curves/{name}.csv", spent.rows)
+        write_csv(f"metrics/documents/{name}.csv", documents)
         leaky = one.store.manifest["split"] == "validation"
         mined = {"n_hard": one.n_hard, "hard_share": one.n_hard / one.store.manifest["tokens"], "leaky": leaky}
         cost, distance = one.budget.spent(spent.macs, found.best.lr), 100 * (spent.macs / one.budget.macs - 1)

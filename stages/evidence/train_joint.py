@@ -212,8 +212,8 @@ def main(name: str = "") -> None:
         metrics, documents = evaluate(params, found.best.model, planned)
         with atomic_folder(f"data/baseline/{name}") as folder:
             save_model(found.best.model, folder, tokenizer="data/tokens/tokenizer")
-        write_csv(f"data/curves/{name}.csv", curve(planned, histories[found.best.lr]))
-        write_csv(f"data/documents/{name}.csv", documents)
+        write_csv(f"metrics/curves/{name}.csv", curve(planned, histories[found.best.lr]))
+        write_csv(f"metrics/documents/{name}.csv", documents)
         spent = planned.budget.spent(macs, found.best.lr)
         leaky = read_json("data/facts/added_macs.json", "leaky")["leaky"]  # whether its budget is that of a leaky run
         unmined = {"n_hard": None, "hard_share": None, "leaky": leaky}  # it learns from every token

@@ -60,9 +60,6 @@ THREATS = (
 )
 
 
-MOVED = "6f99338"  # revision whose records were kept when code was moved
-
-
 def documents_fact(suite: Suite, setting: str) -> str:
     """How many test documents there are, how unequal, and what that makes of the bootstrap's intervals."""
     tokens = next(iter(suite.records[setting]["ashem"].values()))["documents"]["tokens"]
@@ -202,33 +199,27 @@ def break_even(ledger: Ledger, hard_ratio: float) -> str:
     )
 
 
-def provenance(suites: dict[str, Suite], outdated: dict[str, int | None]) -> list[str]:
-    """Which revisions the records were made at, and how many follow from what is no longer so, by suite."""
+def provenance(suites: dict[str, Suite], outdated: dict[str, list[list[str]] | None]) -> list[str]:
+    """Which revisions the records were made at, and what has changed since, by suite.
+
+    Args:
+        suites: with their records.
+        outdated: of each record that is not current, what has changed; None where that cannot be told.
+    """
     said = []
     for suite in suites.values():
         made = [seeds for models in suite.records.values() for name, seeds in models.items() if DEEP not in name]
         records: list[dict[str, Any]] = [record for seeds in made for record in seeds.values()]
         if records:
-            revisions, old = sorted({record["revision"] for record in records}), outdated.get(suite.name, 0)
-            note = f"; {old} of its {len(records)} records are of other parameters, code or text than today's"
-            if old is None:
-                note = "; its text is not here, so whether its records are still current was not checked"
-            shown = note if old is None or old else ""
-            said.append(f"metrics/evidence/{suite.name}.json, made at {', '.join(revisions)}{shown}")
-    regime = suites.get("regime", Suite("regime", {})).records
-    if moved := sum(
-        record["revision"] == MOVED
-        for models in regime.values()
-        for name, seeds in models.items()
-        if DEEP not in name
-        for record in seeds.values()
-    ):
-        said.append(
-            f"{moved} records of the regime map were made at {MOVED} and kept under a new fingerprint when code was "
-            "moved: docs/results.md says what showed that nothing was computed otherwise"
-        )
+            revisions, old = sorted({record["revision"] for record in records}), outdated.get(suite.name, [])
+            note = "; its text is not here, so whether its records are still current was not checked"
+            if old is not None:
+                changed = ", ".join(sorted({name for one in old for name in one}))
+                note = f"; {len(old)} of its {len(records)} are not current: {changed} changed" if old else ""
+            said.append(f"metrics/evidence/{suite.name}.json, made at {', '.join(revisions)}{note}")
     said.append(
-        "reproduce: `python -m stages.evidence.run --seeds 5`; `--full` runs all suites; then "
+        "reproduce: `python -m stages.evidence.queue --seeds 5` (`--full`: all suites), `dvc queue start -j 2`, "
+        "`python -m stages.evidence.gather`, and the first again for the later seeds; then "
         "`dvc repro stages/evidence/dvc.yaml:report`"
     )
     return said

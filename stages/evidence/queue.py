@@ -1,0 +1,144 @@
+"""Puts on DVC's queue what the suites lack: an experiment for each setting and seed with a missing or stale model.
+
+python -m stages.evidence.queue --seeds 5            the core suite; --full: all suites; --suite NAME: these alone
+dvc queue start -j 2
+python -m stages.evidence.gather
+
+Run again it queues only what is neither queued nor finished. The first seed of a setting searches the learning rates;
+the others wait until it has finished, and take what it found.
+"""
+
+import argparse
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from lego.base.harness import StageError
+from lego.base.params import load_params
+from stages.evidence.current import MISSING, rates_of, standing
+from stages.evidence.gather import cleanly, finished, git, queued, with_finished
+from stages.evidence.records import Found
+from stages.evidence.suites import FULL, Suite, changes_of, load_suites, override, target_of
+
+CODE = ("lego", "stages", "dvc.yaml", "params.yaml")
+
+
+@dataclass(frozen=True)
+class Lack:
+    """An experiment that a suite lacks: why, what it changes and runs, and whether it waits for its first seed."""
+
+    name: str
+    why: str
+    changes: dict[str, Any]
+    targets: list[str]
+    waits: bool
+
+    def command(self) -> list[str]:
+        """That puts it on the queue; the message says which Python's text it is made from."""
+        changes = [word for key, value in self.changes.items() for word in ("-S", override(key, value))]
+        message = f"{self.name}, Python {platform.python_version()}"
+        return ["dvc", "exp", "run", "--queue", "-n", self.name, "-m", message, *changes, *self.targets]
+
+
+def lacks(name: str, suite: Suite, found: Found, seeds: range, settings: list[str]) -> list[Lack]:
+    """What a suite lacks of these settings and seeds, the first seeds of all settings before the others.
+
+    Raises:
+        StageError: a setting is not valid, or its text is not here.
+    """
+    params, lacking = load_params(), []
+    for seed in seeds:
+        for setting in settings:
+            why = {model: since for model, since in standing(suite, setting, seed, found).items() if since}
+            if why:
+                searched = seed > 0 and len(suite.search) > 1
+                waits = searched and any(standing(suite, setting, 0, found).values())
+                changes = changes_of(suite, setting, seed, rates_of(found, setting, suite.models, params))
+                targets, words = [target_of(model, params) for model in why], reasons(why, found.get(setting, {}), seed)
+                lacking.append(Lack(f"{name}-{setting}-s{seed}", words, changes, targets, waits))
+    return lacking
+
+
+def reasons(why: dict[str, list[str]], found: dict[str, Any], seed: int) -> str:
+    """Models by the reason why they have to be made."""
+    by_reason: dict[str, list[str]] = {}
+    for model, since in why.items():
+        revision = found[model][str(seed)]["revision"] if since != [MISSING] else ""
+        words = f"computed at revision {revision}; since then {', '.join(since)} changed" if revision else MISSING
+        by_reason.setdefault(words, []).append(model)
+    return "; ".join(f"{', '.join(models)} ({words})" for words, models in by_reason.items())
+
+
+def held(lack: Lack, status: str, here: bool) -> str:
+    """Why an experiment that is lacking is not put on the queue, or "".
+
+    Args:
+        lack: the experiment.
+        status: what the queue says of its name, if it knows it.
+        here: whether one of its name, queued from this revision, has finished.
+    """
+    if status in ("Queued", "Running"):
+        return f"is {status.lower()}"
+    if status == "Failed":
+        return f"failed, dvc queue logs {lack.name} says why; dvc queue remove --failed, and it is queued again"
+    if here:
+        return f"has finished at this revision and is not current; dvc exp remove {lack.name}, and it is queued again"
+    return "waits for its first seed, whose learning rates it takes" if lack.waits else ""
+
+
+def asked(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Suite]]:
+    """Options and the suites that they name.
+
+    Raises:
+        StageError: they name what there is not.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, help="of core and what --suite names; default: see suites.yaml")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--full", action="store_true", help=f"the suites {', '.join(FULL)}")
+    which.add_argument("--suite", nargs="+", action="extend", help="these suites")
+    parser.add_argument("--setting", nargs="+", action="extend", help="these settings of the suites alone")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be queued, and why")
+    options, suites = parser.parse_args(arguments), load_suites()
+    names = options.suite or (FULL if options.full else ["core"])
+    if unknown := [name for name in names if name not in suites]:
+        raise StageError(f"--suite {unknown[0]}: suites.yaml has {', '.join(suites)}")
+    if options.seeds is not None and options.seeds < 1:
+        raise StageError("--seeds must be at least 1")
+    settings = {setting for name in names for setting in suites[name].settings}
+    if unknown := [setting for setting in options.setting or [] if setting not in settings]:
+        raise StageError(f"--setting {unknown[0]}: these suites have {', '.join(sorted(settings))}")
+    return options, {name: suites[name] for name in names}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options, suites = asked(arguments)
+    edited = git("status", "--porcelain", "--", *CODE).splitlines()
+    if edited and not options.dry_run:
+        raise StageError(f"{edited[0][3:]} is not committed; commit it first, as a record names the commit it is of")
+    statuses, count, head = queued(), 0, git("rev-parse", "HEAD").strip()
+    here = {one.name for one in finished() if one.revision == head}
+    for name, suite in suites.items():
+        seeds = range(options.seeds if options.seeds and (options.suite or name == "core") else suite.seeds)
+        settings = [one for one in suite.settings if options.setting is None or one in options.setting]
+        lacking = lacks(name, suite, with_finished(name, suite)[0], seeds, settings)
+        models, made = len(seeds) * len(settings) * len(suite.models), sum(len(lack.targets) for lack in lacking)
+        print(f"{name}: {models - made} of {models} models are current", flush=True)
+        for lack in lacking:
+            stays = held(lack, statuses.get(lack.name, ""), lack.name in here)
+            print(f"{lack.name} {stays or ('lacks' if options.dry_run else 'is queued')}: {lack.why}", flush=True)
+            if not stays and not options.dry_run:
+                done = subprocess.run([sys.executable, "-m", *lack.command()], capture_output=True, text=True)
+                if done.returncode:
+                    raise StageError(f"{lack.name}: {done.stderr.strip()}")
+                count += 1
+    if count:
+        print(
+            f"{count} experiments: dvc queue start -j 2, and when they have finished python -m stages.evidence.gather"
+        )
+
+
+if __name__ == "__main__":
+    cleanly(main)
