@@ -15,10 +15,10 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from lego.base.harness import StageError
+from lego.base.harness import StageError, exit_cleanly
 from lego.base.params import load_params
 from stages.evidence.current import MISSING, rates_of, standing
-from stages.evidence.gather import cleanly, finished, git, queued, with_finished
+from stages.evidence.gather import finished, git, queued, with_finished
 from stages.evidence.records import Found
 from stages.evidence.suites import FULL, Suite, changes_of, load_suites, override, target_of
 
@@ -72,13 +72,7 @@ def reasons(why: dict[str, list[str]], found: dict[str, Any], seed: int) -> str:
 
 
 def held(lack: Lack, status: str, here: bool) -> str:
-    """Why an experiment that is lacking is not put on the queue, or "".
-
-    Args:
-        lack: the experiment.
-        status: what the queue says of its name, if it knows it.
-        here: whether one of its name, queued from this revision, has finished.
-    """
+    """Why an experiment is not put on the queue, or "": by its status there, and whether it has finished `here`."""
     if status in ("Queued", "Running"):
         return f"is {status.lower()}"
     if status == "Failed":
@@ -88,57 +82,47 @@ def held(lack: Lack, status: str, here: bool) -> str:
     return "waits for its first seed, whose learning rates it takes" if lack.waits else ""
 
 
-def asked(arguments: list[str] | None) -> tuple[argparse.Namespace, dict[str, Suite]]:
-    """Options and the suites that they name.
+def put(lack: Lack) -> None:
+    done = subprocess.run([sys.executable, "-m", *lack.command()], capture_output=True, text=True)
+    if done.returncode:
+        raise StageError(f"{lack.name}: {done.stderr.strip()}")
 
-    Raises:
-        StageError: they name what there is not.
-    """
+
+def main(arguments: list[str] | None = None) -> None:
+    suites = load_suites()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, help="of core and what --suite names; default: see suites.yaml")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--full", action="store_true", help=f"the suites {', '.join(FULL)}")
-    which.add_argument("--suite", nargs="+", action="extend", help="these suites")
-    parser.add_argument("--setting", nargs="+", action="extend", help="these settings of the suites alone")
+    which.add_argument("--suite", nargs="+", action="extend", choices=suites, help="these suites")
+    every = sorted({setting for suite in suites.values() for setting in suite.settings})
+    parser.add_argument("--setting", nargs="+", action="extend", choices=every, help="these settings alone")
     parser.add_argument("--dry-run", action="store_true", help="say what would be queued, and why")
-    options, suites = parser.parse_args(arguments), load_suites()
+    options = parser.parse_args(arguments)
     names = options.suite or (FULL if options.full else ["core"])
-    if unknown := [name for name in names if name not in suites]:
-        raise StageError(f"--suite {unknown[0]}: suites.yaml has {', '.join(suites)}")
     if options.seeds is not None and options.seeds < 1:
         raise StageError("--seeds must be at least 1")
-    settings = {setting for name in names for setting in suites[name].settings}
-    if unknown := [setting for setting in options.setting or [] if setting not in settings]:
-        raise StageError(f"--setting {unknown[0]}: these suites have {', '.join(sorted(settings))}")
-    return options, {name: suites[name] for name in names}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    options, suites = asked(arguments)
     edited = git("status", "--porcelain", "--", *CODE).splitlines()
     if edited and not options.dry_run:
         raise StageError(f"{edited[0][3:]} is not committed; commit it first, as a record names the commit it is of")
     statuses, count, head = queued(), 0, git("rev-parse", "HEAD").strip()
     here = {one.name for one in finished() if one.revision == head}
-    for name, suite in suites.items():
+    for name in names:
+        suite = suites[name]
         seeds = range(options.seeds if options.seeds and (options.suite or name == "core") else suite.seeds)
-        settings = [one for one in suite.settings if options.setting is None or one in options.setting]
+        settings = [one for one in suite.settings if one in (options.setting or every)]
         lacking = lacks(name, suite, with_finished(name, suite)[0], seeds, settings)
         models, made = len(seeds) * len(settings) * len(suite.models), sum(len(lack.targets) for lack in lacking)
         print(f"{name}: {models - made} of {models} models are current", flush=True)
         for lack in lacking:
             stays = held(lack, statuses.get(lack.name, ""), lack.name in here)
-            print(f"{lack.name} {stays or ('lacks' if options.dry_run else 'is queued')}: {lack.why}", flush=True)
             if not stays and not options.dry_run:
-                done = subprocess.run([sys.executable, "-m", *lack.command()], capture_output=True, text=True)
-                if done.returncode:
-                    raise StageError(f"{lack.name}: {done.stderr.strip()}")
+                put(lack)
                 count += 1
+            print(f"{lack.name} {stays or ('lacks' if options.dry_run else 'is queued')}: {lack.why}", flush=True)
     if count:
-        print(
-            f"{count} experiments: dvc queue start -j 2, and when they have finished python -m stages.evidence.gather"
-        )
+        print(f"{count} queued: dvc queue start -j 2, and when they have finished python -m stages.evidence.gather")
 
 
 if __name__ == "__main__":
-    cleanly(main)
+    exit_cleanly(main)

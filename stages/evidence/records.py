@@ -45,15 +45,15 @@ class Records(BaseModel):
     records: list[Record]
 
 
-def read(suite: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The base parameters of a suite's file and its records; nothing if there is no file.
+def read(suite: str) -> dict[str, Any]:
+    """A suite's file, `base` and `records`; both are empty if there is none.
 
     Raises:
-        ArtifactError: the file is damaged or not of this shape.
+        ArtifactError: it is damaged or not of this shape.
     """
     file = RESULTS / f"{suite}.json"
     if not file.exists():
-        return {}, []
+        return {"base": {}, "records": []}
     try:
         found = read_json(file)
         Records.model_validate(found)
@@ -63,18 +63,14 @@ def read(suite: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     except ArtifactError as error:
         reason = str(error).split(";")[0]
     else:
-        return found["base"], found["records"]
+        return found
     raise ArtifactError(f"{reason}; bring it back with git checkout {file}, or remove it and gather again")
 
 
 def results(suite: str) -> Found:
-    """The records of a suite, each with all its parameters; empty if it has no file.
-
-    Raises:
-        ArtifactError: as for `read`.
-    """
-    base, records = read(suite)
-    return nested([{**one, "params": base | one["changes"]} for one in records])
+    """The records of a suite, each with all its parameters; empty if it has no file."""
+    content = read(suite)
+    return nested([one | {"params": content["base"] | one["changes"]} for one in content["records"]])
 
 
 def nested(records: list[dict[str, Any]]) -> Found:
@@ -90,7 +86,7 @@ def flattened(found: Found) -> list[dict[str, Any]]:
 
 def write(suite: str, found: Found) -> None:
     """Writes a suite's file, a record a line, in the order of their names."""
-    base = read(suite)[0] or flat(load_params().model_dump())
+    base = read(suite)["base"] or flat(load_params().model_dump())
     lines = []
     for one in sorted(flattened(found), key=lambda one: (one["setting"], one["model"], one["seed"])):
         changes = {key: value for key, value in one["params"].items() if key not in base or base[key] != value}
@@ -100,16 +96,11 @@ def write(suite: str, found: Found) -> None:
 
 
 def _line(content: dict[str, Any]) -> str:
-    return json.dumps(rounded(content), separators=(",", ":"), allow_nan=False)
+    short = json.loads(json.dumps(content, allow_nan=False), parse_float=_short)
+    return json.dumps(short, separators=(",", ":"))
 
 
-def rounded(content: Any) -> Any:
-    """The same with numbers of DIGITS significant digits, whole ones without a point."""
-    if isinstance(content, dict):
-        return {key: rounded(value) for key, value in content.items()}
-    if isinstance(content, list):
-        return [rounded(value) for value in content]
-    if not isinstance(content, float):
-        return content
-    short = float(f"{content:.{DIGITS}g}")
-    return int(short) if short.is_integer() else short
+def _short(number: str) -> float:
+    """A number of JSON with DIGITS significant digits, a whole one without a point."""
+    value = float(f"{float(number):.{DIGITS}g}")
+    return int(value) if value.is_integer() else value

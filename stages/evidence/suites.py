@@ -21,9 +21,8 @@ from lego.base.yaml_files import YamlError, read_yaml
 FULL = ("core", "regime", "ratios", "selection", "options", "total")  # suites of --full, in this order
 PIPELINE_MODELS = {"ashem": "evaluate_routing", "shallow_continued": "train_shallow_continued"}
 FIXED = ("seed", "search.lr_factors", "train.threads", "evaluation.latency_repeats")  # set for every experiment
-PATHS = ("data.path", "data.pretrained", "data.hub_name", "model.init_from")  # may name what lies here, outside git
 NAME = r"[A-Za-z0-9_]+"
-EXPERIMENT = re.compile(rf"({NAME})-({NAME})-s([0-9]+)")
+EXPERIMENT = rf"({NAME})-({NAME})-s([0-9]+)"  # name of one: suite, setting, seed
 
 
 class Suite(BaseModel):
@@ -92,8 +91,8 @@ def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         raise StageError(str(error)) from None
 
 
-def stage_of(model: str, params: Params) -> str:
-    """The stage that makes a model: its name in dvc.lock.
+def target_of(model: str, params: Params) -> str:
+    """The stage that makes a model, as `dvc exp run` calls it.
 
     Raises:
         StageError: none does.
@@ -102,21 +101,15 @@ def stage_of(model: str, params: Params) -> str:
         return PIPELINE_MODELS[model]
     for group in ("joint", "block2"):
         if model in getattr(params.baselines, group):
-            return f"{group}@{model}"
+            return f"stages/evidence/dvc.yaml:{group}@{model}"
     raise StageError(f"suites.yaml: no model {model}; params.yaml: baselines names those there are")
-
-
-def target_of(model: str, params: Params) -> str:
-    """What `dvc repro` and `dvc exp run` call it."""
-    stage = stage_of(model, params)
-    return f"stages/evidence/dvc.yaml:{stage}" if "@" in stage else stage
 
 
 def rate_key(model: str, params: Params) -> str:
     """The key of params.yaml that holds a model's peak learning rate."""
     if model in PIPELINE_MODELS:
         return "ashem.phase2_lr" if model == "ashem" else "yardstick.lr"
-    return f"baselines.{stage_of(model, params).replace('@', '.')}.lr"
+    return f"baselines.{target_of(model, params).partition(':')[2].replace('@', '.')}.lr"
 
 
 def base_rate(model: str, params: Params) -> float:
@@ -167,10 +160,9 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def override(key: str, value: Any) -> str:
-    """A change as `dvc exp run -S` takes it; what a key of PATHS names is found from everywhere."""
-    if isinstance(value, str):
-        if key in PATHS and Path(value).exists():
-            value = str(Path(value).absolute())
-        value = value.replace("'", "\\'")
-        return f"{key}='{value}'"
-    return f"{key}={json.dumps(value, separators=(',', ':'))}"
+    """A change as `dvc exp run -S` takes it; data.path is found from the folder that the experiment runs in."""
+    if not isinstance(value, str):
+        return f"{key}={json.dumps(value)}"
+    text = str(Path(value).absolute()) if key == "data.path" else value
+    quoted = text.replace("'", "\\'")
+    return f"{key}='{quoted}'"

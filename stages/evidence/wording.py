@@ -215,7 +215,7 @@ def provenance(suites: dict[str, Suite], outdated: dict[str, list[list[str]] | N
             note = "; its text is not here, so whether its records are still current was not checked"
             if old is not None:
                 changed = ", ".join(sorted({name for one in old for name in one}))
-                note = f"; {len(old)} of its {len(records)} are not current: {changed} changed" if old else ""
+                note = f"; {len(old)} of its {len(records)} records are not current: {changed} changed" if old else ""
             said.append(f"metrics/evidence/{suite.name}.json, made at {', '.join(revisions)}{note}")
     said.append(
         "reproduce: `python -m stages.evidence.queue --seeds 5` (`--full`: all suites), `dvc queue start -j 2`, "

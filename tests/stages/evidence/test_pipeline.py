@@ -19,15 +19,13 @@ from lego.base.scratch import fingerprint, pipeline_entry
 from lego.evaluation.routed import MODEL_KEYS
 from lego.model.checkpoint import load_model
 from lego.model.cost import Ledger
-from stages.evidence import graph, run
-from stages.evidence.graph import task_of
-from stages.evidence.records import Records
+from stages.evidence.gather import numbers, table
+from stages.evidence.records import Record
 from tests.conftest import ROOT, Clone, run_in_process
 from tests.stages.conftest import ORDER, SECTIONS, code_deps, code_lines, is_property, keys_behind, names, outs
 
 ENTRIES = yaml.safe_load((ROOT / "stages/evidence/dvc.yaml").read_text())["stages"]
 SCRIPTS = {"joint": "evidence/train_joint", "block2": "evidence/train_block2", "report": "evidence/report"}
-VALUES = yaml.safe_load((ROOT / "params.yaml").read_text())
 RUN_HERE = {
     "joint": ["deep_supervision", "shallow_wide", "grow_late_exits", "grow_copy"],
     "block2": ["frozen_all", "random", "reducible_loss", "expected_gain", "unfrozen_end", "leaky_validation"],
@@ -77,7 +75,7 @@ def test_a_baselines_files_are_nobody_elses():
     known = {out for stage in ORDER for out in outs(stage)}
     for group in ("joint", "block2"):
         for name in getattr(params.baselines, group):
-            mine = set(graph.written(pipeline_entry(f"{group}@{name}")))
+            mine = set(names(pipeline_entry(f"{group}@{name}")["outs"]))
             assert not mine & known
             known |= mine
 
@@ -96,6 +94,11 @@ def ran(tmp_path_factory) -> Path:
     finally:
         os.chdir(here)
     return clone.folder
+
+
+def columns(file: Path) -> dict[str, list]:
+    text = file.read_text()
+    return table(text, *text.splitlines()[0].split(","))
 
 
 def test_every_model_reports_the_same_keys_and_keeps_its_budget(ran):
@@ -132,7 +135,7 @@ def test_selections_leave_block_1_as_it_was_and_the_historical_protocol_does_not
         assert metrics["shallow_ratio"] == ashem["shallow_ratio"]
     unfrozen = read_json(ran / "metrics/details/unfrozen_end.json")
     assert unfrozen["hard_ppl_before"] == pytest.approx(ashem["hard_ppl_before"], rel=1e-6)  # the same tokens
-    spent = run.table(ran / "data/curves/unfrozen_end.csv")["macs"]
+    spent = columns(ran / "metrics/curves/unfrozen_end.csv")["macs"]
     assert 0.05 < (spent[-1] - spent[-2]) / unfrozen["budget_macs"] < 0.12  # the end, less the pass for its threshold
     leaky = read_json(ran / "metrics/details/leaky_validation.json")
     assert leaky["shallow_ppl"] != pytest.approx(ashem["shallow_ppl"], rel=1e-3)
@@ -146,7 +149,8 @@ def test_selections_leave_block_1_as_it_was_and_the_historical_protocol_does_not
 
 def test_losses_by_document_add_up_to_the_perplexity(ran):
     for name in ("ashem", "shallow_continued", "deep_supervision", "random", "leaky_validation"):
-        rows = run.table(ran / f"data/documents/{name}.csv")
+        place = "data" if name in ("ashem", "shallow_continued") else "metrics"
+        rows = columns(ran / f"{place}/documents/{name}.csv")
         metrics = read_json(ran / f"metrics/details/{name}.json")
         tokens = sum(rows["tokens"])
         assert tokens == read_json(ran / "data/facts/tokenize.json")["test_tokens"]
@@ -158,13 +162,13 @@ def test_losses_by_document_add_up_to_the_perplexity(ran):
 
 def test_the_curve_ends_at_what_training_cost(ran):
     for name in ("deep_supervision", "grow_late_exits", "grow_copy", "random", "expected_gain", "unfrozen_end"):
-        macs = run.table(ran / f"data/curves/{name}.csv")["macs"]
+        macs = columns(ran / f"metrics/curves/{name}.csv")["macs"]
         assert macs == sorted(macs)
         assert macs[-1] == pytest.approx(read_json(ran / f"metrics/details/{name}.json")["train_macs"], rel=1e-6)
 
 
 def test_a_model_that_grows_late_was_shallow_for_most_of_its_budget(ran):
-    rows = run.table(ran / "data/curves/grow_late_exits.csv")
+    rows = columns(ran / "metrics/curves/grow_late_exits.csv")
     assert rows["epoch"] == list(range(1, len(rows["epoch"]) + 1))
     assert rows["tokens"] == sorted(rows["tokens"])
     slopes = [macs / tokens for macs, tokens in zip(rows["macs"], rows["tokens"], strict=True)]
@@ -199,21 +203,16 @@ def test_the_fingerprint_of_a_baseline_is_found_by_its_name(ran, monkeypatch):
     assert fingerprint("joint@dense") != fingerprint("joint@static_mid")
 
 
-def test_a_record_holds_what_the_report_reads(ran, tmp_path, monkeypatch):
-    monkeypatch.setattr(graph, "text_digest", lambda data: "text")
-    monkeypatch.setattr(run, "STORE", tmp_path)
+def test_a_record_holds_what_the_report_reads(ran):
     said = "validation perplexity by learning rate: 0.004: 40.500, 0.008: inf; taken: 0.004, the end of what was tried"
-    (ran / "log.txt").write_text(f"epoch 1/1\n{said}\n")
-    records = {}
-    for model, stage in graph.PIPELINE_MODELS.items():
-        task = task_of(stage, VALUES, {})
-        for one in task.ancestors():
-            (tmp_path / one.label).unlink(missing_ok=True)
-            (tmp_path / one.label).symlink_to(ran)
-        found = run.record(run.Wanted("small", "tiny", model, 0, task))
+    first = {"setting": "tiny", "seed": 0, "revision": "x", "changes": {}, "made_of": {}}
+    for model, stage in (("ashem", "evaluate_routing"), ("random", "block2@random"), ("grow_copy", "joint@grow_copy")):
+        found = numbers(model, stage, 0, lambda path: (ran / path).read_text(), {"train_phase2": said})
+        Record.model_validate(first | {"model": model} | found)
         assert len(found["documents"]["nll"]) == len(found["documents"]["tokens"]) > 1
         assert found["curve"]["macs"] == sorted(found["curve"]["macs"])
-        records[model] = {"0": {"fingerprint": task.fingerprint, "revision": "x"} | found}
-    Records.model_validate({"tiny": records})
-    assert {"phase1", "phase1_curve", "shallow_documents", "criteria", "sweep"} <= records["ashem"]["0"].keys()
-    assert records["ashem"]["0"]["tried"] == {"0.004": 40.5, "0.008": None}
+        assert found["tried"] == ({"0.004": 40.5, "0.008": None} if model == "ashem" else {})
+        later = numbers(model, stage, 1, lambda path: (ran / path).read_text(), {})
+        assert later == {key: value for key, value in found.items() if key not in ("curve", "tried")}
+    own = numbers("ashem", "evaluate_routing", 0, lambda path: (ran / path).read_text(), {})
+    assert {"phase1", "phase1_curve", "shallow_documents", "criteria", "sweep"} <= own.keys()

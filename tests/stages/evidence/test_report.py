@@ -8,9 +8,9 @@ import math
 import pytest
 
 from lego.base.params import load_params
-from stages.evidence import graph, tables, wording
+from stages.evidence import suites, tables, wording
+from stages.evidence.gather import searched_rates
 from stages.evidence.pictures import hard_against_random, regime_map, routed_against_cost, training_curves
-from stages.evidence.run import searched_rates
 from stages.evidence.summary import DEEP, Suite, between_settings, compared_in, difference, rivals
 from stages.evidence.token_pictures import fullest
 from tests.conftest import ROOT
@@ -19,9 +19,9 @@ TOKENS = [100, 400, 250]
 PARAMS = load_params(ROOT / "params.yaml")
 
 
-def asked(*search: float, **changes) -> graph.Suite:
+def asked(*search: float, **changes) -> suites.Suite:
     """A suite as suites.yaml might have it."""
-    return graph.Suite(seeds=3, search=list(search), settings={"default": changes}, models=["ashem"])
+    return suites.Suite(seeds=3, search=list(search), settings={"default": changes}, models=["ashem"])
 
 
 def record(ppl: float, total: bool = False, leaky: bool = False, two_exits: bool = False, deep: float = 0.0, **more):
@@ -50,7 +50,7 @@ def record(ppl: float, total: bool = False, leaky: bool = False, two_exits: bool
         "leaky": leaky,
     }
     curve = {"macs": [1e11, 2e11], "val_ppl": [50.0, ppl]}
-    return {"metrics": metrics, "documents": documents, "curve": curve, "fingerprint": "x", "revision": "abc"} | more
+    return {"metrics": metrics, "documents": documents, "curve": curve, "revision": "abc"} | more
 
 
 def ashem(ppl: float, tokens: int = 1_000_000, **more):
@@ -241,8 +241,8 @@ def test_an_end_of_the_search_is_marked_by_the_settings_own_rates(records):
 
 
 def test_records_whose_text_is_not_here_are_not_called_outdated():
-    suites = {name: Suite.of(name, {"default": {"ashem": {"0": ashem(30.0)}}}) for name in ("core", "wikitext2")}
-    said = wording.provenance(suites, {"core": 1, "wikitext2": None})
-    assert "1 of its 1 records are of other parameters" in said[0]
+    made = {name: Suite.of(name, {"default": {"ashem": {"0": ashem(30.0)}}}) for name in ("core", "wikitext2")}
+    said = wording.provenance(made, {"core": [["lego/model", "ashem.phase2_lr"]], "wikitext2": None})
+    assert said[0].endswith("made at abc; 1 of its 1 records are not current: ashem.phase2_lr, lego/model changed")
     assert "its text is not here, so whether its records are still current was not checked" in said[1]
-    assert "records are of other" not in said[1]
+    assert "not current:" not in said[1]

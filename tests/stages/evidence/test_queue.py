@@ -1,0 +1,428 @@
+"""Suites as experiments: what is queued for which records, what a record says of itself, and the round through dvc."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import sys
+import time
+from contextlib import suppress
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from lego.base.artifacts import ArtifactError
+from lego.base.harness import StageError
+from lego.base.params import Params, load_params
+from stages.evidence import current, queue, suites
+from stages.evidence.gather import searched_rates
+from stages.evidence.queue import held, lacks
+from stages.evidence.records import nested, results, write
+from stages.evidence.suites import Suite, changed, changes_of, checked, flat, load_suites, override, rate_key, target_of
+from tests.conftest import ROOT, Clone, run_in_process
+from tests.kills import started, waited, workers
+from tests.stages.conftest import ORDER
+
+VALUES = load_params(ROOT / "params.yaml").model_dump()
+PARAMS = Params.model_validate(VALUES)
+SUITE = Suite(
+    seeds=2, search=[0.5, 1.0], settings={"a": {}, "b": {"ashem.hard_example_ratio": 0.3}}, models=["ashem", "dense"]
+)
+CODE = {"lego/base": "11", "lego/model": "22"}
+KEYS = ["seed", "data", "search", "ashem.phase2_lr", "ashem.hard_example_ratio", "baselines.joint.dense"]
+
+
+@pytest.fixture
+def tree(tmp_path, monkeypatch) -> Path:
+    """A folder with params.yaml, where every model is made of CODE and follows from KEYS."""
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(current, "declared", lambda target: (CODE, KEYS, []))
+    return tmp_path
+
+
+def record(setting: str, model: str, seed: int, rates: dict | None = None, suite: Suite = SUITE, **more) -> dict:
+    """Of a model as `gather` would write it today; it took half its rate."""
+    changes = changes_of(suite, setting, seed, rates or {})
+    lr = suites.base_rate(model, PARAMS) / 2
+    return {
+        "setting": setting,
+        "model": model,
+        "seed": seed,
+        "revision": "abc1234",
+        "experiment": "def5678",
+        "params": flat(changed(changed(VALUES, suite.settings[setting]), changes)),
+        "made_of": CODE | {"Python": platform.python_version()},
+        "metrics": {"lr": lr, "ppl": 30.123456789123},
+        "documents": {"tokens": [10.0, 20.0], "nll": [30.1234, None]},
+    } | more
+
+
+def first_seeds(*settings: str, **more) -> list[dict]:
+    return [record(setting, model, 0, **more) for setting in settings for model in SUITE.models]
+
+
+def lacking(*records: dict, seeds: int = 2, suite: Suite = SUITE) -> dict[str, tuple[str, bool]]:
+    """Why by name, and whether it waits."""
+    found = lacks("x", suite, nested(list(records)), range(seeds), list(suite.settings))
+    return {one.name: (one.why, one.waits) for one in found}
+
+
+def test_the_suites_name_models_and_keys_that_there_are():
+    for name, suite in load_suites().items():
+        for setting, changes in suite.settings.items():
+            params = Params.model_validate(changed(VALUES, changes))
+            for model in suite.models:
+                assert target_of(model, params), (name, setting)
+                assert suites.base_rate(model, params) == flat(params.model_dump())[rate_key(model, params)]
+    with pytest.raises(StageError, match="no model nonsense"):
+        target_of("nonsense", PARAMS)
+    for key in ("model.nonsense", "seed.x", "data.path.x", "nonsense.y.z"):
+        with pytest.raises(StageError, match="is no key of params"):
+            changed(VALUES, {key: 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("a: [", "is not valid YAML"),
+        ("", "must hold suites"),
+        ("a: 3", "a: Input should be"),
+        ("a: {seeds: 1, search: [1.0], settings: {b: {seed: 3}}, models: [ashem]}", "must not change seed"),
+        ("a: {seeds: 1, search: [1.0], settings: {b: {search.lr_factors: [2.0]}}, models: [ashem]}", "must not change"),
+        ("a: {seeds: 1, search: [1.0], settings: {b: {}}, models: [ashem, ashem]}", "models has ashem twice"),
+        ("a: {seeds: 1, search: [1.0], settings: {}, models: [ashem]}", "a: settings: "),
+        ("a: {seeds: 1, search: [1.0], settings: {b-c: {}}, models: [ashem]}", "setting b-c must be letters"),
+        ("a: {seeds: 1, search: [1.0], settings: {b: {data: {path: x}}}, models: [ashem]}", "single keys of data"),
+    ],
+)
+def test_damaged_suites_are_refused_in_a_sentence(text, sentence, tmp_path, monkeypatch):
+    (tmp_path / "suites.yaml").write_text(text)
+    monkeypatch.setattr(suites, "__file__", str(tmp_path / "suites.py"))
+    with pytest.raises(StageError, match=sentence) as error:
+        load_suites()
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "sentence"),
+    [
+        ("ashem.hard_split", "validation", r"ashem\.hard_split must be train"),
+        ("routing.criterion", "gain", "routing must be max_prob"),
+        ("routing.hard_ratio", 0.2, "routing must be max_prob"),
+        ("ashem.hard_example_ratio", 1.5, r"setting a: ashem\.hard_example_ratio"),
+    ],
+)
+def test_settings_that_cannot_be_compared_are_refused(key, value, sentence):
+    with pytest.raises(StageError, match=sentence):
+        checked(changed(VALUES, {key: value}), "a")
+
+
+def test_wrong_requests_are_refused(capsys):
+    for asked in (["--suite", "none"], ["--setting", "none"]):
+        with pytest.raises(SystemExit):
+            queue.main(asked)
+        assert "invalid choice: 'none'" in capsys.readouterr().err
+    with pytest.raises(StageError, match="--seeds must be at least 1"):
+        queue.main(["--seeds", "0"])
+
+
+@pytest.mark.parametrize("value", [" = [^=]", "it's 'so'", "a=b,c", None, True, 0.004, 1e-05, 3, [0.5, 1.0], "x: {y}"])
+def test_a_change_reaches_an_experiment_as_it_is(value):
+    (parsed,) = OverridesParser.create().parse_overrides([override("data.split_on", value)])
+    assert getattr(parsed.value(), "text", parsed.value()) == value
+
+
+def test_a_path_is_found_from_the_folder_of_an_experiment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert override("data.path", "wikitext2") == f"data.path='{tmp_path / 'wikitext2'}'"
+
+
+def test_first_seeds_are_queued_and_the_others_wait_for_the_rates_that_they_take(tree):
+    assert lacking() == {
+        "x-a-s0": ("ashem, dense (missing)", False),
+        "x-b-s0": ("ashem, dense (missing)", False),
+        "x-a-s1": ("ashem, dense (missing)", True),
+        "x-b-s1": ("ashem, dense (missing)", True),
+    }
+    assert lacking(*first_seeds("a"), seeds=1) == {"x-b-s0": ("ashem, dense (missing)", False)}
+    later = lacks("x", SUITE, nested(first_seeds("a")), range(1, 2), ["a", "b"])
+    assert [one.waits for one in later] == [False, True]
+    assert later[0].changes == {
+        "seed": 1,
+        "train.threads": 1,
+        "evaluation.latency_repeats": 0,
+        "search.lr_factors": [1.0],
+        "ashem.phase2_lr": PARAMS.ashem.phase2_lr / 2,
+        "baselines.joint.dense.lr": PARAMS.baselines.joint["dense"].lr / 2,
+    }
+    assert later[0].targets == ["evaluate_routing", "stages/evidence/dvc.yaml:joint@dense"]
+    (first,) = lacks("x", SUITE, {}, range(1), ["b"])
+    assert first.changes["search.lr_factors"] == [0.5, 1.0]
+    assert first.changes["ashem.hard_example_ratio"] == 0.3
+
+
+def test_a_suite_without_a_search_waits_for_nothing(tree):
+    single = SUITE.model_copy(update={"search": [1.0]})
+    assert [waits for _, waits in lacking(suite=single).values()] == [False] * 4
+
+
+def test_what_is_current_is_not_queued_and_what_lacks_is_queued_alone(tree):
+    rates = {
+        "ashem.phase2_lr": PARAMS.ashem.phase2_lr / 2,
+        "baselines.joint.dense.lr": PARAMS.baselines.joint["dense"].lr / 2,
+    }
+    made = [*first_seeds("a", "b"), *(record(setting, model, 1, rates) for setting in "ab" for model in SUITE.models)]
+    assert lacking(*made) == {}
+    assert lacking(*made[:-1]) == {"x-b-s1": ("dense (missing)", False)}
+
+
+def test_a_record_is_stale_by_code_by_parameter_by_python_and_by_what_it_does_not_hold(tree, monkeypatch):
+    def since(**more) -> str:
+        why, waits = lacking(*first_seeds("a", **more), seeds=1).get("x-a-s0", ("", False))
+        assert not waits
+        return why
+
+    assert since() == ""
+    said = "ashem, dense (computed at revision abc1234; since then {} changed)"
+    own = record("a", "ashem", 0)
+    assert since(made_of=own["made_of"] | {"lego/model": "33"}) == said.format("lego/model")
+    assert since(made_of=own["made_of"] | {"Python": "3.11.0"}) == said.format("Python")
+    assert since(made_of=None) == said.format(current.NOT_KNOWN)
+    assert since(params=own["params"] | {"ashem.phase2_lr": 1.0}) == said.format("ashem.phase2_lr")
+    assert since(params=own["params"] | {"ashem.phase1_lr": 1.0}) == ""  # nothing here follows from it
+    assert since(params={key: one for key, one in own["params"].items() if key != "seed"}) == said.format("seed")
+    path = tree / "params.yaml"
+    path.write_text(path.read_text().replace("phase2_lr: 8.0e-03", "phase2_lr: 7.0e-03"))
+    assert since() == said.format("ashem.phase2_lr")
+    found = nested(first_seeds("a"))
+    assert current.outdated(SUITE, found) == [["ashem.phase2_lr"]] * 2
+    assert current.outdated(SUITE.model_copy(update={"models": ["dense"]}), found)[0] == ["suites.yaml"]
+
+
+def test_another_rate_of_the_first_seed_makes_the_later_ones_anew(tree):
+    later = [record("a", model, 1, {"ashem.phase2_lr": 0.5}) for model in SUITE.models]
+    found = lacking(*first_seeds("a", "b"), *later)["x-a-s1"]
+    assert "ashem.phase2_lr, baselines.joint.dense.lr" in found[0]
+
+
+def test_a_text_that_is_missing_is_named_and_one_that_is_here_is_known_by_its_content():
+    with pytest.raises(StageError, match=r"data\.path nowhere is missing"):
+        current.text_of("text", "nowhere")
+    assert current.text_of("hub", "") == {}
+    assert re.fullmatch("[0-9a-f]{8}", current.text_of("text", str(ROOT / "text"))["text"])
+
+
+@pytest.mark.parametrize(
+    ("status", "here", "sentence"),
+    [
+        ("Queued", False, "is queued"),
+        ("Running", False, "is running"),
+        ("Failed", False, "dvc queue logs x-a-s0 says why"),
+        ("Success", True, "dvc exp remove x-a-s0"),
+        ("", False, ""),
+    ],
+)
+def test_what_is_on_the_queue_is_not_put_there_again(status, here, sentence, tree):
+    (lack, _) = lacks("x", SUITE, {}, range(1), ["a", "b"])
+    said = held(lack, status, here)
+    assert sentence in said
+    assert bool(said) == bool(sentence)
+
+
+def test_records_are_lines_that_hold_what_differs_and_come_back_as_they_were(tree):
+    made = [*reversed(first_seeds("a", "b"))]
+    write("x", nested(made))
+    text = Path("metrics/evidence/x.json").read_text()
+    lines = text.splitlines()
+    assert len(lines) == 2 + 4 + 1
+    assert lines[2].startswith('{"setting":"a","model":"ashem","seed":0,"revision":"abc1234","changes":{')
+    assert json.loads(lines[-2])["changes"].keys() == {
+        "ashem.hard_example_ratio",
+        "evaluation.latency_repeats",
+        "search.lr_factors",
+        *(["train.threads"] if PARAMS.train.threads != 1 else []),
+    }
+    found = results("x")
+    assert found["a"]["dense"]["0"]["documents"] == {"tokens": [10, 20], "nll": [30.1234, None]}
+    assert found["a"]["dense"]["0"]["metrics"]["ppl"] == 30.12345679
+    assert found["b"]["ashem"]["0"]["params"] == record("b", "ashem", 0)["params"]
+    assert lacking(*first_seeds("b"), *[one["0"] for one in found["a"].values()], seeds=1) == {}
+    write("x", found)
+    assert Path("metrics/evidence/x.json").read_text() == text
+
+
+@pytest.mark.parametrize(
+    "damage", [[], {}, {"base": {}, "records": [{"setting": "a"}]}, {"base": [], "records": []}, "{"]
+)
+def test_damaged_records_are_named_and_left_alone(damage, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "metrics/evidence/core.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(damage if isinstance(damage, str) else json.dumps(damage))
+    before = file.read_bytes()
+    with pytest.raises(ArtifactError, match=r"evidence/core\.json.* git checkout") as error:
+        results("core")
+    assert "\n" not in str(error.value)
+    assert file.read_bytes() == before
+
+
+def test_the_committed_records_can_be_read():
+    for file in (ROOT / "metrics/evidence").glob("*.json"):
+        assert file.stem in load_suites()
+        assert all(len(line) > 2 for line in file.read_text().splitlines()[2:-1])
+
+
+def test_rates_that_were_tried_are_read_from_what_the_search_prints():
+    log = "epoch 1\nvalidation perplexity by learning rate: 0.003: 40.125, 0.006: inf; taken: 0.003, the end\nlast"
+    assert searched_rates(log) == {"0.003": 40.125, "0.006": None}
+    assert searched_rates("") == {}
+
+
+TINY_SUITE = """
+small:
+  seeds: 2
+  search: [0.5, 1.0]
+  settings:
+    half: {}
+    third: {ashem.hard_example_ratio: 0.3, data.split_on: ' = [^=]'}
+    file: {data.source: text, data.path: ../outside}
+  models: [ashem, random]
+"""
+
+
+def killed(clone: Clone) -> None:
+    """Kills the queue's workers, with their stages, once one of them trains, and clears up as README.md says."""
+    while not any(file.read_text().strip() for file in clone.folder.glob(".dvc/tmp/exps/tmp*/.scratch/locks/train_*")):
+        time.sleep(0.2)
+    found = workers(clone)
+    for process in found:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    while any(Path(f"/proc/{process}").exists() for process in found):
+        time.sleep(0.1)
+    lost = re.findall(r"(small-\w+-s\d)\s.*Running", clone.run("dvc", "queue", "status"))
+    assert lost
+    clone.run("dvc", "queue", "kill", "--force", *lost)
+    clone.run("dvc", "queue", "remove", "--failed")
+    for folder in clone.folder.glob(".dvc/tmp/exps/tmp*"):
+        shutil.rmtree(folder)
+
+
+def directly(clone: Clone, folder: Path, changes: dict) -> dict:
+    """The metrics of both models from the stages alone, without dvc."""
+    values = copy.deepcopy(yaml.safe_load((clone.folder / "params.yaml").read_text()))
+    folder.mkdir()
+    (folder / "params.yaml").write_text(yaml.safe_dump(changed(values, changes)))
+    run_in_process(folder, ORDER)
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        import_module("stages.evidence.train_block2").main("random")
+    finally:
+        os.chdir(before)
+    return {model: Clone(folder).json(f"metrics/details/{model}.json") for model in ("ashem", "random")}
+
+
+@pytest.mark.slow
+def test_a_suite_goes_through_the_queue_and_a_kill_and_two_clones(tmp_path, monkeypatch):
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "outside").mkdir()
+    shutil.copy(json.__file__, tmp_path / "outside/json.txt")
+    for number in range(60):
+        (tmp_path / f"outside/{number}.txt").write_text(f"Text {number} has some words, and here are more. " * 100)
+    clone = Clone.of_this_tree(tmp_path / "clone")
+    ask = (sys.executable, "-m", "stages.evidence.queue", "--suite", "small", "--setting", "half", "third")
+    (clone.folder / "stages/evidence/suites.yaml").write_text(TINY_SUITE)
+    assert "stages/evidence/suites.yaml is not committed; commit it first" in clone.run(*ask, fails=True)
+    clone.commit("a suite")
+
+    assert "small-half-s0 lacks: ashem, random (missing)" in clone.run(*ask, "--dry-run")
+    assert "2 queued" in clone.run(*ask)
+    assert "small-half-s0 is queued" in (again := clone.run(*ask))
+    assert "queued:" not in again.splitlines()[-1] or "waits" in again
+    (clone.folder / ".scratch").mkdir(exist_ok=True)
+    started(clone, "dvc", "queue", "start", "-j", "2").wait()
+    killed(clone)
+    clone.run(*ask)
+    started(clone, "dvc", "queue", "start", "-j", "2").wait()
+    waited(clone)
+    assert "is cached" in clone.run("dvc", "queue", "logs", "small-third-s0")  # what was made before the kill
+    gathered = clone.run(sys.executable, "-m", "stages.evidence.gather")
+    assert gathered.count(": ashem, random") == 2
+    said = clone.run(*ask)
+    assert "4 of 8 models are current" in said
+    assert "2 queued" in said
+    started(clone, "dvc", "queue", "start", "-j", "2").wait()
+    waited(clone)
+    clone.run(sys.executable, "-m", "stages.evidence.gather")
+    assert "8 of 8 models are current" in clone.run(*ask)
+
+    monkeypatch.chdir(clone.folder)
+    found = results("small")
+    for setting, seed in (("third", "0"), ("half", "1")):
+        one = found[setting]["random"][seed]
+        rates = {key: one["params"][key] for key in ("ashem.phase2_lr", "baselines.block2.random.lr")}
+        changes = changes_of(load_suites_of(clone)["small"], setting, int(seed), rates)
+        expected = directly(clone, tmp_path / f"{setting}{seed}", changes)
+        for model, metrics in expected.items():
+            assert found[setting][model][seed]["metrics"] == pytest.approx(metrics, rel=1e-9), (setting, model)
+    assert {one["metrics"]["lr"] for one in found["half"]["random"].values()} == {
+        found["half"]["random"]["0"]["metrics"]["lr"]
+    }
+
+    clone.commit("records")
+    clone.run("git", "init", "-q", "--bare", str(tmp_path / "origin"))
+    clone.run("git", "remote", "add", "origin", str(tmp_path / "origin"))
+    clone.run("git", "push", "-q", "origin", "HEAD:refs/heads/main")
+    clone.run("dvc", "remote", "add", "--local", "-d", "storage", str(tmp_path / "storage"))
+    clone.run("dvc", "exp", "push", "-q", "-A", "origin")
+    clone.run("git", "clone", "-q", "-b", "main", str(tmp_path / "origin"), str(tmp_path / "other"))
+    other = Clone(tmp_path / "other")
+    before = (clone.folder / "metrics/evidence/small.json").read_text()
+    (other.folder / "metrics/evidence/small.json").unlink()
+    other.run("dvc", "remote", "add", "--local", "-d", "storage", str(tmp_path / "storage"))
+    other.run("dvc", "exp", "pull", "-q", "-A", "origin")
+    other.run(sys.executable, "-m", "stages.evidence.gather")
+    after = re.sub(r',"tried":\{[^}]*\}', "", (other.folder / "metrics/evidence/small.json").read_text())
+    assert after == re.sub(r',"tried":\{[^}]*\}', "", before)  # printed where it ran
+
+    with (clone.folder / "lego/model/cost.py").open("a") as file:
+        file.write("# changed\n")
+    assert re.search(
+        r"small-half-s0 lacks: ashem, random \(computed at revision \w{7}; since then lego/model changed",
+        (clone.run(*ask, "--dry-run")),
+    )
+
+
+@pytest.mark.slow
+def test_text_outside_of_git_is_read_in_the_folder_of_an_experiment(tmp_path):
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "outside").mkdir()
+    for number in range(60):
+        (tmp_path / f"outside/{number}.txt").write_text(f"Text {number} has some words, and here are more. " * 200)
+    clone = Clone.of_this_tree(tmp_path / "clone")
+    (clone.folder / "stages/evidence/suites.yaml").write_text(TINY_SUITE.replace("random", "shallow_continued"))
+    clone.commit("a suite")
+    ask = (sys.executable, "-m", "stages.evidence.queue", "--suite", "small", "--setting", "file", "--seeds", "1")
+    clone.run(*ask)
+    (clone.folder / ".scratch").mkdir(exist_ok=True)
+    started(clone, "dvc", "queue", "start", "-j", "1").wait()
+    waited(clone)
+    assert "small-file-s0: ashem, shallow_continued" in clone.run(sys.executable, "-m", "stages.evidence.gather")
+    assert "2 of 2 models are current" in clone.run(*ask)
+    (tmp_path / "outside/0.txt").write_text("Other text. " * 500)
+    assert "since then text changed" in clone.run(*ask, "--dry-run")
+
+
+def load_suites_of(clone: Clone) -> dict[str, Suite]:
+    found = yaml.safe_load((clone.folder / "stages/evidence/suites.yaml").read_text())
+    return {name: Suite.model_validate(suite) for name, suite in found.items()}
