@@ -24,7 +24,7 @@ from dvc.utils.serialize import parse_yaml
 from lego.base.harness import StageError, exit_cleanly
 from lego.base.params import load_params
 from stages.evidence.current import SHOWN, declared, is_code, standing
-from stages.evidence.records import Found, flattened, nested, results, write
+from stages.evidence.records import Found, flattened, nested, results, rounded, write
 from stages.evidence.suites import EXPERIMENT, Suite, flat, load_suites, target_of
 
 SEARCHED = "validation perplexity by learning rate:"  # what lego.training.search prints
@@ -136,16 +136,10 @@ def records_of(experiment: Experiment, suite: Suite) -> Iterator[dict[str, Any]]
         hashes = {dep["path"]: dep["md5"][:SHOWN] for dep in deps if is_code(dep["path"])}
         text = hashes.pop(data["path"], "")
         known = {"python-stdlib": {"Python": python[1] if python else ""}, "text": {"text": text}}
-        yield {
-            "setting": experiment.setting,
-            "model": model,
-            "seed": experiment.seed,
-            "revision": experiment.revision[:7],
-            "experiment": experiment.commit[:7],
-            "params": own,
-            "made_of": hashes | known.get(data["source"], {}),
-            **numbers(model, stage, experiment.seed, read, printed),
-        }
+        record = {"setting": experiment.setting, "model": model, "seed": experiment.seed}
+        record |= {"revision": experiment.revision[:SHOWN], "experiment": experiment.commit[:SHOWN], "params": own}
+        record["made_of"] = dict(sorted((hashes | known.get(data["source"], {})).items()))
+        yield rounded(record | numbers(model, stage, experiment.seed, read, printed))
 
 
 def with_finished(name: str, suite: Suite) -> tuple[Found, list[str]]:
@@ -157,7 +151,7 @@ def with_finished(name: str, suite: Suite) -> tuple[Found, list[str]]:
     known = {one["experiment"] for one in flattened(found) if "experiment" in one}
     for experiment in finished():
         setting, seed = experiment.setting, experiment.seed
-        if experiment.suite != name or setting not in suite.settings or experiment.commit[:7] in known:
+        if experiment.suite != name or setting not in suite.settings or experiment.commit[:SHOWN] in known:
             continue
         new = list(records_of(experiment, suite))
         before = standing(suite, setting, seed, found)

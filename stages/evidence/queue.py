@@ -22,7 +22,7 @@ from stages.evidence.gather import finished, git, queued, with_finished
 from stages.evidence.records import Found
 from stages.evidence.suites import FULL, Suite, changes_of, load_suites, override, target_of
 
-CODE = ("lego", "stages", "dvc.yaml", "params.yaml")
+CODE = ("lego", "stages", "dvc.yaml", "params.yaml", ":!*dvc.lock")
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,18 @@ class Lack:
     targets: list[str]
     waits: bool
 
-    def command(self) -> list[str]:
-        """That puts it on the queue; the message says which Python's text it is made from."""
-        changes = [word for key, value in self.changes.items() for word in ("-S", override(key, value))]
-        message = f"{self.name}, Python {platform.python_version()}"
-        return ["dvc", "exp", "run", "--queue", "-n", self.name, "-m", message, *changes, *self.targets]
+    def put(self) -> None:
+        """Puts it on the queue; the message says of which Python's text it is made.
+
+        Raises:
+            StageError: dvc did not take it.
+        """
+        command = [sys.executable, "-m", "dvc", "exp", "run", "--queue", "-n", self.name]
+        command += ["-m", f"{self.name}, Python {platform.python_version()}"]
+        command += [word for key, value in self.changes.items() for word in ("-S", override(key, value))]
+        done = subprocess.run([*command, *self.targets], capture_output=True, text=True)
+        if done.returncode:
+            raise StageError(f"{self.name}: {done.stderr.strip()}")
 
 
 def lacks(name: str, suite: Suite, found: Found, seeds: range, settings: list[str]) -> list[Lack]:
@@ -82,12 +89,6 @@ def held(lack: Lack, status: str, here: bool) -> str:
     return "waits for its first seed, whose learning rates it takes" if lack.waits else ""
 
 
-def put(lack: Lack) -> None:
-    done = subprocess.run([sys.executable, "-m", *lack.command()], capture_output=True, text=True)
-    if done.returncode:
-        raise StageError(f"{lack.name}: {done.stderr.strip()}")
-
-
 def main(arguments: list[str] | None = None) -> None:
     suites = load_suites()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -117,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
         for lack in lacking:
             stays = held(lack, statuses.get(lack.name, ""), lack.name in here)
             if not stays and not options.dry_run:
-                put(lack)
+                lack.put()
                 count += 1
             print(f"{lack.name} {stays or ('lacks' if options.dry_run else 'is queued')}: {lack.why}", flush=True)
     if count:

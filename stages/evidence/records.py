@@ -96,8 +96,12 @@ def write(suite: str, found: Found) -> None:
 
 
 def _line(content: dict[str, Any]) -> str:
-    short = json.loads(json.dumps(content, allow_nan=False), parse_float=_short)
-    return json.dumps(short, separators=(",", ":"))
+    return json.dumps(rounded(content), separators=(",", ":"))
+
+
+def rounded(content: dict[str, Any]) -> dict[str, Any]:
+    """What comes back once it is written."""
+    return json.loads(json.dumps(content, allow_nan=False), parse_float=_short)
 
 
 def _short(number: str) -> float:

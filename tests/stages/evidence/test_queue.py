@@ -335,10 +335,6 @@ def directly(clone: Clone, folder: Path, changes: dict) -> dict:
 @pytest.mark.slow
 def test_a_suite_goes_through_the_queue_and_a_kill_and_two_clones(tmp_path, monkeypatch):
     (tmp_path / "clone").mkdir()
-    (tmp_path / "outside").mkdir()
-    shutil.copy(json.__file__, tmp_path / "outside/json.txt")
-    for number in range(60):
-        (tmp_path / f"outside/{number}.txt").write_text(f"Text {number} has some words, and here are more. " * 100)
     clone = Clone.of_this_tree(tmp_path / "clone")
     ask = (sys.executable, "-m", "stages.evidence.queue", "--suite", "small", "--setting", "half", "third")
     (clone.folder / "stages/evidence/suites.yaml").write_text(TINY_SUITE)
@@ -347,8 +343,9 @@ def test_a_suite_goes_through_the_queue_and_a_kill_and_two_clones(tmp_path, monk
 
     assert "small-half-s0 lacks: ashem, random (missing)" in clone.run(*ask, "--dry-run")
     assert "2 queued" in clone.run(*ask)
-    assert "small-half-s0 is queued" in (again := clone.run(*ask))
-    assert "queued:" not in again.splitlines()[-1] or "waits" in again
+    again = clone.run(*ask)
+    assert "small-half-s0 is queued" in again
+    assert "dvc queue start" not in again  # nothing was put there
     (clone.folder / ".scratch").mkdir(exist_ok=True)
     started(clone, "dvc", "queue", "start", "-j", "2").wait()
     killed(clone)
@@ -398,7 +395,7 @@ def test_a_suite_goes_through_the_queue_and_a_kill_and_two_clones(tmp_path, monk
     with (clone.folder / "lego/model/cost.py").open("a") as file:
         file.write("# changed\n")
     assert re.search(
-        r"small-half-s0 lacks: ashem, random \(computed at revision \w{7}; since then lego/model changed",
+        r"small-half-s0 lacks: ashem, random \(computed at revision \w{8}; since then lego/model changed",
         (clone.run(*ask, "--dry-run")),
     )
 
