@@ -16,10 +16,10 @@ from dvc.repo import Repo
 from lego.base.harness import StageError
 from lego.base.params import Params, load_params
 from stages.evidence.records import Found
-from stages.evidence.suites import Suite, changed, changes_of, checked, flat, rate_key, target_of
+from stages.evidence.suites import Suite, changed, changes_of, checked, flat, made_by
 
 BESIDE = "train_shallow_continued"  # evaluate_routing prints the yardstick beside ASHEM, whose numbers do not follow
-MISSING, NOT_KNOWN = "missing", "code (records did not hold it then)"
+MISSING, NOT_KNOWN = "missing", "code (not recorded before 2026-11-27)"
 SHOWN = 8  # hexadecimal digits of a hash
 
 
@@ -67,7 +67,7 @@ def text_of(source: str, path: str) -> dict[str, str]:
 def rates_of(found: Found, setting: str, models: list[str], params: Params) -> dict[str, float]:
     """The rate that the first seed of a setting took, by its key, of the models that it has made."""
     first = {model: found.get(setting, {}).get(model, {}).get("0") for model in models}
-    return {rate_key(model, params): one["metrics"]["lr"] for model, one in first.items() if one}
+    return {made_by(model, params)[1]: one["metrics"]["lr"] for model, one in first.items() if one}
 
 
 def differing(record: dict[str, Any], values: dict[str, Any], target: str) -> list[str]:
@@ -76,7 +76,7 @@ def differing(record: dict[str, Any], values: dict[str, Any], target: str) -> li
     Args:
         record: with all its parameters, as `results` gives it.
         values: today's parameters of the same model, setting and seed, by section.
-        target: as `target_of` has it.
+        target: as `made_by` has it.
     """
     (code, keys, _), then, data = declared(target), record["params"], values["data"]
     own = {key: value for key, value in flat(values).items() if any(f"{key}.".startswith(f"{one}.") for one in keys)}
@@ -99,7 +99,7 @@ def standing(suite: Suite, setting: str, seed: int, found: Found) -> dict[str, l
     values, why = checked(changed(values, changes), setting).model_dump(), dict[str, list[str]]()
     for model in suite.models:
         record = found.get(setting, {}).get(model, {}).get(str(seed))
-        why[model] = differing(record, values, target_of(model, params)) if record else [MISSING]
+        why[model] = differing(record, values, made_by(model, params)[0]) if record else [MISSING]
     return why
 
 

@@ -25,7 +25,7 @@ from lego.base.harness import StageError, exit_cleanly
 from lego.base.params import load_params
 from stages.evidence.current import SHOWN, declared, is_code, standing
 from stages.evidence.records import Found, flattened, nested, results, rounded, write
-from stages.evidence.suites import EXPERIMENT, Suite, flat, load_suites, target_of
+from stages.evidence.suites import EXPERIMENT, Suite, flat, load_suites, made_by
 
 SEARCHED = "validation perplexity by learning rate:"  # what lego.training.search prints
 PHASE1 = ("parameters", "train_tokens", "train_text_tokens", "phase1_converged", "val_ppl")
@@ -34,17 +34,14 @@ LOCKS = ("dvc.lock", "stages/evidence/dvc.lock")
 
 
 class Experiment(NamedTuple):
-    """A finished experiment: what it is of, its commit, and the revision that it was queued from."""
+    """A finished experiment: its name and what that says, its commit, and the revision that it was queued from."""
 
+    name: str
     suite: str
     setting: str
     seed: int
     commit: str
     revision: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.suite}-{self.setting}-s{self.seed}"
 
 
 def git(*command: str) -> str:
@@ -57,8 +54,8 @@ def git(*command: str) -> str:
 def finished() -> list[Experiment]:
     """The experiments of suites that are in this clone, the oldest first."""
     listed = git("for-each-ref", "--sort=committerdate", "--format=%(refname) %(objectname)", "refs/exps").splitlines()
-    found = [re.fullmatch(rf"refs/exps/(\w\w)/(\w{{38}})/{EXPERIMENT} (\w+)", line) for line in listed]
-    return [Experiment(one[3], one[4], int(one[5]), one[6], one[1] + one[2]) for one in found if one]
+    found = [re.fullmatch(rf"refs/exps/(\w\w)/(\w{{38}})/({EXPERIMENT}) (\w+)", line) for line in listed]
+    return [Experiment(one[3], one[4], one[5], int(one[6]), one[7], one[1] + one[2]) for one in found if one]
 
 
 def table(text: str, *columns: str) -> dict[str, list[float | None]]:
@@ -128,7 +125,7 @@ def records_of(experiment: Experiment, suite: Suite) -> Iterator[dict[str, Any]]
     python = re.search(r"Python (\S+)", git("log", "-1", "--format=%B", experiment.commit))
     own, data = flat(values), values["data"]
     for model in suite.models:
-        target = target_of(model, load_params())
+        target = made_by(model, load_params())[0]
         stage = target.rpartition(":")[2]
         if stage not in stages or not flat(stages[stage]["params"]["params.yaml"]).items() <= own.items():
             continue  # it was not among the targets: dvc.lock has none, or that of the revision

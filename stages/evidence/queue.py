@@ -20,7 +20,7 @@ from lego.base.params import load_params
 from stages.evidence.current import MISSING, rates_of, standing
 from stages.evidence.gather import finished, git, queued, with_finished
 from stages.evidence.records import Found
-from stages.evidence.suites import FULL, Suite, changes_of, load_suites, override, target_of
+from stages.evidence.suites import FULL, Suite, changes_of, load_suites, made_by, override
 
 CODE = ("lego", "stages", "dvc.yaml", "params.yaml", ":!*dvc.lock")
 
@@ -63,7 +63,10 @@ def lacks(name: str, suite: Suite, found: Found, seeds: range, settings: list[st
                 searched = seed > 0 and len(suite.search) > 1
                 waits = searched and any(standing(suite, setting, 0, found).values())
                 changes = changes_of(suite, setting, seed, rates_of(found, setting, suite.models, params))
-                targets, words = [target_of(model, params) for model in why], reasons(why, found.get(setting, {}), seed)
+                targets, words = (
+                    [made_by(model, params)[0] for model in why],
+                    reasons(why, found.get(setting, {}), seed),
+                )
                 lacking.append(Lack(f"{name}-{setting}-s{seed}", words, changes, targets, waits))
     return lacking
 

