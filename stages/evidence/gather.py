@@ -140,9 +140,9 @@ def records_of(experiment: Experiment, suite: Suite) -> Iterator[dict[str, Any]]
 
 
 def with_finished(name: str, suite: Suite) -> tuple[Found, list[str]]:
-    """The records of a suite with those of finished experiments, and the names of the experiments that were read.
+    """The records of a suite with those of finished experiments, and what was read of which.
 
-    A current record is not replaced by one that is not.
+    A current record is not replaced by one that is not, where that can be told.
     """
     found, names = results(name), []
     known = {one["experiment"] for one in flattened(found) if "experiment" in one}
@@ -151,9 +151,12 @@ def with_finished(name: str, suite: Suite) -> tuple[Found, list[str]]:
         if experiment.suite != name or setting not in suite.settings or experiment.commit[:SHOWN] in known:
             continue
         new = list(records_of(experiment, suite))
-        before = standing(suite, setting, seed, found)
-        after = standing(suite, setting, seed, nested([*flattened(found), *new]))
-        taken = [one for one in new if before[one["model"]] or not after[one["model"]]]
+        try:
+            before = standing(suite, setting, seed, found)
+            after = standing(suite, setting, seed, nested([*flattened(found), *new]))
+        except StageError:  # its text is not here
+            before, after = {}, {}
+        taken = [one for one in new if not after.get(one["model"]) or before.get(one["model"])]
         found = nested([*flattened(found), *taken])
         if taken:
             names.append(f"{experiment.name}: {', '.join(one['model'] for one in taken)}")

@@ -22,7 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from lego.base.artifacts import ArtifactError
 from lego.base.harness import StageError
 from lego.base.params import Params, load_params
-from stages.evidence import current, queue, suites
+from stages.evidence import current, gather, queue, suites
 from stages.evidence.gather import searched_rates
 from stages.evidence.queue import held, lacks
 from stages.evidence.records import nested, results, write
@@ -282,6 +282,27 @@ def test_rates_that_were_tried_are_read_from_what_the_search_prints():
     log = "epoch 1\nvalidation perplexity by learning rate: 0.003: 40.125, 0.006: inf; taken: 0.003, the end\nlast"
     assert searched_rates(log) == {"0.003": 40.125, "0.006": None}
     assert searched_rates("") == {}
+
+
+def test_a_current_record_stays_and_any_other_gives_way_to_what_has_finished(tree, monkeypatch):
+    stale = {"made_of": record("a", "ashem", 0)["made_of"] | {"lego/model": "33"}}
+    suite = SUITE.model_copy(update={"settings": {"a": {}, "there": {"data.source": "text", "data.path": "nowhere"}}})
+
+    def taken(setting: str, held: list[dict], finished: list[dict]) -> list[str]:
+        """Models whose record comes from the experiment."""
+        one = gather.Experiment(f"x-{setting}-s0", "x", setting, 0, "f" * 40, "e" * 40)
+        monkeypatch.setattr(gather, "finished", lambda: [one])
+        monkeypatch.setattr(gather, "records_of", lambda *_: iter([new | {"experiment": "f" * 8} for new in finished]))
+        monkeypatch.setattr(gather, "results", lambda name: nested(held))
+        found, _ = gather.with_finished("x", suite)
+        return [model for model, seeds in found[setting].items() if seeds["0"]["experiment"] == "f" * 8]
+
+    current_ones, stale_ones = first_seeds("a"), first_seeds("a", **stale)
+    assert taken("a", [], stale_ones) == taken("a", stale_ones, current_ones) == SUITE.models
+    assert taken("a", current_ones, stale_ones) == []
+    assert taken("a", [], [record("a", "dense", 0)]) == ["dense"]
+    elsewhere = [record("there", model, 0, suite=suite) for model in SUITE.models]
+    assert taken("there", elsewhere, elsewhere) == SUITE.models  # whether one is current cannot be told here
 
 
 TINY_SUITE = """
