@@ -10,7 +10,7 @@ import torch
 from lego.base.ashem_sections import RoutingParams
 from lego.base.harness import StageError
 from lego.evaluation.risk import MIN_UNITS, Certificate, certify, unit_losses
-from lego.evaluation.routed import TokenTable
+from lego.evaluation.routed import Route, TokenTable
 from lego.mining.thresholds import quantile_threshold
 from lego.model.exit_criteria import (
     STATE_CRITERIA,
@@ -22,6 +22,7 @@ from lego.model.exit_criteria import (
     margin,
     max_prob,
 )
+from lego.model.gate import Gate
 from lego.routing.decoder import ALWAYS_DEEP
 
 
@@ -63,6 +64,22 @@ class GainFit:
         return self.ridge.solve(l2)
 
 
+def share_threshold(scores: torch.Tensor, ratio: float) -> float:
+    """The score below which a share `ratio` of the tokens lies; of none and of all, whatever other scores come."""
+    if ratio in (0, 1):
+        return ALWAYS_DEEP if ratio else 0.0
+    return quantile_threshold(scores, ratio)
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """How tokens leave a model: by which criterion and score, and the gate that mixes the answers of the others."""
+
+    route: Route
+    criterion: Criterion
+    gate: Gate | None = None
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What calibration text says of every criterion.
@@ -88,11 +105,9 @@ class Calibration:
         ratio = self.params.hard_ratio
         if name == "max_prob" and ratio is None:
             return self.mining_threshold
-        if ratio in (0, 1):  # none and all, whatever the scores
-            return ALWAYS_DEEP if ratio else 0.0
         # a fitted criterion's threshold comes from text that it was not fitted on
         score = self.table.score(name)[self.fit_tokens if name in STATE_CRITERIA else 0 :]
-        return quantile_threshold(torch.from_numpy(score), self.hard_example_ratio if ratio is None else ratio)
+        return share_threshold(torch.from_numpy(score), self.hard_example_ratio if ratio is None else ratio)
 
     def units_of_rest(self) -> np.ndarray:
         """Units (n,) of the text after `fit_tokens`, from 0; one that began before belongs to none."""

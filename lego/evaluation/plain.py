@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from lego.evaluation.calibration import Leaving
 from lego.evaluation.risk import document_units
 from lego.evaluation.routed import TokenTable, perplexity, routed_metrics, token_table
 from lego.model.cost import Ledger
-from lego.model.gate import Gate
 from lego.model.transformer import BaseTransformer
 from lego.tokens.batches import EvaluationBatches, split_batches
 from lego.tokens.blocks import PackedBlocks, bits_per_byte, corpus_facts
@@ -144,21 +144,22 @@ class Comparison:
         return cls(texts, documents, facts["splits"]["test"], block1, threshold, ledger, device)
 
     def judge(
-        self, model: BaseTransformer, leaves: float | None = None, gate: Gate | None = None
+        self, model: BaseTransformer, leaving: Leaving | None = None
     ) -> tuple[dict[str, float | None], list[dict[str, Any]]]:
         """The keys of MODEL_KEYS that follow from what a model says of the text, and its losses by document.
 
         Args:
             model: answers every token at its last layer, or routes.
-            leaves: confidence from which a token leaves at the model's exit; None = the model has but one.
-            gate: mixes both exits in the answers of its hard tokens.
+            leaving: how tokens leave at the model's exit; None = it has but one.
         """
         block1 = {split: token_table(self.block1, text, self.device) for split, text in self.texts.items()}
-        mine = {split: token_table(model, text, self.device, gate=gate) for split, text in self.texts.items()}
+        route, gate = (leaving.route, leaving.gate) if leaving else (None, None)
+        scored = {leaving.route.criterion: leaving.criterion} if leaving else {}
+        mine = {split: token_table(model, text, self.device, scored, gate=gate) for split, text in self.texts.items()}
         test, validation = mine["test"], mine["validation"]
         own = replace(Ledger.of(model, self.ledger.seq_len), gated=gate is not None)
         hard = ~block1["test"].easy(self.threshold)
-        if leaves is None:
+        if route is None:
             metrics = single_exit_metrics(
                 test,
                 validation,
@@ -170,8 +171,10 @@ class Comparison:
                 self.test_facts,
             )
             return metrics, document_rows(test.nll_deep, test.nll_deep, hard, self.documents)
-        metrics = routed_metrics(test, validation, leaves, own, self.test_facts)
+        metrics = routed_metrics(test, validation, self.threshold, own, self.test_facts, route)
         for prefix, split in (("", "test"), ("val_", "validation")):  # its own confidences are not those of block 1
             before, after = hard_after(block1[split], mine[split], self.threshold)
             metrics |= {f"{prefix}hard_ppl_before": before, f"{prefix}hard_ppl_after": after}
-        return metrics, document_rows(test.routed_nll(leaves), test.nll_deep, hard, self.documents)
+        return metrics, document_rows(
+            test.routed_nll(route.threshold, route.criterion), test.nll_deep, hard, self.documents
+        )

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from lego.base.ashem_sections import JointParams
 from lego.base.harness import resolve_device
 from lego.base.params import Params
+from lego.evaluation.calibration import GainFit, Leaving, share_threshold
 from lego.evaluation.gating import gate_for
+from lego.evaluation.routed import Route, token_table
+from lego.mining.thresholds import collect_confidences
 from lego.model.checkpoint import grow_model
 from lego.model.cost import SIZES, Ledger
-from lego.model.gate import Gate
+from lego.model.exit_criteria import max_prob
 from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
-from lego.tokens.batches import split_batches
+from lego.tokens.batches import EvaluationBatches, split_batches
 from lego.training.trainer import StageConfig, TrainingConfig, create_standard_config
 
 
@@ -97,9 +102,25 @@ def small_reference(block1: BaseTransformer, dim: int, num_layers: int) -> DeepS
     return DeepSupervisionTransformer(**sizes, exit_layer=num_layers)
 
 
-def gate_of(params: Params, model: BaseTransformer) -> Gate | None:
-    """The gate of a model with two exits, fitted as ASHEM's is, if routing.gate asks for one."""
-    if params.routing.gate == "none":
-        return None
-    text = split_batches("data/tokens", "calibration", params.evaluation.batch_size, (0.0, params.exits.fit_share))
-    return gate_for(model, text, resolve_device(params.train.device))[0]
+@torch.no_grad()
+def leaving_of(params: Params, model: BaseTransformer, seed: int) -> Leaving:
+    """How tokens leave a model with two exits, decided on calibration text as ASHEM's: at the same share, gated alike.
+
+    By `gain`, fitted to this model, if that is the criterion; else by `max_prob`.
+    """
+    routing, device = params.routing, resolve_device(params.train.device)
+
+    def text(part: tuple[float, float] = (0.0, 1.0)) -> EvaluationBatches:
+        return split_batches("data/tokens", "calibration", params.evaluation.batch_size, part)
+
+    first, rest = text((0.0, params.exits.fit_share)), text((params.exits.fit_share, 1.0))
+    gate = gate_for(model, first, device)[0] if routing.gate == "fitted" else None
+    share = params.ashem.hard_example_ratio if routing.hard_ratio is None else routing.hard_ratio
+    if routing.criterion != "gain":
+        confidences = collect_confidences(model, text(), device)
+        return Leaving(Route("max_prob", share_threshold(confidences, share)), max_prob, gate)
+    fit = GainFit(model.sizes["dim"], routing.gain_width)
+    token_table(model, first, device, on_states=fit.add, gate=gate)
+    gain = fit.solve(routing.gain_l2, seed).to(device)
+    scores = torch.cat([gain(model.forward_to_hidden(x.to(device))).flatten().cpu() for x, _ in rest])
+    return Leaving(Route("gain", share_threshold(scores, share), gain.macs), gain, gate)

@@ -135,9 +135,10 @@ def checked(values: dict[str, Any], setting: str) -> Params:
         raise StageError(
             "params.yaml: ashem.hard_split must be train for the suites; leaky_validation is the other one"
         )
-    if (routing.criterion, routing.calibration, routing.hard_ratio) != ("max_prob", "quantile", None):
+    if routing.criterion not in ("max_prob", "gain") or routing.calibration != "quantile":
         raise StageError(
-            "params.yaml: routing must be max_prob, quantile and hard_ratio null for the suites: baselines route so"
+            "params.yaml: routing.criterion must be max_prob or gain and routing.calibration quantile for the suites: "
+            "baselines route so"
         )
     return params
 

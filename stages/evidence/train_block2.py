@@ -14,9 +14,9 @@ from lego.base.artifacts import atomic_folder, identity, read_number, write_csv,
 from lego.base.ashem_sections import AshemParams
 from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
-from lego.evaluation.calibration import GainFit
+from lego.evaluation.calibration import GainFit, Leaving
 from lego.evaluation.plain import Comparison
-from lego.evaluation.routed import evaluate_at_share, summary, token_table
+from lego.evaluation.routed import Route, evaluate_at_share, summary, token_table
 from lego.growing import selection
 from lego.growing.phase2 import grown, hard_batches, steps_for, train_block2
 from lego.mining.hard_tokens import exit_states
@@ -24,6 +24,7 @@ from lego.mining.hidden_states import HiddenStateStore, StoreWriter
 from lego.mining.thresholds import collect_confidences, quantile_threshold
 from lego.model.checkpoint import load_model, save_model
 from lego.model.cost import Ledger
+from lego.model.exit_criteria import max_prob
 from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
 from lego.tokens.batches import EvaluationBatches, TrainingBatches, blocks_in_epoch, split_batches
 from lego.tokens.blocks import corpus_facts, data_digests, train_text
@@ -31,7 +32,7 @@ from lego.training.budget import Budget, train_blocks
 from lego.training.epochs import History, epoch_rows
 from lego.training.search import Search, Trial, search_rates
 from lego.training.trainer import create_standard_config
-from stages.evidence.baselines import exits_config, gate_of, small_reference
+from stages.evidence.baselines import exits_config, leaving_of, small_reference
 
 Choose = Callable[[DeepSupervisionTransformer], tuple[HiddenStateStore, float]]
 """Block 2 as it is -> what it learns from next, and the MACs that finding this out cost."""
@@ -247,14 +248,13 @@ def unfreeze(one: Baseline, model: DeepSupervisionTransformer, lr: float) -> His
 
 def evaluate(one: Baseline, model: BaseTransformer) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The keys of a model file that follow from what the model says of text, and its losses by document."""
-    leaves, size = one.store.threshold, one.params.evaluation.batch_size
-    if one.protocol == "unfreeze":  # block 1 moved, and with it its confidences
-        confidences = collect_confidences(model, one.text("calibration"), one.device)
-        leaves = quantile_threshold(confidences, one.params.ashem.hard_example_ratio)
+    size = one.params.evaluation.batch_size
     ledger = Ledger.of(model, corpus_facts("data/tokens")["seq_len"])
     threshold = read_number("data/facts/compute_threshold.json", "threshold", high=1.0)
     compared = Comparison.on("data/tokens", size, one.block1, threshold, ledger, one.device)
-    return compared.judge(model, leaves, gate_of(one.params, model))
+    if one.protocol == "historic":  # by the threshold that it was mined with, and without a gate
+        return compared.judge(model, Leaving(Route("max_prob", one.store.threshold), max_prob))
+    return compared.judge(model, leaving_of(one.params, model, one.stage.seed))
 
 
 def prepare(name: str, params: Params, stage: Stage) -> Baseline:

@@ -18,7 +18,6 @@ from lego.base.params import Params, load_params
 from lego.base.sections import TrainParams
 from lego.evaluation.plain import Comparison
 from lego.evaluation.routed import evaluate_at_share, summary
-from lego.mining.thresholds import collect_confidences, quantile_threshold
 from lego.model.checkpoint import load_model, save_model
 from lego.model.cost import Ledger
 from lego.model.transformer import BaseTransformer
@@ -28,7 +27,7 @@ from lego.training.budget import Budget, train_blocks
 from lego.training.epochs import History, epoch_rows
 from lego.training.search import Search, Trial, search_rates
 from lego.training.trainer import TrainingConfig
-from stages.evidence.baselines import gate_of, joint_macs, losses_of, start_joint
+from stages.evidence.baselines import joint_macs, leaving_of, losses_of, start_joint
 
 
 @dataclass(frozen=True)
@@ -185,19 +184,19 @@ def curve(planned: Plan, histories: list[History]) -> list[dict[str, float]]:
     return rows
 
 
-def evaluate(params: Params, model: BaseTransformer, planned: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def evaluate(
+    params: Params, model: BaseTransformer, planned: Plan, seed: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The keys of a model file that follow from what the model says of text, and its losses by document."""
     device, threshold = (
         resolve_device(params.train.device),
         read_number("data/facts/compute_threshold.json", "threshold"),
     )
-    size, leaves, gate = params.evaluation.batch_size, None, None
-    if model.exit_layer < model.num_layers:  # its own exit routes, at the same share
-        confidences = collect_confidences(model, split_batches("data/tokens", "calibration", size), device)
-        leaves = quantile_threshold(confidences, params.ashem.hard_example_ratio)
-        gate = gate_of(params, model)
-    compared = Comparison.on("data/tokens", size, planned.block1, threshold, planned.ledger, device)
-    return compared.judge(model, leaves, gate)
+    compared = Comparison.on(
+        "data/tokens", params.evaluation.batch_size, planned.block1, threshold, planned.ledger, device
+    )
+    routes = model.exit_layer < model.num_layers  # by its own exit, at the same share
+    return compared.judge(model, leaving_of(params, model, seed) if routes else None)
 
 
 def main(name: str = "") -> None:
@@ -209,7 +208,7 @@ def main(name: str = "") -> None:
         tokens, macs = planned.tokens, planned.macs
         print(f"{name}: {tokens:,} tokens for {planned.budget.macs:.3e} MACs", flush=True)
         found, histories = search(params, stage, planned)
-        metrics, documents = evaluate(params, found.best.model, planned)
+        metrics, documents = evaluate(params, found.best.model, planned, stage.seed)
         with atomic_folder(f"data/baseline/{name}") as folder:
             save_model(found.best.model, folder, tokenizer="data/tokens/tokenizer")
         write_csv(f"metrics/curves/{name}.csv", curve(planned, histories[found.best.lr]))

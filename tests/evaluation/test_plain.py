@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from lego import Ledger, StandardTransformer
+from lego.evaluation.calibration import Leaving
 from lego.evaluation.plain import Comparison, single_exit_metrics
-from lego.evaluation.routed import MODEL_KEYS, comparison_lines, perplexity, routed_metrics, token_table
+from lego.evaluation.routed import MODEL_KEYS, Route, comparison_lines, perplexity, routed_metrics, token_table
+from lego.model.exit_criteria import max_prob
 from tests.conftest import VOCAB
 from tests.evaluation.conftest import FACTS, TEST, VALIDATION
 
@@ -42,6 +44,7 @@ def test_a_comparison_without_hard_tokens_leaves_null_too(model, leaves):
     tokens = len(token_table(model, TEST, "cpu").nll_deep)
     ledger, cpu = Ledger.of(model, 12), torch.device("cpu")
     comparison = Comparison(texts, np.zeros(tokens, dtype=int), FACTS, model, 0.0, ledger, cpu)
-    metrics, rows = comparison.judge(model, leaves)
+    leaving = None if leaves is None else Leaving(Route("max_prob", leaves), max_prob)
+    metrics, rows = comparison.judge(model, leaving)
     assert {metrics[f"{split}hard_ppl_{when}"] for split in ("", "val_") for when in ("before", "after")} == {None}
     assert [row["hard_tokens"] for row in rows] == [0]

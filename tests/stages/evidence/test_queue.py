@@ -116,8 +116,8 @@ def test_damaged_suites_are_refused_in_a_sentence(text, sentence, tmp_path, monk
     ("key", "value", "sentence"),
     [
         ("ashem.hard_split", "validation", r"ashem\.hard_split must be train"),
-        ("routing.criterion", "gain", "routing must be max_prob"),
-        ("routing.hard_ratio", 0.2, "routing must be max_prob"),
+        ("routing.criterion", "probe", r"routing\.criterion must be max_prob or gain"),
+        ("routing.calibration", "risk", r"and routing\.calibration quantile"),
         ("ashem.hard_example_ratio", 1.5, r"setting a: ashem\.hard_example_ratio"),
     ],
 )
