@@ -128,6 +128,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TINY = {
+    "stdlib_tests": "false",
     "vocab_size": 300,
     "max_tokenizer_bytes": 200_000,
     "max_train_tokens": 60_000,
@@ -142,6 +143,7 @@ TINY = {
     "warmup_steps": 2,
     "phase1_lr": "3.0e-03",
     "phase1_epochs": 3,
+    "phase2_share": "0.5",
     "phase2_lr": "1.0e-03",
     "phase2_epochs": 2,
     "lr": "1.0e-03",

@@ -132,11 +132,11 @@ def test_ashem_config_keeps_the_originals_defaults_and_params_yaml_its_own():
     own = ASHEMConfig(**{name: getattr(ashem, name) for name in asdict(ASHEMConfig())})
     assert asdict(own) == {
         "phase1_layers": 2,
-        "phase1_lr": 6e-3,
+        "phase1_lr": 1.6e-2,
         "phase1_patience": 3,
-        "hard_example_ratio": 0.5,
-        "phase2_layers": 4,
-        "phase2_lr": 8e-3,
+        "hard_example_ratio": 0.7,
+        "phase2_layers": 6,
+        "phase2_lr": 1.6e-2,
         "phase2_patience": 3,
     }
 

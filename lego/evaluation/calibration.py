@@ -10,7 +10,7 @@ import torch
 from lego.base.ashem_sections import RoutingParams
 from lego.base.harness import StageError
 from lego.evaluation.risk import MIN_UNITS, Certificate, certify, unit_losses
-from lego.evaluation.routed import Route, TokenTable
+from lego.evaluation.routed import TokenTable
 from lego.mining.thresholds import quantile_threshold
 from lego.model.exit_criteria import (
     STATE_CRITERIA,
@@ -22,7 +22,6 @@ from lego.model.exit_criteria import (
     margin,
     max_prob,
 )
-from lego.model.gate import Gate
 from lego.routing.decoder import ALWAYS_DEEP
 
 
@@ -69,15 +68,6 @@ def share_threshold(scores: torch.Tensor, ratio: float) -> float:
     if ratio in (0, 1):
         return ALWAYS_DEEP if ratio else 0.0
     return quantile_threshold(scores, ratio)
-
-
-@dataclass(frozen=True)
-class Leaving:
-    """How tokens leave a model: by which criterion and score, and the gate that mixes the answers of the others."""
-
-    route: Route
-    criterion: Criterion
-    gate: Gate | None = None
 
 
 @dataclass(frozen=True)

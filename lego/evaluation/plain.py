@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from lego.evaluation.calibration import Leaving
 from lego.evaluation.risk import document_units
-from lego.evaluation.routed import TokenTable, perplexity, routed_metrics, token_table
+from lego.evaluation.routed import Route, TokenTable, perplexity, routed_metrics, token_table
 from lego.model.cost import Ledger
+from lego.model.exit_criteria import Criterion
+from lego.model.gate import Gate
 from lego.model.transformer import BaseTransformer
 from lego.tokens.batches import EvaluationBatches, split_batches
 from lego.tokens.blocks import PackedBlocks, bits_per_byte, corpus_facts
@@ -103,6 +104,15 @@ def document_rows(
             }
         )
     return rows
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """How tokens leave a model: by which criterion and score, and the gate that mixes the answers of the others."""
+
+    route: Route
+    criterion: Criterion
+    gate: Gate | None = None
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import torch
 from lego.base.ashem_sections import JointParams
 from lego.base.harness import resolve_device
 from lego.base.params import Params
-from lego.evaluation.calibration import GainFit, Leaving, share_threshold
+from lego.evaluation.calibration import GainFit, share_threshold
 from lego.evaluation.gating import gate_for
+from lego.evaluation.plain import Leaving
 from lego.evaluation.routed import Route, token_table
 from lego.mining.thresholds import collect_confidences
 from lego.model.checkpoint import grow_model

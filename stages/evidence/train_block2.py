@@ -14,8 +14,8 @@ from lego.base.artifacts import atomic_folder, identity, read_number, write_csv,
 from lego.base.ashem_sections import AshemParams
 from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
-from lego.evaluation.calibration import GainFit, Leaving
-from lego.evaluation.plain import Comparison
+from lego.evaluation.calibration import GainFit
+from lego.evaluation.plain import Comparison, Leaving
 from lego.evaluation.routed import Route, evaluate_at_share, summary, token_table
 from lego.growing import selection
 from lego.growing.phase2 import grown, hard_batches, steps_for, train_block2

@@ -48,8 +48,8 @@ MISTAKES = [
     ("ashem.phase2_lr", -1e-3, "ashem.phase2_lr must be in (0, inf), got -0.001"),
     (
         "ashem.phase2_layers",
-        2,
-        "ashem.phase2_layers is the total depth and must be greater than phase1_layers = 2, got 2",
+        1,
+        "ashem.phase2_layers is the total depth and must be greater than phase1_layers = 2, got 1",
     ),
     ("ashem.phase2_layers", 3.5, "ashem.phase2_layers must be a whole number, got 3.5"),
     ("ashem.phase1_patience", 0, "ashem.phase1_patience must be at least 1, got 0"),

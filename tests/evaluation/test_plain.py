@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from lego import Ledger, StandardTransformer
-from lego.evaluation.calibration import Leaving
-from lego.evaluation.plain import Comparison, single_exit_metrics
+from lego.evaluation.plain import Comparison, Leaving, single_exit_metrics
 from lego.evaluation.routed import MODEL_KEYS, Route, comparison_lines, perplexity, routed_metrics, token_table
 from lego.model.exit_criteria import max_prob
 from tests.conftest import VOCAB

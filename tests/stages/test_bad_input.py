@@ -106,7 +106,7 @@ KEYS = [  # stage, keys to set, what it says
     ("train_phase1", {"ashem.phase2_share": "0.9999"}, r"is empty; change params\.yaml: ashem\.phase2_share"),
     ("train_phase1", {"train.threads": "0"}, r"train\.threads must be at least 1, got 0"),
     ("collect_hard", {"ashem.store_dtype": "int8"}, r"ashem\.store_dtype must be one of 'float32', 'float16'"),
-    ("train_phase2", {"ashem.phase2_layers": "2"}, r"phase2_layers is the total depth and must be greater than"),
+    ("train_phase2", {"ashem.phase2_layers": "1"}, r"phase2_layers is the total depth and must be greater than"),
     ("train_phase2", {"ashem.phase2_lr": "1.0e+30"}, r"learning rate .*(the best epoch|none was better).*; lower the"),
     ("evaluate_routing", {"evaluation.sweep_points": "1"}, r"evaluation\.sweep_points must be at least \d+, got 1"),
     ("train_phase1", {"ashem.phase1_epochs": "0"}, r"phase1_epochs must be at least 1 unless model\.init_from names"),

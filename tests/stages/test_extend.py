@@ -27,6 +27,9 @@ def run(tmp_path_factory) -> Path:
     params = (folder / "params.yaml").read_text()
     for key, value in {
         "init_from": "llama",
+        "branch_layer": "null",
+        "phase2_layers": "4",
+        "gate": "none",  # which would need the head that a probe spares
         "phase1_epochs": "0",
         "phase2_share": "0.9",
         "init_new_layers": "zero",  # so little text does not make up for copies that begin worse than their model,

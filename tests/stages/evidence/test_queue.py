@@ -198,7 +198,7 @@ def test_a_record_is_stale_by_code_by_parameter_by_python_and_by_what_it_does_no
     assert since(params=own["params"] | {"ashem.phase1_lr": 1.0}) == ""  # nothing here follows from it
     assert since(params={key: one for key, one in own["params"].items() if key != "seed"}) == said.format("seed")
     path = tree / "params.yaml"
-    path.write_text(path.read_text().replace("phase2_lr: 8.0e-03", "phase2_lr: 7.0e-03"))
+    path.write_text(path.read_text().replace("phase2_lr: 1.6e-02", "phase2_lr: 7.0e-03"))
     assert since() == said.format("ashem.phase2_lr")
     found = nested(first_seeds("a"))
     assert current.outdated(SUITE, found) == [["ashem.phase2_lr"]] * 2
