@@ -33,6 +33,7 @@ PARAMS, PROFILES = Path("stages/cvfp/params.yaml"), Path("stages/cvfp/profiles.y
 ROOT_PARAMS = Path("params.yaml")
 OWN = (  # keys of `data` that the file must have itself; path, as DVC looks for it there
     "path",
+    "stdlib_tests",
     "max_train_tokens",
     "max_validation_tokens",
     "max_calibration_tokens",
