@@ -31,7 +31,7 @@ class AshemParams(Section):
     phase2_share: Annotated[Number, within("[0, 1)")]
     phase2_split: Literal["blocks", "documents"]
     phase2_layers: Count
-    branch_layer: CountOrZero | None
+    branch_layer: int | None
     branch: Literal["full", "lora"]
     branch_rank: Annotated[int, at_least(1, 2**12)]
     phase2_lr: Positive
@@ -51,17 +51,19 @@ class AshemParams(Section):
         return self.phase2_layers - self.phase1_layers
 
     def branch_of(self, depth: int) -> int | None:
-        """Layer whose output block 2 begins at, of a block 1 of this depth; None = its last.
+        """Layer whose output block 2 begins at, of a block 1 of this depth, from 0; None = its last.
 
         Raises:
             ParamsError: block 1 has no such layer below its last.
         """
-        if self.branch_layer is not None and self.branch_layer >= depth:
+        if self.branch_layer is None:
+            return None
+        if not -depth <= self.branch_layer < depth:
             raise ParamsError(
-                f"params.yaml: ashem.branch_layer must be less than block 1's {depth} layers, got {self.branch_layer}; "
-                "null lets block 2 begin at the last"
+                f"params.yaml: ashem.branch_layer must be in {-depth}..{depth - 1} for block 1's {depth} layers, got "
+                f"{self.branch_layer}; null lets block 2 begin at the last"
             )
-        return self.branch_layer
+        return self.branch_layer % depth
 
     def rank_of(self, dim: int) -> int:
         """Rank of what branch layers learn beside matrices of a width; 0 = whole matrices.

@@ -49,9 +49,10 @@ class Params(Section):
                 "ashem.phase1_epochs must be at least 1 unless model.init_from names a trained model, got 0"
             )
         if self.model.init_from is None or self.model.init_layers == "phase1_layers":  # else its depth is not known yet
-            branch, depth = self.ashem.branch_layer, self.ashem.phase1_layers
-            if branch is not None and branch >= depth:
-                raise ValueError(f"ashem.branch_layer must be less than phase1_layers = {depth}, or null, got {branch}")
+            try:
+                self.ashem.branch_of(self.ashem.phase1_layers)
+            except ParamsError as error:
+                raise ValueError(str(error).removeprefix("params.yaml: ")) from None
         return self
 
 

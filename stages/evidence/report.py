@@ -83,7 +83,7 @@ def settings(asked: dict[str, named.Suite]) -> str:
 
 def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict[str, Figure]) -> None:
     """Question, answer, and every model at equal cost."""
-    core, regime, asked = suites["core"], suites["regime"], load_suites()
+    core, regime = suites["core"], suites["regime"]
     page.heading("Question")
     page.text(wording.QUESTION)
     page.heading("Answer")
@@ -93,30 +93,30 @@ def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict
         page.points([*wording.crossover(regime), wording.how_far(regime)])
     page.heading("Every model at equal cost")
     page.text(wording.facts(core, SETTING))
-    page.table(*tables.main_table(core, SETTING, params, asked[core.name]))
+    page.table(*tables.main_table(core, SETTING))
     page.text(wording.READING)
     for name in ("cost", "curves"):
         page.figure(figures[name], Path("metrics"))
     page.heading("When: the regime map")
     if "regime" in figures:
         page.figure(figures["regime"], Path("metrics"))
-        page.table(*tables.regime_table(regime, params, asked["regime"]))
+        page.table(*tables.regime_table(regime))
         page.table(*tables.criteria_table(regime))
     else:
         page.text(NOT_RUN)
     page.heading("From scratch: the total budget after the most text")
     if "shallow_longer" in suites["total"].models(MOST_TEXT):
-        page.table(*tables.main_table(suites["total"], MOST_TEXT, params, asked["total"]))
+        page.table(*tables.main_table(suites["total"], MOST_TEXT))
         page.table(*tables.rates_table(suites["total"], MOST_TEXT))
     else:
         page.text(NOT_RUN)
     page.heading("Which tokens: selection at the same share")
     if "ashem" in suites["selection"].models(MOST_TEXT):
-        page.table(*tables.difference_table(suites["selection"], MOST_TEXT, params, asked["selection"]))
+        page.table(*tables.difference_table(suites["selection"], MOST_TEXT))
     else:
         page.text(NOT_RUN)
     if "ratios" in figures:
-        page.table(*tables.ratios_table(suites["ratios"], params, asked["ratios"]))
+        page.table(*tables.ratios_table(suites["ratios"]))
         page.figure(figures["ratios"], Path("metrics"))
     page.heading("Which options")
     if "ashem" in suites["options"].models(MOST_TEXT):
@@ -127,7 +127,7 @@ def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict
     page.heading("On other text: WikiText-2")
     if "ashem" in other.models(SETTING):
         page.text(wording.facts(other, SETTING))
-        page.table(*tables.main_table(other, SETTING, params, asked[OTHER_TEXT]))
+        page.table(*tables.main_table(other, SETTING))
     else:
         page.text(f"Not run yet: `python -m stages.evidence.queue --suite {OTHER_TEXT}` (docs/evidence.md).")
     page.heading("The historical protocol")

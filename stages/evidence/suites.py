@@ -108,9 +108,11 @@ def made_by(model: str, params: Params) -> tuple[str, str]:
     raise StageError(f"suites.yaml: no model {model}; params.yaml: baselines names those there are")
 
 
-def base_rate(model: str, params: Params) -> float:
-    """The peak learning rate that a model's search multiplies."""
-    return flat(params.model_dump())[made_by(model, params)[1]]
+def rate_keys(model: str) -> list[str]:
+    """The keys of params.yaml of which one is a model's peak learning rate."""
+    if model in PIPELINE_MODELS:
+        return [PIPELINE_MODELS[model][1]]
+    return [f"baselines.{group}.{model}.lr" for group in ("joint", "block2")]
 
 
 def changes_of(suite: Suite, setting: str, seed: int, rates: dict[str, float]) -> dict[str, Any]:

@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any
 
-from lego.base.params import Params
 from lego.model.cost import Ledger
 from lego.report.stats import mean_interval
-from stages.evidence import suites
+from stages.evidence.suites import rate_keys
 from stages.evidence.summary import (
     DEEP,
     Difference,
@@ -31,22 +30,17 @@ def cells_of(found: Difference | None) -> list[str]:
     return [f"{found.over_seeds:+.2f}", f"{found.over_documents:+.2f}", found.verdict] if found else ["", "", ""]
 
 
-def at_end(suite: Suite, setting: str, model: str, params: Params, asked: suites.Suite) -> str:
-    """A mark if the learning rate that was taken is an end of what was tried.
-
-    Args:
-        suite, setting, model: whose.
-        params: those of params.yaml.
-        asked: the suite as suites.yaml has it.
-    """
-    rate, factors = suite.values(setting, model, "lr")[0], asked.search
-    values = suites.changed(params.model_dump(), asked.settings.get(setting, {}))
-    base = suites.base_rate(model.removesuffix(DEEP), Params.model_validate(values))
+def at_end(suite: Suite, setting: str, model: str) -> str:
+    """A mark if the learning rate that was taken is an end of what the first seed of the record tried."""
+    seeds = suite.records[setting][model]
+    first = seeds[min(seeds, key=int)]
+    factors, params, rate = first["params"]["search.lr_factors"], first["params"], first["metrics"]["lr"]
+    base = next(params[key] for key in rate_keys(model.removesuffix(DEEP)) if key in params)
     ends = [base * factor for factor in (min(factors), max(factors))]
     return " (end)" if len(factors) > 1 and any(abs(rate - end) < 1e-9 * rate for end in ends) else ""
 
 
-def main_table(suite: Suite, setting: str, params: Params, asked: suites.Suite) -> Table:
+def main_table(suite: Suite, setting: str) -> Table:
     """All models of the core suite, the best first."""
     header = (
         "model",
@@ -78,7 +72,7 @@ def main_table(suite: Suite, setting: str, params: Params, asked: suites.Suite) 
                 f"{fmean(suite.values(setting, model, 'flops_ratio')):.3f}",
                 f"{fmean(suite.values(setting, model, 'train_macs')):.3e}",
                 f"{100 * off:.2f}",
-                f"{suite.values(setting, model, 'lr')[0]:g}{at_end(suite, setting, model, params, asked)}",
+                f"{suite.values(setting, model, 'lr')[0]:g}{at_end(suite, setting, model)}",
             ]
         )
     return header, rows, "Test perplexity; inference MACs as a share of the full model's; (end): of the rates tried."
@@ -112,7 +106,7 @@ def short_table(suite: Suite, setting: str) -> Table:
     return header, rows, "Means of seeds with 95 % intervals; inference as a share of the full model's."
 
 
-def difference_table(suite: Suite, setting: str, params: Params, asked: suites.Suite) -> Table:
+def difference_table(suite: Suite, setting: str) -> Table:
     """ASHEM against the other selections."""
     header = (
         "model",
@@ -131,7 +125,7 @@ def difference_table(suite: Suite, setting: str, params: Params, asked: suites.S
         rows.append(
             [
                 f"**{model}**" if model == "ashem" else model,
-                f"{suite.interval(setting, model):.2f}{at_end(suite, setting, model, params, asked)}",
+                f"{suite.interval(setting, model):.2f}{at_end(suite, setting, model)}",
                 *cells_of(difference(suite, setting, "ashem", model) if model != "ashem" else None),
                 f"{hard.over_seeds:+.2f}" if hard and model != "ashem" else "",
                 f"{100 * share.mean:.1f}" if share else "",
@@ -141,7 +135,7 @@ def difference_table(suite: Suite, setting: str, params: Params, asked: suites.S
     return header, rows, "Block 2 on other tokens, at equal added MACs; (end): the rate is an end of those tried."
 
 
-def regime_table(suite: Suite, params: Params, asked: suites.Suite) -> Table:
+def regime_table(suite: Suite) -> Table:
     """One row a setting."""
     others = compared_in(suite)
     header = ("tokens per parameter", "setting", "seeds", "always shallow", "ASHEM", *(f"less {o}" for o in others))
@@ -150,10 +144,10 @@ def regime_table(suite: Suite, params: Params, asked: suites.Suite) -> Table:
         cells = []
         for other in others:
             found = difference(suite, name, "ashem", other)
-            mark = at_end(suite, name, other, params, asked) if found else ""
+            mark = at_end(suite, name, other) if found else ""
             cells.append(f"{found.over_seeds:+.2f} {found.verdict}{mark}" if found else "")
         shallow, own = suite.interval(name, "ashem", "shallow_ppl"), suite.interval(name, "ashem")
-        seeds, mark = len(suite.records[name]["ashem"]), at_end(suite, name, "ashem", params, asked)
+        seeds, mark = len(suite.records[name]["ashem"]), at_end(suite, name, "ashem")
         rows.append([f"{seen:.1f}", name, str(seeds), f"{shallow:.2f}", f"{own:.2f}{mark}", *cells])
     caption = (
         "Test perplexity as phase 1 sees more text; differences over seeds, and what ASHEM is by seeds and documents; "
@@ -162,7 +156,7 @@ def regime_table(suite: Suite, params: Params, asked: suites.Suite) -> Table:
     return header, rows, caption
 
 
-def ratios_table(suite: Suite, params: Params, asked: suites.Suite) -> Table:
+def ratios_table(suite: Suite) -> Table:
     """Hard against random tokens at every share, routed alike and with the random ones at full depth."""
     header = (
         "hard_example_ratio",
@@ -178,7 +172,7 @@ def ratios_table(suite: Suite, params: Params, asked: suites.Suite) -> Table:
         names = ("ashem", "random")
         found = [difference(suite, setting, "ashem", other) for other in ("random", "random" + DEEP)]
         if all(name in suite.models(setting) for name in names):
-            means = (f"{suite.interval(setting, n):.2f}{at_end(suite, setting, n, params, asked)}" for n in names)
+            means = (f"{suite.interval(setting, n):.2f}{at_end(suite, setting, n)}" for n in names)
             cells = [cell for one in found for cell in (cells_of(one)[0], cells_of(one)[2])]
             rows.append([f"0.{setting.removeprefix('ratio_')}", *means, *cells])
     caption = (

@@ -139,3 +139,12 @@ def test_another_systems_parameters_are_read_by_their_own_sections(tmp_path):
     path.write_text(yaml.safe_dump({"seed": 1, "train": train | {"batch_sise": 3}}))
     with pytest.raises(ParamsError, match=r"other\.yaml: train\.batch_sise .*; did you mean train\.batch_size\?"):
         read_params(path, Other)
+
+
+def test_a_negative_branch_layer_counts_from_block_1s_last():
+    ashem = load_params(ROOT / "params.yaml").ashem
+    for number, depth, found in ((-1, 2, 1), (-1, 30, 29), (-30, 30, 0), (24, 30, 24), (None, 30, None)):
+        assert ashem.model_copy(update={"branch_layer": number}).branch_of(depth) == found
+    for number in (2, -3):
+        with pytest.raises(ParamsError, match=r"ashem\.branch_layer must be in -2\.\.1 for block 1's 2 layers, got"):
+            ashem.model_copy(update={"branch_layer": number}).branch_of(2)

@@ -239,7 +239,7 @@ def test_a_second_run_gives_the_same_bytes_and_a_leaky_one_says_so(clone, tmp_pa
     # the historical protocol: mined, and the threshold taken, where it is scored
     params = tmp_path / "params.yaml"
     text = params.read_text().replace("hard_split: train", "hard_split: validation")
-    text = text.replace("branch_layer: 1", "branch_layer: null")
+    text = text.replace("branch_layer: -1", "branch_layer: null")
     params.write_text(text.replace("phase2_context: sequence", "phase2_context: token"))
     run_in_process(tmp_path, ORDER[2:])
     assert read_json(tmp_path / "data/facts/compute_threshold.json")["split"] == "validation"

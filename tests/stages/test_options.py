@@ -33,6 +33,7 @@ CHANGES = {
     "schedule": "wsd",
     "states": "online",
     "phase1_lr": "1.0e-02",
+    "phase2_lr": "1.0e-02",
     "hard_ratio": "0.7",
 }
 
@@ -117,11 +118,11 @@ def test_the_historical_protocol_needs_new_layers(run, monkeypatch):
         (
             {"branch_layer": "2"},
             collect_hard,
-            "ashem.branch_layer must be less than phase1_layers = 2, or null, got 2",
+            "ashem.branch_layer must be in -2..1 for block 1's 2 layers, got 2",
         ),
         ({"branch_layer": "null"}, collect_hard, "branch lora needs a branch_layer"),
         ({"branch_rank": "64"}, train_phase2, "ashem.branch_rank must be less than block 1's width"),
-        ({"branch_layer": "-1"}, collect_hard, "ashem.branch_layer must be at least 0, got -1"),
+        ({"branch_layer": "-3"}, collect_hard, "ashem.branch_layer must be in -2..1 for block 1's 2 layers, got -3"),
         (
             {"branch_layer": "null", "branch": "full", "phase2_layers": "2"},
             collect_hard,

@@ -49,10 +49,14 @@ def tree(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
+def base_rate(model: str, params: Params) -> float:
+    return flat(params.model_dump())[made_by(model, params)[1]]
+
+
 def record(setting: str, model: str, seed: int, rates: dict | None = None, suite: Suite = SUITE, **more) -> dict:
     """Of a model as `gather` would write it today; it took half its rate."""
     changes = changes_of(suite, setting, seed, rates or {})
-    lr = suites.base_rate(model, PARAMS) / 2
+    lr = base_rate(model, PARAMS) / 2
     return {
         "setting": setting,
         "model": model,
@@ -82,7 +86,7 @@ def test_the_suites_name_models_and_keys_that_there_are():
             params = Params.model_validate(changed(VALUES, changes))
             for model in suite.models:
                 assert made_by(model, params)[0], (name, setting)
-                assert suites.base_rate(model, params) > 0
+                assert base_rate(model, params) > 0
     with pytest.raises(StageError, match="no model nonsense"):
         made_by("nonsense", PARAMS)
     for key in ("model.nonsense", "seed.x", "data.path.x", "nonsense.y.z"):
@@ -176,7 +180,7 @@ def test_a_suite_without_a_search_waits_for_nothing(tree):
 
 
 def test_what_is_current_is_not_queued_and_what_lacks_is_queued_alone(tree):
-    rates = {made_by(model, PARAMS)[1]: suites.base_rate(model, PARAMS) / 2 for model in SUITE.models}
+    rates = {made_by(model, PARAMS)[1]: base_rate(model, PARAMS) / 2 for model in SUITE.models}
     made = [*first_seeds("a", "b"), *(record(setting, model, 1, rates) for setting in "ab" for model in SUITE.models)]
     assert lacking(*made) == {}
     assert lacking(*made[:-1]) == {"x-b-s1": ("dense (missing)", False)}

@@ -7,21 +7,16 @@ import math
 
 import pytest
 
-from lego.base.params import load_params
-from stages.evidence import suites, tables, wording
+from stages.evidence import tables, wording
 from stages.evidence.gather import searched_rates
 from stages.evidence.pictures import hard_against_random, regime_map, routed_against_cost, training_curves
 from stages.evidence.summary import DEEP, Suite, between_settings, compared_in, difference, rivals
 from stages.evidence.token_pictures import fullest
-from tests.conftest import ROOT
 
 TOKENS = [100, 400, 250]
-PARAMS = load_params(ROOT / "params.yaml")
-
-
-def asked(*search: float, **changes) -> suites.Suite:
-    """A suite as suites.yaml might have it."""
-    return suites.Suite(seeds=3, search=list(search), settings={"default": changes}, models=["ashem"])
+RATE = 0.008
+KEYS = ("ashem.phase2_lr", "yardstick.lr", "baselines.joint.dense.lr", "baselines.block2.random.lr")
+TRIED = dict.fromkeys((*KEYS, "baselines.block2.leaky_validation.lr"), RATE) | {"search.lr_factors": [0.5, 1.0, 2.0]}
 
 
 def record(ppl: float, total: bool = False, leaky: bool = False, two_exits: bool = False, deep: float = 0.0, **more):
@@ -43,14 +38,15 @@ def record(ppl: float, total: bool = False, leaky: bool = False, two_exits: bool
         "val_hard_ppl_before": 90.0,
         "val_hard_ppl_after": 10.0,
         "hard_share": 0.5,
-        "lr": PARAMS.ashem.phase2_lr,
+        "lr": RATE,
         "train_macs": 1e12,
         "added_macs": None if total else 5e11,
         "distance_from_budget": 0.001,
         "leaky": leaky,
     }
     curve = {"macs": [1e11, 2e11], "val_ppl": [50.0, ppl]}
-    return {"metrics": metrics, "documents": documents, "curve": curve, "revision": "abc"} | more
+    found = {"metrics": metrics, "documents": documents, "curve": curve, "revision": "abc", "params": dict(TRIED)}
+    return found | more
 
 
 def ashem(ppl: float, tokens: int = 1_000_000, **more):
@@ -108,10 +104,11 @@ def test_the_answer_and_the_tables_say_so(records):
     assert said.startswith("At 10.0 tokens of phase 1 a parameter ASHEM reaches a test perplexity of 35.00 [")
     assert "better than its own block 1 (-5.00" in said
     assert "worse than the best model of equal added MACs, shallow_continued (+2.00" in said
-    header, rows, _ = tables.main_table(core, "default", PARAMS, asked(0.5, 1.0))
+    records["default"]["ashem"]["0"]["params"]["search.lr_factors"] = [0.5, 1.0]
+    header, rows, _ = tables.main_table(core, "default")
     assert [row[0] for row in rows[:3]] == ["leaky_validation (leaky)", "shallow_continued", "random, always deep"]
     row = next(row for row in rows if row[0] == "**ashem**")
-    assert dict(zip(header, row, strict=True))["rate"] == f"{PARAMS.ashem.phase2_lr:g} (end)"
+    assert dict(zip(header, row, strict=True))["rate"] == f"{RATE:g} (end)"
     assert all(name != "leaky_validation" for name, *_ in tables.short_table(core, "default")[1])
     assert "41.00 -> 31.00" in wording.leak(core, "default")
     assert "count like 2.4 equal ones" in wording.documents_fact(core, "default")
@@ -132,7 +129,7 @@ def test_parts_that_are_missing_are_left_out(records, tmp_path):
     assert "shallow_continued" not in core.models("default")
     assert difference(core, "default", "ashem", "shallow_continued") is None
     assert wording.phrase(None, "x") == "not compared with x"
-    counted = {row[0]: row[2] for row in tables.main_table(core, "default", PARAMS, asked(1.0))[1]}
+    counted = {row[0]: row[2] for row in tables.main_table(core, "default")[1]}
     assert (counted["**ashem**"], counted["dense"], counted["random"]) == ("3", "2", "2")
     for picture in (routed_against_cost(tmp_path, core, "default"), training_curves(tmp_path, core, "default")):
         assert picture.file.stat().st_size > 1000
@@ -166,16 +163,16 @@ def test_the_regime_map_says_where_each_model_is_passed_and_bears_an_unfinished_
     )
     assert "by 20.0 % at 2.0, 8.8 % at 40.0, 7.5 % at 80.0 tokens a parameter" in wording.how_far(regime)
     assert tables.criteria_table(regime)[1] == [["max_prob", *["35.00 [34.75, 35.25]; 0.600; 0.90"] * 3]]
-    assert [row[0] for row in tables.regime_table(regime, PARAMS, asked(1.0))[1]] == ["2.0", "40.0", "80.0"]
+    assert [row[0] for row in tables.regime_table(regime)[1]] == ["2.0", "40.0", "80.0"]
     assert regime_map(tmp_path, regime).file.exists()
     nothing = Suite.of("regime", {"unfinished": found["unfinished"]})
     assert wording.crossover(nothing) == []
-    assert tables.regime_table(nothing, PARAMS, asked(1.0))[1] == []
+    assert tables.regime_table(nothing)[1] == []
 
 
 def test_ratios_without_random_selection_are_passed_over(records, tmp_path):
     ratios = Suite.of("ratios", {"ratio_30": records["default"], "ratio_70": {"ashem": records["default"]["ashem"]}})
-    _, rows, _ = tables.ratios_table(ratios, PARAMS, asked(1.0))
+    _, rows, _ = tables.ratios_table(ratios)
     deep = difference(ratios, "ratio_30", "ashem", "random" + DEEP)
     assert [row[:5] for row in rows] == [["0.30", *rows[0][1:3], "-1.00 [-1.00, -1.00]", "better"]]
     assert rows[0][5:] == [f"{deep.over_seeds:+.2f}", deep.verdict]
@@ -230,13 +227,14 @@ def test_a_sample_is_the_stretch_that_fills_the_most():
     assert fullest([("a", True)] * 30, columns=40, lines=5) == 0
 
 
-def test_an_end_of_the_search_is_marked_by_the_settings_own_rates(records):
-    core, rate = Suite.of("core", records), PARAMS.ashem.phase2_lr  # that of every record here
-    assert tables.at_end(core, "default", "random", PARAMS, asked(0.5, 1.0, 2.0)) == ""
-    other = {"baselines.block2.random.lr": rate / 2}
-    assert tables.at_end(core, "default", "random", PARAMS, asked(0.5, 1.0, 2.0, **other)) == " (end)"
-    assert tables.at_end(core, "default", "random", PARAMS, asked(2.0, **other)) == ""  # one rate is no search
-    _, rows, _ = tables.difference_table(core, "default", PARAMS, asked(0.5, 1.0, 2.0, **other))
+def test_an_end_of_the_search_is_marked_by_the_rates_that_the_record_tried(records):
+    core, key = Suite.of("core", records), "baselines.block2.random.lr"
+    kept = records["default"]["random"]["0"]["params"]
+    assert tables.at_end(core, "default", "random") == ""
+    for share, factors, mark in ((0.5, [0.5, 1.0, 2.0], " (end)"), (0.5, [2.0], ""), (1, [1.0, 2.0], " (end)")):
+        kept |= {key: share * RATE, "search.lr_factors": factors}  # one rate is no search
+        assert tables.at_end(core, "default", "random") == mark
+    _, rows, _ = tables.difference_table(core, "default")
     assert {row[0]: "(end)" in row[1] for row in rows if "deep" not in row[0]}["random"]
 
 

@@ -76,7 +76,8 @@ def test_thresholds_come_from_text_that_nothing_was_fitted_on():
     scores = np.concatenate([np.zeros(30), np.linspace(0.1, 1, 100)])  # low on the text that was fitted
     n, root = len(scores), load_params(ROOT / "params.yaml")
     table = TokenTable(*(np.zeros(n) for _ in range(5)), scores={"trust_0": scores})
-    found = cuts(table, 30, 0.4, root)
+    as_mined = root.routing.model_copy(update={"hard_ratio": None})
+    found = cuts(table, 30, 0.4, root.model_copy(update={"routing": as_mined}))
     assert (scores[30:] < found.quantile("trust_0")).mean() == pytest.approx(0.4, abs=0.011)
     for ratio, expected in ((0.0, 0.0), (1.0, ALWAYS_DEEP)):
         routing = root.routing.model_copy(update={"hard_ratio": ratio})
