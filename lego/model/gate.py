@@ -35,8 +35,8 @@ class Gate(nn.Module):
         """
         p1, p2 = shallow.float().softmax(dim=-1), deep.float().softmax(dim=-1)
         odds = self(p1.amax(dim=-1)).unsqueeze(-1)  # (..., 1)
-        mixture = p1.mul_(odds.sigmoid()).addcmul_(p2, (-odds).sigmoid())  # (..., V); 1 - a would lose a small p2
-        return mixture.clamp_(min=torch.finfo(torch.float32).tiny).log_()
+        mixture = torch.addcmul(p1 * odds.sigmoid(), p2, (-odds).sigmoid())  # (..., V); 1 - a would lose a small p2
+        return mixture.clamp(min=torch.finfo(torch.float32).tiny).log()
 
     @classmethod
     def of(cls, tensors: dict[str, Tensor], path: object) -> Gate:

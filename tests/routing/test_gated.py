@@ -99,3 +99,13 @@ def test_forbidden_tokens_and_probabilities_too_small_for_float32_stay_finite():
     assert (log_p[0, 2:] < -87).all()
     sure = torch.tensor([[9.0, 0.0]]), torch.tensor([[0.0, 90.0]])
     logits_close(gate.mixed(*sure), mixture(gate, *sure).float(), 1e-4)
+
+
+def test_gradients_pass_through_mixtures():
+    """Whoever fine-tunes on gated answers trains both exits."""
+    gate, both = gate_of(), torch.randn(2, 5, 11, requires_grad=True)
+    found = torch.autograd.grad(gate.mixed(*both)[:, 3].sum(), both)[0]
+    expected = torch.autograd.grad(mixture(gate, *both)[:, 3].sum(), both)[0]
+    assert found[0].abs().sum() > 0
+    assert found[1].abs().sum() > 0
+    logits_close(found, expected.float(), 1e-4)
