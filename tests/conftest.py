@@ -145,6 +145,7 @@ TINY = {
     "phase1_epochs": 3,
     "phase2_share": "0.5",
     "phase2_lr": "1.0e-03",
+    "phase2_layers": "4",
     "phase2_epochs": 2,
     "lr": "1.0e-03",
     "shard_tokens": 9_000,
