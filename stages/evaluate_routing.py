@@ -14,7 +14,7 @@ from lego.base.artifacts import atomic_folder, read_json, read_number, write_csv
 from lego.base.harness import Stage, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
 from lego.base.progress import share
-from lego.evaluation.calibration import Calibration, GainFit, all_criteria, certificate_line, macs_of
+from lego.evaluation.calibration import Calibration, all_criteria, certificate_line, fitted_gain, macs_of
 from lego.evaluation.gating import gate_for
 from lego.evaluation.latency import latency_ratios
 from lego.evaluation.plain import document_rows
@@ -97,11 +97,9 @@ def decide(params: Params, model: BaseTransformer, seed: int, device: torch.devi
         params.evaluation.batch_size,
     )
     blocks = PackedBlocks("data/tokens", split)
-    gain = GainFit(model.sizes["dim"], settings.gain_width)
     first = split_batches("data/tokens", split, size, (0.0, fit_tokens / blocks.tokens))
     gate, mixed = gate_for(model, first, device) if settings.gate == "fitted" else (None, {})
-    token_table(model, first, device, on_states=gain.add, gate=gate)
-    criteria = all_criteria(probe.to(device), gain.solve(settings.gain_l2, seed).to(device))
+    criteria = all_criteria(probe.to(device), fitted_gain(model, first, gate, settings, seed, device))
     table = token_table(model, EvaluationBatches(blocks, size), device, scored(criteria), gate=gate)
     ratio = facts["hard_example_ratio"]
     calibration = Calibration(table, fit_tokens, units(params, blocks), mining, ratio, settings)

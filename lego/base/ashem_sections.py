@@ -127,6 +127,10 @@ class RoutingParams(Section):
     gain_width: Annotated[int, at_least(0, 2**16)]
     gain_l2: Positive
 
+    def deep_share(self, mined: float) -> float:
+        """Share of tokens that quantiles send deep; by default that which mining calls hard."""
+        return mined if self.hard_ratio is None else self.hard_ratio
+
     @model_validator(mode="after")
     def _risk_can_exceed_epsilon(self) -> RoutingParams:
         if self.epsilon >= self.risk_clip:

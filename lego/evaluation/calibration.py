@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lego.base.ashem_sections import RoutingParams
 from lego.base.harness import StageError
 from lego.evaluation.risk import MIN_UNITS, Certificate, certify, unit_losses
-from lego.evaluation.routed import TokenTable
+from lego.evaluation.routed import TokenTable, token_table
 from lego.mining.thresholds import quantile_threshold
 from lego.model.exit_criteria import (
     STATE_CRITERIA,
@@ -22,6 +24,8 @@ from lego.model.exit_criteria import (
     margin,
     max_prob,
 )
+from lego.model.gate import Gate
+from lego.model.transformer import BaseTransformer
 from lego.routing.decoder import ALWAYS_DEEP
 
 
@@ -42,28 +46,53 @@ class GainFit:
     Args:
         dim: width of the exit states.
         width: of the hidden layer; 0 = linear, fitted in one pass without keeping states.
+        told_confidence: it reads the exit's confidence beside the state.
     """
 
-    def __init__(self, dim: int, width: int) -> None:
-        self.ridge, self.width = Ridge(dim), width
-        self.states: list[torch.Tensor] = []
-        self.targets: list[torch.Tensor] = []
+    def __init__(self, dim: int, width: int, told_confidence: bool = False) -> None:
+        self.ridge, self.width, self.told_confidence = Ridge(dim, told_confidence), width, told_confidence
+        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def add(self, states: torch.Tensor, gain: torch.Tensor) -> None:
-        """Takes in exit states (n, D) and what block 2 spared them (n,)."""
+    def add(self, states: Tensor, gain: Tensor, confidence: Tensor) -> None:
+        """Takes in exit states (n, D), what block 2 spared them (n,), and how sure the exit was (n,)."""
         if self.width:
-            self.states.append(states.cpu())
-            self.targets.append(-gain.cpu())
+            self.kept.append((states.cpu(), -gain.cpu(), confidence.cpu()))
         else:
-            self.ridge.add(states, -gain)
+            self.ridge.add(states, -gain, confidence)
 
     def solve(self, l2: float, seed: int) -> StateCriterion:
-        if self.width:
-            return fit_mlp(torch.cat(self.states), torch.cat(self.targets), self.width, l2, seed)
-        return self.ridge.solve(l2)
+        if not self.width:
+            return self.ridge.solve(l2)
+        states, targets, confidence = (torch.cat(column) for column in zip(*self.kept, strict=True))
+        return fit_mlp(states, targets, self.width, l2, seed, confidence if self.told_confidence else None)
 
 
-def share_threshold(scores: torch.Tensor, ratio: float) -> float:
+def fitted_gain(
+    model: BaseTransformer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    gate: Gate | None,
+    routing: RoutingParams,
+    seed: int,
+    device: str | torch.device,
+) -> StateCriterion:
+    """The criterion `gain` of a model with two exits, fitted on a text.
+
+    A gate needs the exit's logits of every token, so the criterion is told their confidence, which costs no more then.
+
+    Args:
+        model: with two blocks.
+        batches: (x, y) of token ids (B, T), of text that neither block was trained on.
+        gate: mixes both exits in answers of the full depth.
+        routing: its width and weight penalty.
+        seed: of its initial weights.
+        device: where the model runs, and the criterion then lies.
+    """
+    fit = GainFit(model.sizes["dim"], routing.gain_width, told_confidence=gate is not None)
+    token_table(model, batches, device, on_states=fit.add, gate=gate)
+    return fit.solve(routing.gain_l2, seed).to(device)
+
+
+def share_threshold(scores: Tensor, ratio: float) -> float:
     """The score below which a share `ratio` of the tokens lies; of none and of all, whatever other scores come."""
     if ratio in (0, 1):
         return ALWAYS_DEEP if ratio else 0.0
@@ -92,12 +121,11 @@ class Calibration:
 
     def quantile(self, name: str) -> float:
         """The score below which a share routing.hard_ratio of the tokens lies."""
-        ratio = self.params.hard_ratio
-        if name == "max_prob" and ratio is None:
+        if name == "max_prob" and self.params.hard_ratio is None:
             return self.mining_threshold
         # a fitted criterion's threshold comes from text that it was not fitted on
         score = self.table.score(name)[self.fit_tokens if name in STATE_CRITERIA else 0 :]
-        return share_threshold(torch.from_numpy(score), self.hard_example_ratio if ratio is None else ratio)
+        return share_threshold(torch.from_numpy(score), self.params.deep_share(self.hard_example_ratio))
 
     def units_of_rest(self) -> np.ndarray:
         """Units (n,) of the text after `fit_tokens`, from 0; one that began before belongs to none."""

@@ -135,7 +135,7 @@ def token_table(
     batches: Iterable[tuple[Tensor, Tensor]],
     device: str | torch.device,
     criteria: Mapping[str, Criterion] | None = None,
-    on_states: Callable[[Tensor, Tensor], None] = lambda states, spared: None,
+    on_states: Callable[[Tensor, Tensor, Tensor], None] = lambda states, spared, confidence: None,
     gate: Gate | None = None,
 ) -> TokenTable:
     """Runs both exits over all batches with the routed decoder; a model without block 2 has two equal columns.
@@ -145,8 +145,8 @@ def token_table(
         batches: (x, y) of token ids (B, T).
         device: where the model runs.
         criteria: exit criteria by name, whose scores are wanted.
-        on_states: called with each batch's exit states (n, D) and what block 2 spares them (n,), in nats: with a gate
-            what the mixture expects to spare (see `read_mixture`), which is the mean of what it does without its noise.
+        on_states: called with each batch's exit states (n, D), what block 2 spares them (n,) in nats, and confidences
+            (n,). With a gate that is what the mixture expects to spare (see `read_mixture`): the mean, without noise.
         gate: mixes both exits in the answers of the full depth; the table then has the score ATTAINABLE.
     """
     model.to(device)
@@ -162,10 +162,10 @@ def token_table(
         if gate is None:
             shallow = model.read_at(read.states, model.exit_layer, y, wanted)
             deep = model.read_at(last, model.num_layers, y) if last is not read.states else shallow
-            on_states(read.states, shallow[0] - deep[0])
+            on_states(read.states, shallow[0] - deep[0], shallow[2])
         else:
             shallow, deep = model.read_mixed(read.states, last, y, gate.to(device).mixed, wanted)
-            on_states(read.states, deep[2])
+            on_states(read.states, deep[2], shallow[2])
             shallow = (*shallow, (-deep[2]).sigmoid())
         columns.append((shallow[0], deep[0], shallow[1], deep[1], *shallow[2:]))
     arrays = [torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True)]

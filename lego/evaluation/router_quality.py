@@ -108,12 +108,10 @@ def payment_sentence(name: str, quality: dict[str, dict[str, Any]]) -> str:
     even, ratio = quality[name]["break_even_shallow_ratio"], quality[name]["shallow_ratio"]
     if ratio > even:
         return f"routing by {name} pays: {100 * ratio:.1f} % leave early, {100 * even:.1f} % are needed"
-    others = [
-        f"{other} from {100 * quality[other]['break_even_shallow_ratio']:.1f} %"
-        for other in STATE_CRITERIA
-        if other != name
-    ]
-    return (
+    cheaper = {other: quality[other]["break_even_shallow_ratio"] for other in STATE_CRITERIA}
+    others = [f"{other} pays from {100 * least:.1f} % on" for other, least in cheaper.items() if least < even]
+    said = (
         f"routing by {name} cannot pay at this head and depth unless more than {100 * even:.1f} % leave early, "
-        f"{100 * ratio:.1f} % do; without the exit's head {' and '.join(others)} on"
+        f"{100 * ratio:.1f} % do"
     )
+    return "; ".join([said, " and ".join(others)]) if others else said

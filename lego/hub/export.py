@@ -62,9 +62,12 @@ def to_hf(
         known["max_position_embeddings"] = known["trained_context"]
     for field in ("architectures", "model_type", "routing_threshold"):
         del known[field]
-    width, given = scorer.width if scorer is not None else 0, model.generation_config
+    given = model.generation_config
     fields = {name: given.get(name) for name in TOKEN_IDS} | fields  # Llama's own defaults are another vocabulary's
-    routing = {"exit_threshold": threshold, "exit_criterion": criterion, "exit_criterion_width": width}
+    routing: dict[str, Any] = {"exit_threshold": threshold, "exit_criterion": criterion}
+    if scorer is not None:
+        told = scorer.needs_logits
+        routing |= {"exit_criterion_width": scorer.width, "exit_criterion_told_confidence": told}
     config = LegoConfig(**known | fields, **routing, gated=gate is not None)
     converted = LegoForCausalLM(config)
     converted.generation_config.update(**given | {name: fields[name] for name in TOKEN_IDS})

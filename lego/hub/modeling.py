@@ -56,7 +56,8 @@ class LegoForCausalLM(LegoPreTrainedModel, GenerationMixin):
         self.deep_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if config.own_head else None
         self.exit_criterion_module = None
         if config.exit_criterion in STATE_CRITERIA:
-            self.exit_criterion_module = StateCriterion(config.hidden_size, config.exit_criterion_width)
+            told = config.exit_criterion_told_confidence
+            self.exit_criterion_module = StateCriterion(config.hidden_size, config.exit_criterion_width, told)
         self.gate = Gate() if config.gated else None
         fitted = {"exit_criterion_module": self.exit_criterion_module, "gate": self.gate}
         self._keep_in_fp32_modules_strict = {name for name, module in fitted.items() if module is not None}
@@ -137,10 +138,11 @@ class LegoForCausalLM(LegoPreTrainedModel, GenerationMixin):
 
     def _scores(self, exits: Tensor, normed: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scores (B, K) of exit states (B, K, D), and the exit's logits (B, K, V) where the criterion reads them."""
-        if self.exit_criterion_module is not None:
-            return self.exit_criterion_module(exits), None
+        fitted = self.exit_criterion_module
+        if fitted is not None and not fitted.needs_logits:
+            return fitted(exits), None
         logits = self.lm_head(normed)
-        return LOGIT_CRITERIA[self.config.exit_criterion](exits, logits), logits
+        return (fitted or LOGIT_CRITERIA[self.config.exit_criterion])(exits, logits), logits
 
     def _logits_of_both(self, normed: Tensor, deep: Tensor, states: Tensor) -> Tensor:
         """Logits (B, K, V), one head a token: of exits (B, K, D), and of deep states (n, D) where deep (B, K).

@@ -170,22 +170,9 @@ def grow_model(
         ValueError: num_layers does not exceed block 1's depth, or an unknown init or head, or a branch_layer outside
             block 1, or a rank that is not below its width.
     """
-    if block1.branches:
-        raise ValueError("block 1 has a block 2 that begins below its exit; grow the model that it was grown from")
-    branches = 0 if branch_layer is None else block1.num_layers - branch_layer
-    if not 0 <= branches <= block1.num_layers:
-        raise ValueError(f"branch_layer must be in 0..{block1.num_layers}, block 1's last, got {branch_layer}")
-    if num_layers < block1.num_layers + (not branches):
-        raise ValueError(f"num_layers must exceed block 1's {block1.num_layers}, got {num_layers}")
-    if init not in INITS:
-        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
-    if not 0 <= branch_rank < block1.sizes["dim"]:
-        raise ValueError(f"branch_rank must be in 0..{block1.sizes['dim'] - 1}, got {branch_rank}")
-    if branch_rank and not branches:
-        raise ValueError("branch_rank needs a branch_layer below the exit: it is the branch layers that it is of")
-    if head not in ("shared", "own", "shared_trainable"):
-        raise ValueError(f"head must be shared, own or shared_trainable, got {head!r}")
     k = block1.num_layers
+    branches = 0 if branch_layer is None else k - branch_layer
+    _refuse_growth(block1, num_layers, init, head, branches, branch_rank)
     sizes = block1.sizes | {"num_layers": num_layers + branches, "own_head": head == "own"}
     if head == "shared_trainable":
         sizes["tie_embeddings"] = False
@@ -203,8 +190,9 @@ def grow_model(
         grown.deep_head.load_state_dict(block1.output_head.state_dict())
     for index in range(k):
         grown.layers[index].load_state_dict(block1.layers[index].state_dict())
-    for number in range(k + 1, k + branches + 1):
-        _init_new_layer(grown.layer(number), block1.layer(number - branches), block1.layer(k).exit_norm, "copy")
+    branch_layers = [grown.layer(number) for number in range(k + 1, k + branches + 1)]
+    for number, layer in enumerate(branch_layers, k - branches + 1):
+        _init_new_layer(layer, block1.layer(number), block1.layer(k).exit_norm, "copy")
     for number in grown.own_layers:
         source = block1.layer(k - (grown.num_layers - number) % k)
         _init_new_layer(grown.layer(number), source, block1.layer(k).exit_norm, init)
@@ -212,9 +200,30 @@ def grow_model(
     for module in frozen:
         module.requires_grad_(False)
     grown.branch_rank = branch_rank
-    for number in range(k + 1, k + branches + 1) if branch_rank else ():
-        train_low_rank(grown.layer(number), branch_rank)
+    for layer in branch_layers if branch_rank else ():
+        train_low_rank(layer, branch_rank)
     return grown
+
+
+def _refuse_growth(
+    block1: BaseTransformer, num_layers: int, init: str, head: str, branches: int, branch_rank: int
+) -> None:
+    """Raises ValueError for arguments of `grow_model` that do not fit; `branches` layers are repeated."""
+    k, dim = block1.num_layers, block1.sizes["dim"]
+    if block1.branches:
+        raise ValueError("block 1 has a block 2 that begins below its exit; grow the model that it was grown from")
+    if not 0 <= branches <= k:
+        raise ValueError(f"branch_layer must be in 0..{k}, block 1's last, got {k - branches}")
+    if num_layers < k + (not branches):
+        raise ValueError(f"num_layers must exceed block 1's {k}, got {num_layers}")
+    if init not in INITS:
+        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
+    if not 0 <= branch_rank < dim:
+        raise ValueError(f"branch_rank must be in 0..{dim - 1}, got {branch_rank}")
+    if branch_rank and not branches:
+        raise ValueError("branch_rank needs a branch_layer below the exit: it is the branch layers that it is of")
+    if head not in ("shared", "own", "shared_trainable"):
+        raise ValueError(f"head must be shared, own or shared_trainable, got {head!r}")
 
 
 @torch.no_grad()

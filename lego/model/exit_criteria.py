@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lego.base.artifacts import ArtifactError, read_tensors, write_tensors
+from lego.model.gate import SURE
 from lego.model.losses import max_probability
-
-CONFIDENCE_EPS = 1e-6  # the log-odds of a confidence are bounded by those of this
 
 
 class Criterion(Protocol):
@@ -56,27 +55,27 @@ def needs_logits(criterion: Criterion) -> bool:
 
 
 class StateCriterion(nn.Module):
-    """A score from the exit state alone: the sigmoid of a linear function, or of one with a hidden layer of ReLUs.
+    """A score from the exit state: the sigmoid of a linear function, or of one with a hidden layer of ReLUs.
 
     Args:
         dim: width of the exit state (D).
         width: of the hidden layer; 0 = linear.
+        told_confidence: it reads the exit's confidence beside the state, and so the exit's logits.
     """
 
-    needs_logits = False
-
-    def __init__(self, dim: int, width: int = 0) -> None:
+    def __init__(self, dim: int, width: int = 0, told_confidence: bool = False) -> None:
         super().__init__()
-        self.dim, self.width = dim, width
-        self.hidden = nn.Linear(dim, width) if width else None
-        self.output = nn.Linear(width or dim, 1)
+        self.dim, self.width, self.needs_logits = dim, width, told_confidence
+        inputs = dim + told_confidence
+        self.hidden = nn.Linear(inputs, width) if width else None
+        self.output = nn.Linear(width or inputs, 1)
 
     def forward(self, exit_states: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Score (...,) of exit states (..., D), which are normalised first: their scale says little."""
-        with torch.autocast(
-            exit_states.device.type, enabled=False
-        ):  # float32 tells scores apart that bfloat16 does not
-            x = features(exit_states)
+        """Score (...,) of exit states (..., D), of which those that are told it read the logits (..., V) too."""
+        kind = exit_states.device.type
+        with torch.autocast(kind, enabled=False):  # float32 tells scores apart that bfloat16 does not
+            told = max_probability(logits) if self.needs_logits and logits is not None else None
+            x = features(exit_states, told)
             if self.hidden is not None:
                 x = F.linear(x, self.hidden.weight.float(), self.hidden.bias.float()).relu()
             return F.linear(x, self.output.weight.float(), self.output.bias.float()).squeeze(-1).sigmoid()
@@ -84,7 +83,8 @@ class StateCriterion(nn.Module):
     @property
     def macs(self) -> int:
         """Multiply-accumulates of one token."""
-        return self.dim * self.width + self.width if self.width else self.dim
+        inputs = self.dim + self.needs_logits
+        return inputs * self.width + self.width if self.width else inputs
 
     def save(self, path: str | Path) -> None:
         write_tensors(path, self.state_dict())
@@ -102,7 +102,8 @@ class StateCriterion(nn.Module):
     def of(cls, tensors: dict[str, Tensor], dim: int, path: str | Path) -> StateCriterion:
         """From its tensors, read from `path`; raises as `load`."""
         hidden = tensors.get("hidden.weight")
-        criterion = cls(dim, 0 if hidden is None else len(hidden))
+        inputs = tensors.get("output.weight" if hidden is None else "hidden.weight", torch.empty(0, 0)).shape[-1]
+        criterion = cls(dim, 0 if hidden is None else len(hidden), inputs == dim + 1)
         shapes = {name: tensor.shape for name, tensor in criterion.state_dict().items()}
         if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
             raise ArtifactError(f"{path}: does not fit exit states of width {dim}; run dvc repro")
@@ -110,9 +111,15 @@ class StateCriterion(nn.Module):
         return criterion.requires_grad_(False)
 
 
-def features(exit_states: Tensor) -> Tensor:
-    """Exit states (..., D) at unit root mean square, in float32."""
-    return F.rms_norm(exit_states.float(), (exit_states.shape[-1],))
+def features(exit_states: Tensor, confidence: Tensor | None = None) -> Tensor:
+    """Exit states (..., D) in float32 at unit root mean square, as their scale says little: what a criterion reads.
+
+    With the exit's confidence (...,) its log-odds are one number more.
+    """
+    states = F.rms_norm(exit_states.float(), (exit_states.shape[-1],))
+    if confidence is None:
+        return states
+    return torch.cat([states, confidence.float().logit(eps=SURE).unsqueeze(-1)], dim=-1)  # (..., D + 1)
 
 
 class Ridge:
@@ -121,14 +128,15 @@ class Ridge:
     Minimises mean((w x + b - y)^2) + l2 |w|^2 for features x of exit states.
     """
 
-    def __init__(self, dim: int) -> None:
-        self.n = 0
-        self.products = torch.zeros(dim + 1, dim + 1, dtype=torch.float64)  # of (x, 1) with itself
-        self.targets = torch.zeros(dim + 1, dtype=torch.float64)
+    def __init__(self, dim: int, told_confidence: bool = False) -> None:
+        self.n, self.dim, self.told_confidence = 0, dim, told_confidence
+        inputs = dim + told_confidence + 1
+        self.products = torch.zeros(inputs, inputs, dtype=torch.float64)  # of (x, 1) with itself
+        self.targets = torch.zeros(inputs, dtype=torch.float64)
 
-    def add(self, exit_states: Tensor, targets: Tensor) -> None:
-        """Takes in exit states (n, D) with their targets (n,)."""
-        x = features(exit_states).cpu()
+    def add(self, exit_states: Tensor, targets: Tensor, confidence: Tensor | None = None) -> None:
+        """Takes in exit states (n, D) with targets (n,), and confidences (n,) where the criterion is told them."""
+        x = features(exit_states, confidence if self.told_confidence else None).cpu()
         x = torch.cat([x, torch.ones(len(x), 1)], dim=1).double()  # (n, D + 1)
         self.products += x.t() @ x
         self.targets += x.t() @ targets.cpu().double()
@@ -138,7 +146,7 @@ class Ridge:
         penalty = torch.full((len(self.targets),), l2, dtype=torch.float64)
         penalty[-1] = 0.0  # the bias is free
         weights = torch.linalg.solve(self.products / self.n + penalty.diag(), self.targets / self.n)
-        criterion = StateCriterion(len(weights) - 1)
+        criterion = StateCriterion(self.dim, told_confidence=self.told_confidence)
         with torch.no_grad():
             criterion.output.weight.copy_(weights[:-1])
             criterion.output.bias.copy_(weights[-1:])
@@ -147,10 +155,12 @@ class Ridge:
 
 def log_odds(confidence: Tensor) -> Tensor:
     """What the probe is fitted to: its sigmoid is the confidence."""
-    return confidence.double().logit(eps=CONFIDENCE_EPS)
+    return confidence.double().logit(eps=SURE)
 
 
-def fit_mlp(exit_states: Tensor, targets: Tensor, width: int, l2: float, seed: int) -> StateCriterion:
+def fit_mlp(
+    exit_states: Tensor, targets: Tensor, width: int, l2: float, seed: int, confidence: Tensor | None = None
+) -> StateCriterion:
     """A criterion with a hidden layer, fitted by scikit-learn with early stopping on a tenth of the tokens.
 
     Args:
@@ -159,13 +169,14 @@ def fit_mlp(exit_states: Tensor, targets: Tensor, width: int, l2: float, seed: i
         width: of the hidden layer.
         l2: weight penalty.
         seed: of initial weights and shuffling.
+        confidence: the exit's (n,), for a criterion that is told it.
     """
     from sklearn.neural_network import MLPRegressor
 
     options = {"early_stopping": True, "random_state": seed % 2**32, "max_iter": 1000}
     regressor = MLPRegressor(hidden_layer_sizes=(width,), alpha=l2, **options)
-    regressor.fit(features(exit_states).numpy(), targets.numpy())
-    criterion = StateCriterion(exit_states.shape[1], width)
+    regressor.fit(features(exit_states, confidence).numpy(), targets.numpy())
+    criterion = StateCriterion(exit_states.shape[1], width, told_confidence=confidence is not None)
     state = {}
     for number, name in enumerate(("hidden", "output")):
         state[f"{name}.weight"] = torch.from_numpy(regressor.coefs_[number].T.copy())

@@ -120,10 +120,7 @@ def exit_confidence(h: Tensor, weight: Tensor) -> Tensor:
         h: normed states (n, D).
         weight: of the output head (V, D).
     """
-    rows, parts = _rows_of_a_pass(weight), []
-    for chunk in h.split(_rows_of_a_product(weight)):
-        parts += [max_probability(logits) for logits in (chunk @ weight.t()).split(rows)]  # of (r, V)
-    return torch.cat(parts)
+    return torch.cat([max_probability(logits) for logits in _logits(h, weight)])
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ import torch
 from lego.base.ashem_sections import JointParams
 from lego.base.harness import resolve_device
 from lego.base.params import Params
-from lego.evaluation.calibration import GainFit, share_threshold
+from lego.evaluation.calibration import fitted_gain, share_threshold
 from lego.evaluation.gating import gate_for
 from lego.evaluation.plain import Leaving
 from lego.evaluation.routed import Route, token_table
@@ -116,12 +116,10 @@ def leaving_of(params: Params, model: BaseTransformer, seed: int) -> Leaving:
 
     first, rest = text((0.0, params.exits.fit_share)), text((params.exits.fit_share, 1.0))
     gate = gate_for(model, first, device)[0] if routing.gate == "fitted" else None
-    share = params.ashem.hard_example_ratio if routing.hard_ratio is None else routing.hard_ratio
+    share = routing.deep_share(params.ashem.hard_example_ratio)
     if routing.criterion != "gain":
         confidences = collect_confidences(model, text(), device)
         return Leaving(Route("max_prob", share_threshold(confidences, share)), max_prob, gate)
-    fit = GainFit(model.sizes["dim"], routing.gain_width)
-    token_table(model, first, device, on_states=fit.add, gate=gate)
-    gain = fit.solve(routing.gain_l2, seed).to(device)
-    scores = torch.cat([gain(model.forward_to_hidden(x.to(device))).flatten().cpu() for x, _ in rest])
+    gain = fitted_gain(model, first, gate, routing, seed, device)
+    scores = torch.from_numpy(token_table(model, rest, device, {"gain": gain}, gate=gate).score("gain"))
     return Leaving(Route("gain", share_threshold(scores, share), gain.macs), gain, gate)

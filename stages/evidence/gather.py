@@ -93,12 +93,15 @@ def numbers(model: str, stage: str, seed: int, read: Callable[[str], str], said:
         kept["tried"] = searched_rates(said.get("train_phase2" if model == "ashem" else stage, ""))
     if model == "ashem":
         phase1 = json.loads(read("data/facts/train_phase1.json"))
-        criteria = json.loads(read("metrics/details/criteria.json"))["test"]
+        criteria = json.loads(read("metrics/details/criteria.json"))
         kept["phase1"] = {key: phase1[key] for key in PHASE1}
         kept["phase1_curve"] = table(read("data/curves/train_phase1.csv"), "macs", "val_ppl")
         kept["shallow_documents"] = table(read("data/documents/shallow.csv"), "nll")
         kept["sweep"] = table(read("data/curves/evaluate_routing.csv"), "flops_ratio", "ppl")
-        kept["criteria"] = {"test": {name: {key: one[key] for key in CRITERION} for name, one in criteria.items()}}
+        kept["criteria"] = {
+            "test": {name: {key: one[key] for key in CRITERION} for name, one in criteria["test"].items()}
+        }
+        kept["of_attainable"] = criteria.get("of_attainable_by_deep_share", {}).get("test")  # null without a gate
     return kept
 
 

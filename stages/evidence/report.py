@@ -14,6 +14,7 @@ from lego.base.params import Params, load_params
 from lego.evaluation.routed import TokenTable
 from lego.model.checkpoint import load_model
 from lego.model.cost import Ledger
+from lego.model.exit_criteria import StateCriterion
 from lego.report.page import Figure, Page, drawn, versions
 from lego.tokens.blocks import PackedBlocks
 from stages.evidence import suites as named
@@ -57,11 +58,11 @@ def draw(folder: Path, suites: dict[str, Suite], table: TokenTable, criterion: s
 def router_rows(params: Params, ledger: Ledger, test: TokenTable) -> list[dict[str, Any]]:
     """How the exit criteria of the root pipeline's model route."""
     validation = load_table(Path("data/evaluation/validation.safetensors"))
-    ratio = params.ashem.hard_example_ratio if params.routing.hard_ratio is None else params.routing.hard_ratio
-    promised = 1 - ratio if params.routing.calibration == "quantile" else None
-    width = params.routing.gain_width
-    gain_macs = ledger.dim * width + width if width else ledger.dim
-    return criterion_rows(read_json("metrics/details/criteria.json"), validation, test, ledger, promised, gain_macs)
+    routing = params.routing
+    shallow = 1 - routing.deep_share(params.ashem.hard_example_ratio)
+    promised = shallow if routing.calibration == "quantile" else None
+    gain = StateCriterion(ledger.dim, routing.gain_width, routing.gate == "fitted")
+    return criterion_rows(read_json("metrics/details/criteria.json"), validation, test, ledger, promised, gain.macs)
 
 
 def parameters(params: Params) -> list[str]:

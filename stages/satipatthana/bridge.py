@@ -102,7 +102,7 @@ def fitted_tokens(model: DeepSupervisionTransformer, batch_size: int, split: str
     states: list[Tensor] = []
     share = count / PackedBlocks("data/tokens", split).tokens
     first = split_batches("data/tokens", split, batch_size, (0.0, share))
-    table = token_table(model, first, "cpu", on_states=lambda found, _: states.append(found))
+    table = token_table(model, first, "cpu", on_states=lambda found, *_: states.append(found))
     return torch.cat(states), torch.from_numpy(table.right_shallow)
 
 

@@ -13,7 +13,17 @@ from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.neural_network import MLPRegressor
 
 from lego.base.artifacts import ArtifactError
-from lego.model.exit_criteria import Ridge, StateCriterion, entropy, features, fit_mlp, log_odds, margin, max_prob
+from lego.model.exit_criteria import (
+    Ridge,
+    StateCriterion,
+    entropy,
+    features,
+    fit_mlp,
+    log_odds,
+    margin,
+    max_prob,
+    needs_logits,
+)
 
 
 @settings(max_examples=50, deadline=None)
@@ -37,50 +47,75 @@ def exits(n: int = 400, dim: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
     return states, x[:, 0] - 2 * x[:, 3] + 0.3 * torch.randn(n) + 0.7
 
 
+def read(states: torch.Tensor, logits: torch.Tensor, told: bool) -> torch.Tensor:
+    """What a criterion reads, written out: states at unit root mean square, and the confidence's log-odds."""
+    x = states.double() / states.double().square().mean(1, keepdim=True).sqrt()
+    best = logits.double().softmax(1).amax(1, keepdim=True)
+    return (torch.cat([x, (best / (1 - best)).log()], dim=1) if told else x).float()
+
+
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("l2", [1e-4, 0.5])
-def test_the_linear_fit_is_ridge_regression(l2):
+def test_the_linear_fit_is_ridge_regression(l2, told):
     states, targets = exits()
-    fit = Ridge(12)
-    for part, target in zip(states.split(150), targets.split(150), strict=True):
-        fit.add(part, target)
-    reference = SklearnRidge(alpha=l2 * len(states)).fit(features(states).double().numpy(), targets.double().numpy())
+    logits = torch.randn(400, 9)
+    fit, x = Ridge(12, told), read(states, logits, told)
+    targets = targets + told * x[:, -1]
+    for rows in torch.arange(400).split(150):
+        fit.add(states[rows], targets[rows], max_prob(states, logits)[rows])
+    reference = SklearnRidge(alpha=l2 * len(states)).fit(x.double().numpy(), targets.double().numpy())
     criterion = fit.solve(l2)
     np.testing.assert_allclose(criterion.output.weight.numpy()[0], reference.coef_, rtol=1e-3, atol=1e-5)
-    expected = torch.from_numpy(reference.predict(features(states).numpy())).float().sigmoid()
-    torch.testing.assert_close(criterion(states), expected, rtol=1e-4, atol=1e-5)
-    assert criterion.macs == 12
-    torch.testing.assert_close(criterion(states * 7), criterion(states), rtol=1e-4, atol=1e-5)  # scale says nothing
+    expected = torch.from_numpy(reference.predict(x.double().numpy())).float().sigmoid()
+    torch.testing.assert_close(criterion(states, logits), expected, rtol=1e-4, atol=1e-5)
+    assert criterion.macs == 12 + told
+    assert needs_logits(criterion) == told
+    scaled = criterion(states * 7, logits)
+    torch.testing.assert_close(scaled, criterion(states, logits), rtol=1e-4, atol=1e-5)  # scale says nothing
 
 
-def test_the_fit_with_a_hidden_layer_is_scikit_learns():
+@pytest.mark.parametrize("told", [False, True])
+def test_the_fit_with_a_hidden_layer_is_scikit_learns(told):
     states, targets = exits()
-    criterion = fit_mlp(states, targets, 6, 1e-3, seed=2**40)
+    logits = torch.randn(400, 9)
+    criterion = fit_mlp(states, targets, 6, 1e-3, seed=2**40, confidence=max_prob(states, logits) if told else None)
     options = {"early_stopping": True, "random_state": 2**40 % 2**32, "max_iter": 1000}
     reference = MLPRegressor(hidden_layer_sizes=(6,), alpha=1e-3, **options)
-    reference.fit(features(states).numpy(), targets.numpy())
-    expected = torch.from_numpy(reference.predict(features(states).numpy())).float().sigmoid()
-    torch.testing.assert_close(criterion(states), expected, rtol=1e-4, atol=1e-5)
-    assert criterion.macs == 12 * 6 + 6
+    x = features(states, max_prob(states, logits) if told else None)
+    torch.testing.assert_close(x, read(states, logits, told), rtol=1e-4, atol=1e-5)
+    reference.fit(x.numpy(), targets.numpy())
+    expected = torch.from_numpy(reference.predict(x.numpy())).float().sigmoid()
+    torch.testing.assert_close(criterion(states, logits), expected, rtol=1e-4, atol=1e-5)
+    assert criterion.macs == (12 + told) * 6 + 6
 
 
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("width", [0, 5])
-def test_scores_are_those_of_float32_in_any_model(width):
-    states = torch.randn(200, 12)
-    criterion = StateCriterion(12, width)
-    expected = criterion(states)
+def test_scores_are_those_of_float32_in_any_model(width, told):
+    states, logits = torch.randn(200, 12), torch.randn(200, 9)
+    criterion = StateCriterion(12, width, told)
+    expected = criterion(states, logits)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(criterion(states), expected)
+        assert torch.equal(criterion(states, logits), expected)
     for dtype in (torch.bfloat16, torch.float16):
-        scores = criterion.to(dtype)(states.to(dtype))
+        scores = criterion.to(dtype)(states.to(dtype), logits.to(dtype))
         assert scores.dtype == torch.float32
         torch.testing.assert_close(scores, expected, rtol=0, atol=0.02)
 
 
+def test_a_criterion_that_is_told_certainty_says_a_number():
+    logits = torch.full((2, 9), -math.inf)
+    logits[:, 3], logits[1, 4] = 5.0, 5.0
+    assert StateCriterion(12, 5, told_confidence=True)(torch.randn(2, 12), logits).isfinite().all()
+
+
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("width", [0, 5])
-def test_fitted_criteria_come_back_as_they_were_saved(width, tmp_path):
-    criterion, states = StateCriterion(12, width), torch.randn(9, 12)
+def test_fitted_criteria_come_back_as_they_were_saved(width, told, tmp_path):
+    criterion, states, logits = StateCriterion(12, width, told), torch.randn(9, 12), torch.randn(9, 7)
     criterion.save(tmp_path / "probe.safetensors")
-    torch.testing.assert_close(StateCriterion.load(tmp_path / "probe.safetensors", 12)(states), criterion(states))
+    again = StateCriterion.load(tmp_path / "probe.safetensors", 12)
+    torch.testing.assert_close(again(states, logits), criterion(states, logits))
     with pytest.raises(ArtifactError, match=r"probe\.safetensors: does not fit exit states of width 16; run dvc repro"):
         StateCriterion.load(tmp_path / "probe.safetensors", 16)
 
