@@ -22,6 +22,7 @@ from stages.evidence.gather import finished, git, queued, with_finished
 from stages.evidence.records import Found
 from stages.evidence.suites import FULL, Suite, changes_of, load_suites, made_by, override
 
+SAID = 4  # of what has changed, so many are named
 CODE = ("lego", "stages", "dvc.yaml", "params.yaml", ":!*dvc.lock")
 
 
@@ -76,7 +77,9 @@ def reasons(why: dict[str, list[str]], found: dict[str, Any], seed: int) -> str:
     by_reason: dict[str, list[str]] = {}
     for model, since in why.items():
         revision = found[model][str(seed)]["revision"] if since != [MISSING] else ""
-        words = f"computed at revision {revision}; since then {', '.join(since)} changed" if revision else MISSING
+        more = f" and {len(since) - SAID} more" if len(since) > SAID else ""
+        changed = f"{', '.join(since[:SAID])}{more}"
+        words = f"computed at revision {revision}; since then {changed} changed" if revision else MISSING
         by_reason.setdefault(words, []).append(model)
     return "; ".join(f"{', '.join(models)} ({words})" for words, models in by_reason.items())
 

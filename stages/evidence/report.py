@@ -3,6 +3,7 @@
 dvc repro stages/evidence/dvc.yaml:report      (python -m stages.evidence.report)
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ from lego.model.cost import Ledger
 from lego.model.exit_criteria import StateCriterion
 from lego.report.page import Figure, Page, drawn, versions
 from lego.tokens.blocks import PackedBlocks
+from stages.evidence import routing_tables, tables, wording
 from stages.evidence import suites as named
-from stages.evidence import tables, wording
 from stages.evidence.current import outdated
 from stages.evidence.pictures import hard_against_random, regime_map, routed_against_cost, training_curves
 from stages.evidence.quality import criterion_rows, load_table
@@ -102,7 +103,9 @@ def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict
     if "regime" in figures:
         page.figure(figures["regime"], Path("metrics"))
         page.table(*tables.regime_table(regime))
-        page.table(*tables.criteria_table(regime))
+        page.table(*routing_tables.criteria_table(regime))
+        if (attainable := routing_tables.attainable_table(regime))[1]:
+            page.table(*attainable)
     else:
         page.text(NOT_RUN)
     page.heading("From scratch: the total budget after the most text")
@@ -150,16 +153,17 @@ def not_current(name: str, asked: named.Suite) -> list[list[str]] | None:
 def build(params: Params, suites: dict[str, Suite], figures: dict[str, Figure], test: TokenTable) -> Page:
     """The page, part by part."""
     ledger, asked = Ledger.of(load_model("data/phase2"), params.model.seq_len), load_suites()
+    ledger = replace(ledger, gated=params.routing.gate == "fitted")
     page = Page("When is ASHEM worth using?")
     findings(page, params, suites, figures)
     page.heading("Routing")
-    page.table(*tables.router_table(router_rows(params, ledger, test)))
+    page.table(*routing_tables.router_table(router_rows(params, ledger, test)))
     page.text(wording.ROUTER)
     for name in ("confidence", "classes", "sample"):
         page.figure(figures[name], Path("metrics"))
     page.heading("Cost ledger")
-    page.table(*tables.ledger_table(ledger))
-    page.text(wording.break_even(ledger, params.ashem.hard_example_ratio))
+    page.table(*routing_tables.ledger_table(ledger))
+    page.text(wording.break_even(ledger, params.routing.deep_share(params.ashem.hard_example_ratio)))
     page.heading("Threats to validity")
     page.points([wording.documents_fact(suites["core"], SETTING), *wording.THREATS])
     page.heading("Made with")

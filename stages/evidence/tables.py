@@ -1,13 +1,10 @@
-"""Tables of the report."""
+"""Tables of the report: models beside each other."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
 
-from lego.model.cost import Ledger
-from lego.report.stats import mean_interval
 from stages.evidence.suites import rate_keys
 from stages.evidence.summary import (
     DEEP,
@@ -38,6 +35,14 @@ def at_end(suite: Suite, setting: str, model: str) -> str:
     base = next(params[key] for key in rate_keys(model.removesuffix(DEEP)) if key in params)
     ends = [base * factor for factor in (min(factors), max(factors))]
     return " (end)" if len(factors) > 1 and any(abs(rate - end) < 1e-9 * rate for end in ends) else ""
+
+
+def searched(suite: Suite) -> str:
+    """Of which learning rates the models of a suite took theirs."""
+    records = [one for models in suite.records.values() for seeds in models.values() for one in seeds.values()]
+    if all(len(one["params"]["search.lr_factors"]) == 1 for one in records):
+        return "each at the one learning rate of params.yaml."
+    return "(end): the rate is an end of those tried."
 
 
 def main_table(suite: Suite, setting: str) -> Table:
@@ -132,13 +137,15 @@ def difference_table(suite: Suite, setting: str) -> Table:
                 f"{ratio.mean:.3f}" if ratio else "",
             ]
         )
-    return header, rows, "Block 2 on other tokens, at equal added MACs; (end): the rate is an end of those tried."
+    caption = f"Block 2 on other tokens, at equal added MACs; {searched(suite)}"
+    return header, rows, caption
 
 
 def regime_table(suite: Suite) -> Table:
     """One row a setting."""
     others = compared_in(suite)
-    header = ("tokens per parameter", "setting", "seeds", "always shallow", "ASHEM", *(f"less {o}" for o in others))
+    own_columns = ("always shallow", "ASHEM", "always deep")
+    header = ("tokens per parameter", "setting", "seeds", *own_columns, *(f"less {o}" for o in others))
     rows = []
     for seen, name in by_regime(suite):
         cells = []
@@ -146,9 +153,9 @@ def regime_table(suite: Suite) -> Table:
             found = difference(suite, name, "ashem", other)
             mark = at_end(suite, name, other) if found else ""
             cells.append(f"{found.over_seeds:+.2f} {found.verdict}{mark}" if found else "")
-        shallow, own = suite.interval(name, "ashem", "shallow_ppl"), suite.interval(name, "ashem")
+        shallow, own, deep = (suite.interval(name, "ashem", key) for key in ("shallow_ppl", "ppl", "deep_ppl"))
         seeds, mark = len(suite.records[name]["ashem"]), at_end(suite, name, "ashem")
-        rows.append([f"{seen:.1f}", name, str(seeds), f"{shallow:.2f}", f"{own:.2f}{mark}", *cells])
+        rows.append([f"{seen:.1f}", name, str(seeds), f"{shallow:.2f}", f"{own:.2f}{mark}", f"{deep:.2f}", *cells])
     caption = (
         "Test perplexity as phase 1 sees more text; differences over seeds, and what ASHEM is by seeds and documents; "
         "(end): the rate of the model is an end of those tried."
@@ -177,30 +184,7 @@ def ratios_table(suite: Suite) -> Table:
             rows.append([f"0.{setting.removeprefix('ratio_')}", *means, *cells])
     caption = (
         "Hard tokens against as many random ones, by share. Always deep, random tokens cost the full model's MACs at "
-        "every share, ASHEM less up to a half; (end): the rate is an end of those tried."
-    )
-    return header, rows, caption
-
-
-def criteria_table(suite: Suite) -> Table:
-    """What each exit criterion makes of the same model at every point of the regime map."""
-    points = [(seen, name, list(suite.records[name]["ashem"].values())) for seen, name in by_regime(suite)]
-    names = sorted({criterion for _, _, records in points for one in records for criterion in one["criteria"]["test"]})
-    rows = []
-    for criterion in names:
-        cells = []
-        for _, _, records in points:
-            found = [one["criteria"]["test"][criterion] for one in records if criterion in one["criteria"]["test"]]
-            ppl, auroc, macs = (
-                mean_interval([row[key] for row in found if row[key] is not None] or [float("nan")])
-                for key in ("ppl", "gain_auroc", "flops_ratio")
-            )
-            cells.append(f"{ppl:.2f}; {auroc.mean:.3f}; {macs.mean:.2f}")
-        rows.append([criterion, *cells])
-    header = ("criterion", *(f"{seen:.1f} tokens a parameter" for seen, _, _ in points))
-    caption = (
-        "ASHEM routed by each criterion: test perplexity with its interval over seeds; AUROC of `deep beats shallow on "
-        "this token`; inference MACs. gain and probe read the hidden state and need no logits, so a token costs less."
+        f"every share, ASHEM less up to a half; {searched(suite)}"
     )
     return header, rows, caption
 
@@ -236,47 +220,3 @@ def options_table(suite: Suite, base: str) -> Table:
         "unchanged; some changes also change what phase 2 costs."
     )
     return header, rows, caption
-
-
-def router_table(rows: list[dict[str, Any]]) -> Table:
-    """How the exit criteria route."""
-    header = (
-        "criterion",
-        "AUROC",
-        "test ppl",
-        "to the oracle, nats",
-        "ppl over cost",
-        "left: promised",
-        "realised",
-        "calibration error",
-        "with temperature",
-    )
-    cells = [
-        [
-            row["criterion"],
-            "" if row["gain_auroc"] is None else f"{row['gain_auroc']:.3f}",
-            f"{row['ppl']:.2f}",
-            f"{row['oracle_gap_nats']:.3f}",
-            f"{row['mean_ppl_over_cost']:.2f}",
-            "" if row["promised_shallow_ratio"] is None else f"{row['promised_shallow_ratio']:.3f}",
-            f"{row['shallow_ratio']:.3f}",
-            f"{row['ece']:.3f}",
-            f"{row['ece_after']:.3f} (T = {row['temperature']:.2f})",
-        ]
-        for row in rows
-    ]
-    return header, cells, "Exit criteria of the root pipeline's model on test text."
-
-
-def ledger_table(ledger: Ledger) -> Table:
-    """What a token costs."""
-    parts = {
-        "block 1": ledger.block1,
-        "block 2": ledger.block2,
-        "keys and values of an exited token in block 2": ledger.kv_fill(),
-        "one output head": ledger.head,
-        "always shallow": ledger.shallow(),
-        "full model": ledger.full,
-    }
-    rows = [[name, f"{macs:,}", f"{macs / ledger.full:.3f}"] for name, macs in parts.items()]
-    return ("part", "MACs per token", "share of the full model"), rows, "What a token costs at inference."

@@ -190,12 +190,15 @@ def leak(suite: Suite, setting: str) -> str:
     )
 
 
-def break_even(ledger: Ledger, hard_ratio: float) -> str:
+def break_even(ledger: Ledger, deep_share: float) -> str:
     logits, state = ledger.break_even_shallow_ratio(), ledger.break_even_shallow_ratio(ledger.dim)
+    costs = f"Routing costs less than the full model from a shallow ratio of {logits:.3f} on"
+    at = f"at {1 - deep_share:.2f} it costs {ledger.flops_ratio(1 - deep_share):.3f}"
+    if ledger.gated:
+        return f"{costs}, since the gate reads the exit's logits of every token; {at} of it."
     return (
-        f"Routing costs less than the full model from a shallow ratio of {logits:.3f} on with a criterion that reads "
-        f"the exit's logits and of {state:.3f} with one that reads its state; at {1 - hard_ratio:.2f} it costs "
-        f"{ledger.flops_ratio(1 - hard_ratio):.3f} and {ledger.flops_ratio(1 - hard_ratio, ledger.dim):.3f} of it."
+        f"{costs} with a criterion that reads the exit's logits and of {state:.3f} with one that reads its state; {at} "
+        f"and {ledger.flops_ratio(1 - deep_share, ledger.dim):.3f} of it."
     )
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 
-from stages.evidence import tables, wording
+from lego.model.cost import Ledger
+from stages.evidence import routing_tables, tables, wording
 from stages.evidence.gather import searched_rates
 from stages.evidence.pictures import hard_against_random, regime_map, routed_against_cost, training_curves
 from stages.evidence.summary import DEEP, Suite, between_settings, compared_in, difference, rivals
@@ -114,6 +116,18 @@ def test_the_answer_and_the_tables_say_so(records):
     assert "count like 2.4 equal ones" in wording.documents_fact(core, "default")
 
 
+def test_the_sentence_on_cost_is_that_of_the_gate():
+    ledger = Ledger(1024, 32, 4, 4, 96, num_layers=8, exit_layer=2, seq_len=128, block2_context="sequence")
+    assert f"and of {ledger.break_even_shallow_ratio(32):.3f} with one that reads its state" in wording.break_even(
+        ledger, 0.3
+    )
+    gated = replace(ledger, gated=True)
+    assert wording.break_even(gated, 0.3) == (
+        f"Routing costs less than the full model from a shallow ratio of {gated.break_even_shallow_ratio():.3f} on, "
+        f"since the gate reads the exit's logits of every token; at 0.70 it costs {gated.flops_ratio(0.7):.3f} of it."
+    )
+
+
 def test_one_seed_is_no_verdict(records):
     one = {"default": {model: {"0": seeds["0"]} for model, seeds in records["default"].items()}}
     core = Suite.of("core", one)
@@ -162,8 +176,18 @@ def test_the_regime_map_says_where_each_model_is_passed_and_bears_an_unfinished_
         "at 80.0 better than 1 of 1 and worse than 0."
     )
     assert "by 20.0 % at 2.0, 8.8 % at 40.0, 7.5 % at 80.0 tokens a parameter" in wording.how_far(regime)
-    assert tables.criteria_table(regime)[1] == [["max_prob", *["35.00 [34.75, 35.25]; 0.600; 0.90"] * 3]]
+    assert routing_tables.criteria_table(regime)[1] == [["max_prob", *["35.00 [34.75, 35.25]; 0.600; 0.90"] * 3]]
     assert [row[0] for row in tables.regime_table(regime)[1]] == ["2.0", "40.0", "80.0"]
+    assert [row[5] for row in tables.regime_table(regime)[1]] == ["37.00 [36.75, 37.25]"] * 3  # always deep
+    assert routing_tables.attainable_table(regime)[1] == []
+    for name, shift in (("late", 0.0), ("late_dim_32", -0.3)):
+        for seed, one in regime.records[name]["ashem"].items():
+            captured = {"gain": 0.9 + shift + 0.01 * int(seed), "max_prob": None, "probe": 0.1}
+            one["of_attainable"] = {"0.3": captured, "0.5": captured | {"max_prob": 0.5}}
+    header, rows, _ = routing_tables.attainable_table(regime)
+    assert header == ("criterion", "deep share", "40.0 tokens a parameter", "80.0 tokens a parameter")
+    assert rows[0] == ["gain", "0.3", "0.91 [0.89, 0.93]", "0.61 [0.59, 0.63]"]
+    assert [row[2] for row in rows[2:]] == ["", "0.50 [0.50, 0.50]"]
     assert regime_map(tmp_path, regime).file.exists()
     nothing = Suite.of("regime", {"unfinished": found["unfinished"]})
     assert wording.crossover(nothing) == []
