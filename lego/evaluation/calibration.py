@@ -46,25 +46,25 @@ class GainFit:
     Args:
         dim: width of the exit states.
         width: of the hidden layer; 0 = linear, fitted in one pass without keeping states.
-        told_confidence: it reads the exit's confidence beside the state.
+        reads_logits: the criterion is told the largest of the exit's logits beside the state.
     """
 
-    def __init__(self, dim: int, width: int, told_confidence: bool = False) -> None:
-        self.ridge, self.width, self.told_confidence = Ridge(dim, told_confidence), width, told_confidence
+    def __init__(self, dim: int, width: int, reads_logits: bool = False) -> None:
+        self.ridge, self.width, self.reads_logits = Ridge(dim, reads_logits), width, reads_logits
         self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def add(self, states: Tensor, gain: Tensor, confidence: Tensor) -> None:
-        """Takes in exit states (n, D), what block 2 spared them (n,), and how sure the exit was (n,)."""
+    def add(self, states: Tensor, gain: Tensor, largest: Tensor) -> None:
+        """Takes in exit states (n, D), what block 2 spared them (n,), and the largest of the exit's logits (n,)."""
         if self.width:
-            self.kept.append((states.cpu(), -gain.cpu(), confidence.cpu()))
+            self.kept.append((states.cpu(), -gain.cpu(), largest.cpu()))
         else:
-            self.ridge.add(states, -gain, confidence)
+            self.ridge.add(states, -gain, largest)
 
     def solve(self, l2: float, seed: int) -> StateCriterion:
         if not self.width:
             return self.ridge.solve(l2)
-        states, targets, confidence = (torch.cat(column) for column in zip(*self.kept, strict=True))
-        return fit_mlp(states, targets, self.width, l2, seed, confidence if self.told_confidence else None)
+        states, targets, largest = (torch.cat(column) for column in zip(*self.kept, strict=True))
+        return fit_mlp(states, targets, self.width, l2, seed, largest if self.reads_logits else None)
 
 
 def fitted_gain(
@@ -77,7 +77,7 @@ def fitted_gain(
 ) -> StateCriterion:
     """The criterion `gain` of a model with two exits, fitted on a text.
 
-    A gate needs the exit's logits of every token, so the criterion is told their confidence, which costs no more then.
+    A gate needs the exit's logits of every token, so the criterion reads them too, which costs next to nothing then.
 
     Args:
         model: with two blocks.
@@ -87,7 +87,7 @@ def fitted_gain(
         seed: of its initial weights.
         device: where the model runs, and the criterion then lies.
     """
-    fit = GainFit(model.sizes["dim"], routing.gain_width, told_confidence=gate is not None)
+    fit = GainFit(model.sizes["dim"], routing.gain_width, reads_logits=gate is not None)
     token_table(model, batches, device, on_states=fit.add, gate=gate)
     return fit.solve(routing.gain_l2, seed).to(device)
 

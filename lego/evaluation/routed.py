@@ -135,7 +135,7 @@ def token_table(
     batches: Iterable[tuple[Tensor, Tensor]],
     device: str | torch.device,
     criteria: Mapping[str, Criterion] | None = None,
-    on_states: Callable[[Tensor, Tensor, Tensor], None] = lambda states, spared, confidence: None,
+    on_states: Callable[[Tensor, Tensor, Tensor], None] = lambda states, spared, largest: None,
     gate: Gate | None = None,
 ) -> TokenTable:
     """Runs both exits over all batches with the routed decoder; a model without block 2 has two equal columns.
@@ -145,12 +145,13 @@ def token_table(
         batches: (x, y) of token ids (B, T).
         device: where the model runs.
         criteria: exit criteria by name, whose scores are wanted.
-        on_states: called with each batch's exit states (n, D), what block 2 spares them (n,) in nats, and confidences
-            (n,). With a gate that is what the mixture expects to spare (see `read_mixture`): the mean, without noise.
+        on_states: called with each batch's exit states (n, D), what block 2 spares them (n,) in nats, and the largest
+            of the exit's logits (n,). With a gate that is what the mixture expects to spare: the mean, without noise.
         gate: mixes both exits in the answers of the full depth; the table then has the score ATTAINABLE.
     """
     model.to(device)
-    names, wanted = list(criteria or {}) + ([] if gate is None else [ATTAINABLE]), list((criteria or {}).values())
+    names = list(criteria or {}) + ([] if gate is None else [ATTAINABLE])
+    wanted: list[Criterion] = [*(criteria or {}).values(), lambda _, logits: logits.amax(dim=-1)]
     columns: list[tuple[Tensor, ...]] = []
     for x, y in batches:
         y = y.to(device).flatten()  # (n,)
@@ -162,11 +163,12 @@ def token_table(
         if gate is None:
             shallow = model.read_at(read.states, model.exit_layer, y, wanted)
             deep = model.read_at(last, model.num_layers, y) if last is not read.states else shallow
-            on_states(read.states, shallow[0] - deep[0], shallow[2])
+            on_states(read.states, shallow[0] - deep[0], shallow[-1])
+            shallow = shallow[:-1]
         else:
             shallow, deep = model.read_mixed(read.states, last, y, gate.to(device).mixed, wanted)
-            on_states(read.states, deep[2], shallow[2])
-            shallow = (*shallow, (-deep[2]).sigmoid())
+            on_states(read.states, deep[2], shallow[-1])
+            shallow = (*shallow[:-1], (-deep[2]).sigmoid())
         columns.append((shallow[0], deep[0], shallow[1], deep[1], *shallow[2:]))
     arrays = [torch.cat(column).cpu().numpy() for column in zip(*columns, strict=True)]
     nll_shallow, nll_deep = (losses.astype(np.float64) for losses in arrays[:2])

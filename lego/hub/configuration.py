@@ -21,7 +21,7 @@ OF_WEIGHTS = (
     "block2_context",
     "own_head",
     "exit_criterion_width",
-    "exit_criterion_told_confidence",
+    "exit_criterion_reads_logits",
     "gated",
     "branch_layer",
 )
@@ -29,7 +29,7 @@ OF_WEIGHTS = (
 DEFAULTS = {
     "branch_layer": None,
     "gated": False,
-    "exit_criterion_told_confidence": False,
+    "exit_criterion_reads_logits": False,
 }  # of those that older folders do not have
 
 
@@ -43,7 +43,7 @@ class LegoConfig(LlamaConfig):
             switches routing off. One number, a tensor's or NumPy's too.
         exit_criterion: max_prob, margin or entropy of the exit's logits, or probe or gain of the exit state.
         exit_criterion_width: hidden width of probe or gain; 0 = linear.
-        exit_criterion_told_confidence: gain reads the exit's confidence beside its state.
+        exit_criterion_reads_logits: gain is told the largest of the exit's logits beside its state.
         block2_context: what a token sees above the exit: sequence, token or full (see DeepSupervisionTransformer).
         branch_layer: layer whose output block 2 begins at; None = exit_layer (see DeepSupervisionTransformer).
         own_head: block 2 has an output head of its own.
@@ -62,7 +62,7 @@ class LegoConfig(LlamaConfig):
     exit_threshold: Any = None
     exit_criterion: str = "max_prob"
     exit_criterion_width: int = 0
-    exit_criterion_told_confidence: bool = False
+    exit_criterion_reads_logits: bool = False
     block2_context: str = "sequence"
     branch_layer: int | None = None
     own_head: bool = False

@@ -66,8 +66,8 @@ def to_hf(
     fields = {name: given.get(name) for name in TOKEN_IDS} | fields  # Llama's own defaults are another vocabulary's
     routing: dict[str, Any] = {"exit_threshold": threshold, "exit_criterion": criterion}
     if scorer is not None:
-        told = scorer.needs_logits
-        routing |= {"exit_criterion_width": scorer.width, "exit_criterion_told_confidence": told}
+        reads = scorer.needs_logits
+        routing |= {"exit_criterion_width": scorer.width, "exit_criterion_reads_logits": reads}
     config = LegoConfig(**known | fields, **routing, gated=gate is not None)
     converted = LegoForCausalLM(config)
     converted.generation_config.update(**given | {name: fields[name] for name in TOKEN_IDS})

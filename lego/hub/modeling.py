@@ -56,8 +56,8 @@ class LegoForCausalLM(LegoPreTrainedModel, GenerationMixin):
         self.deep_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False) if config.own_head else None
         self.exit_criterion_module = None
         if config.exit_criterion in STATE_CRITERIA:
-            told = config.exit_criterion_told_confidence
-            self.exit_criterion_module = StateCriterion(config.hidden_size, config.exit_criterion_width, told)
+            reads = config.exit_criterion_reads_logits
+            self.exit_criterion_module = StateCriterion(config.hidden_size, config.exit_criterion_width, reads)
         self.gate = Gate() if config.gated else None
         fitted = {"exit_criterion_module": self.exit_criterion_module, "gate": self.gate}
         self._keep_in_fp32_modules_strict = {name for name, module in fitted.items() if module is not None}

@@ -60,22 +60,22 @@ class StateCriterion(nn.Module):
     Args:
         dim: width of the exit state (D).
         width: of the hidden layer; 0 = linear.
-        told_confidence: it reads the exit's confidence beside the state, and so the exit's logits.
+        reads_logits: it is told the largest of the exit's logits beside the state.
     """
 
-    def __init__(self, dim: int, width: int = 0, told_confidence: bool = False) -> None:
+    def __init__(self, dim: int, width: int = 0, reads_logits: bool = False) -> None:
         super().__init__()
-        self.dim, self.width, self.needs_logits = dim, width, told_confidence
-        inputs = dim + told_confidence
+        self.dim, self.width, self.needs_logits = dim, width, reads_logits
+        inputs = dim + reads_logits
         self.hidden = nn.Linear(inputs, width) if width else None
         self.output = nn.Linear(width or inputs, 1)
 
     def forward(self, exit_states: Tensor, logits: Tensor | None = None) -> Tensor:
-        """Score (...,) of exit states (..., D), of which those that are told it read the logits (..., V) too."""
+        """Score (...,) of exit states (..., D), with the logits (..., V) where it reads them."""
         kind = exit_states.device.type
         with torch.autocast(kind, enabled=False):  # float32 tells scores apart that bfloat16 does not
-            told = max_probability(logits) if self.needs_logits and logits is not None else None
-            x = features(exit_states, told)
+            largest = logits.amax(dim=-1) if self.needs_logits and logits is not None else None
+            x = features(exit_states, largest)
             if self.hidden is not None:
                 x = F.linear(x, self.hidden.weight.float(), self.hidden.bias.float()).relu()
             return F.linear(x, self.output.weight.float(), self.output.bias.float()).squeeze(-1).sigmoid()
@@ -111,15 +111,14 @@ class StateCriterion(nn.Module):
         return criterion.requires_grad_(False)
 
 
-def features(exit_states: Tensor, confidence: Tensor | None = None) -> Tensor:
-    """Exit states (..., D) in float32 at unit root mean square, as their scale says little: what a criterion reads.
+def features(exit_states: Tensor, largest: Tensor | None = None) -> Tensor:
+    """What a criterion reads: exit states (..., D) in float32 at unit root mean square, as their scale says little.
 
-    With the exit's confidence (...,) its log-odds are one number more.
+    Where it reads logits, the largest of them (...,) is one number more. With the state it tells as much as the softmax
+    does, for a twentieth of its time.
     """
     states = F.rms_norm(exit_states.float(), (exit_states.shape[-1],))
-    if confidence is None:
-        return states
-    return torch.cat([states, confidence.float().logit(eps=SURE).unsqueeze(-1)], dim=-1)  # (..., D + 1)
+    return states if largest is None else torch.cat([states, largest.float().unsqueeze(-1)], dim=-1)  # (..., D + 1)
 
 
 class Ridge:
@@ -128,15 +127,15 @@ class Ridge:
     Minimises mean((w x + b - y)^2) + l2 |w|^2 for features x of exit states.
     """
 
-    def __init__(self, dim: int, told_confidence: bool = False) -> None:
-        self.n, self.dim, self.told_confidence = 0, dim, told_confidence
-        inputs = dim + told_confidence + 1
+    def __init__(self, dim: int, reads_logits: bool = False) -> None:
+        self.n, self.dim, self.reads_logits = 0, dim, reads_logits
+        inputs = dim + reads_logits + 1
         self.products = torch.zeros(inputs, inputs, dtype=torch.float64)  # of (x, 1) with itself
         self.targets = torch.zeros(inputs, dtype=torch.float64)
 
-    def add(self, exit_states: Tensor, targets: Tensor, confidence: Tensor | None = None) -> None:
-        """Takes in exit states (n, D) with targets (n,), and confidences (n,) where the criterion is told them."""
-        x = features(exit_states, confidence if self.told_confidence else None).cpu()
+    def add(self, exit_states: Tensor, targets: Tensor, largest: Tensor | None = None) -> None:
+        """Takes in exit states (n, D) with targets (n,), and largest logits (n,) where the criterion reads them."""
+        x = features(exit_states, largest if self.reads_logits else None).cpu()
         x = torch.cat([x, torch.ones(len(x), 1)], dim=1).double()  # (n, D + 1)
         self.products += x.t() @ x
         self.targets += x.t() @ targets.cpu().double()
@@ -146,7 +145,7 @@ class Ridge:
         penalty = torch.full((len(self.targets),), l2, dtype=torch.float64)
         penalty[-1] = 0.0  # the bias is free
         weights = torch.linalg.solve(self.products / self.n + penalty.diag(), self.targets / self.n)
-        criterion = StateCriterion(self.dim, told_confidence=self.told_confidence)
+        criterion = StateCriterion(self.dim, reads_logits=self.reads_logits)
         with torch.no_grad():
             criterion.output.weight.copy_(weights[:-1])
             criterion.output.bias.copy_(weights[-1:])
@@ -159,7 +158,7 @@ def log_odds(confidence: Tensor) -> Tensor:
 
 
 def fit_mlp(
-    exit_states: Tensor, targets: Tensor, width: int, l2: float, seed: int, confidence: Tensor | None = None
+    exit_states: Tensor, targets: Tensor, width: int, l2: float, seed: int, largest: Tensor | None = None
 ) -> StateCriterion:
     """A criterion with a hidden layer, fitted by scikit-learn with early stopping on a tenth of the tokens.
 
@@ -169,17 +168,22 @@ def fit_mlp(
         width: of the hidden layer.
         l2: weight penalty.
         seed: of initial weights and shuffling.
-        confidence: the exit's (n,), for a criterion that is told it.
+        largest: of the exit's logits (n,), for a criterion that reads them.
     """
     from sklearn.neural_network import MLPRegressor
 
     options = {"early_stopping": True, "random_state": seed % 2**32, "max_iter": 1000}
     regressor = MLPRegressor(hidden_layer_sizes=(width,), alpha=l2, **options)
-    regressor.fit(features(exit_states, confidence).numpy(), targets.numpy())
-    criterion = StateCriterion(exit_states.shape[1], width, told_confidence=confidence is not None)
+    mean, std = (0.0, 1.0) if largest is None else (float(largest.mean()), max(float(largest.std()), 1e-6))
+    scaled = None if largest is None else (largest - mean) / std  # to the scale of the others
+    regressor.fit(features(exit_states, scaled).numpy(), targets.numpy())
+    criterion = StateCriterion(exit_states.shape[1], width, reads_logits=largest is not None)
     state = {}
     for number, name in enumerate(("hidden", "output")):
         state[f"{name}.weight"] = torch.from_numpy(regressor.coefs_[number].T.copy())
         state[f"{name}.bias"] = torch.from_numpy(regressor.intercepts_[number].copy())
+    if largest is not None:
+        state["hidden.weight"][:, -1] /= std
+        state["hidden.bias"] -= state["hidden.weight"][:, -1] * mean
     criterion.load_state_dict(state)
     return criterion.requires_grad_(False)

@@ -6,21 +6,20 @@ import pytest
 import torch
 
 from lego.evaluation.calibration import GainFit
-from lego.model.exit_criteria import max_prob
 from tests.model.test_exit_criteria import exits
 
 
-@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("reads", [False, True])
 @pytest.mark.parametrize("width", [0, 8])
-def test_a_gain_that_is_linear_in_what_is_read_is_found(width, told):
+def test_a_gain_that_is_linear_in_what_is_read_is_found(width, reads):
     """The score's log-odds are the negative gain: 0.5 parts what block 2 helps from what it does not."""
     states, gain = exits(4000)
     logits = torch.randn(4000, 9)
-    confidence = max_prob(states, logits)
-    gain = gain - told * confidence.logit()
-    fit = GainFit(12, width, told)
+    largest = logits.amax(1)
+    gain = gain - reads * largest
+    fit = GainFit(12, width, reads)
     for rows in torch.arange(4000).split(1000):
-        fit.add(states[rows], gain[rows], confidence[rows])
+        fit.add(states[rows], gain[rows], largest[rows])
     score = fit.solve(1e-5, seed=0)(states, logits)
     error = (-torch.logit(score) - gain).std()
     assert 0.25 < error < (0.35 if width == 0 else 0.6)  # the noise is 0.3

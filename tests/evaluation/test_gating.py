@@ -66,7 +66,7 @@ def test_a_table_holds_the_losses_of_the_mixture():
     np.testing.assert_allclose(table.scores[ATTAINABLE], torch.sigmoid(-expected).numpy(), rtol=1e-4, atol=1e-5)
     assert ATTAINABLE not in plain.scores
     told = []
-    token_table(model, batches, "cpu", gate=gate, on_states=lambda states, spared, confidence: told.append(spared))
+    token_table(model, batches, "cpu", gate=gate, on_states=lambda states, spared, largest: told.append(spared))
     np.testing.assert_allclose(torch.cat(told).numpy(), expected.numpy(), rtol=1e-3, atol=1e-5)
     assert said["mixed_ppl"] == pytest.approx(perplexity(table.nll_deep), rel=1e-5)
     assert said["mixed_ppl"] <= min(said["shallow_ppl"], said["deep_ppl"]) * 1.001

@@ -22,11 +22,11 @@ from tests.routing.test_gated import gate_of
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize(("criterion", "told"), [("max_prob", False), ("gain", False), ("gain", True)])
+@pytest.mark.parametrize(("criterion", "reads"), [("max_prob", False), ("gain", False), ("gain", True)])
 @torch.no_grad()
-def test_the_transformers_model_mixes_as_our_decoder_does(context, criterion, told, tmp_path, tokenizer_folder):  # noqa: F811
+def test_the_transformers_model_mixes_as_our_decoder_does(context, criterion, reads, tmp_path, tokenizer_folder):  # noqa: F811
     model, gate = lego_model(context, own_head=criterion == "max_prob"), gate_of()
-    scorer = StateCriterion(32, 4, told).requires_grad_(False) if criterion == "gain" else None
+    scorer = StateCriterion(32, 4, reads).requires_grad_(False) if criterion == "gain" else None
     chosen = scorer or LOGIT_CRITERIA[criterion]
     x = torch.randint(0, VOCAB, (3, 11))
     h = model.forward_to_hidden(x).flatten(0, 1)
@@ -69,7 +69,7 @@ def test_the_loss_of_text_is_the_mixtures_and_training_goes_around_the_gate():
 def test_a_folder_with_a_gate_brings_its_own_code(tmp_path, tokenizer_folder):  # noqa: F811
     """In a process that cannot import lego."""
     model, gate = lego_model("sequence", own_head=True), gate_of()
-    scorer = StateCriterion(32, 4, told_confidence=True).requires_grad_(False)
+    scorer = StateCriterion(32, 4, reads_logits=True).requires_grad_(False)
     save_routed(to_hf(model, 0.5, "gain", scorer, gate), tmp_path, tokenizer_folder, "a card")
     code = (
         "import sys, torch\nsys.modules['lego'] = None\nfrom transformers import AutoModelForCausalLM\n"

@@ -103,13 +103,13 @@ def test_making_states_anew_costs_block_1_without_its_head():
     )
 
 
-@pytest.mark.parametrize(("macs", "told"), [(None, False), (300, False), (300, True)])
+@pytest.mark.parametrize(("macs", "reads"), [(None, False), (300, False), (300, True)])
 @pytest.mark.parametrize("context", ["sequence", "token"])
 @torch.no_grad()
-def test_a_gate_costs_hard_tokens_the_exits_head(macs, told, context):
+def test_a_gate_costs_hard_tokens_the_exits_head(macs, reads, context):
     """Counted on the decoder that reads whole sequences, at half of the tokens hard and at all."""
     model, x = two_blocks(context, SHAPES[0]), torch.randint(0, VOCAB, (B, T))
-    criterion = max_prob if macs is None else StateCriterion(32, 8, told).requires_grad_(False)
+    criterion = max_prob if macs is None else StateCriterion(32, 8, reads).requires_grad_(False)
     h = model.forward_to_hidden(x).flatten(0, 1)
     scores = criterion(h, model.logits_at(h, 2))
     ledger = replace(Ledger.of(model, T), gated=True)
