@@ -92,7 +92,7 @@ def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict
     page.text(wording.answer(core, SETTING), lead=True)
     if "regime" in figures:
         page.text(wording.when(regime), lead=True)
-        page.points([*wording.crossover(regime), wording.how_far(regime)])
+        page.points([*wording.crossover(regime), wording.how_far(regime), wording.deepest(regime)])
     page.heading("Every model at equal cost")
     page.text(wording.facts(core, SETTING))
     page.table(*tables.main_table(core, SETTING))

@@ -146,6 +146,22 @@ def how_far(suite: Suite) -> str:
     )
 
 
+def deepest(suite: Suite) -> str:
+    """Whether sending every token deep is as good as any smaller share, of the shares that were swept."""
+    said = []
+    for seen, name in by_regime(suite):
+        sweeps = [one["sweep"]["ppl"] for one in suite.records[name]["ashem"].values()]  # always deep first
+        excess = [sweep[0] / min(sweep) - 1 for sweep in sweeps]
+        best = sum(one == 0 for one in excess)
+        said.append(
+            f"in {best} of {len(sweeps)} seeds at {seen:.1f} (elsewhere at most {100 * max(excess):.2f} % above)"
+        )
+    return (
+        "Depth: of all shares of tokens that go deep all of them is the best on test text "
+        f"{', '.join(said)} tokens of phase 1 a parameter."
+    )
+
+
 def border(seen: list[tuple[float, str]]) -> str:
     """Between which points a verdict turns from worse to better, in words; nothing if it does not, or turns back."""
     told = [(at, said) for at, said in seen if said in ("worse", "better")]

@@ -175,6 +175,12 @@ def test_the_regime_map_says_where_each_model_is_passed_and_bears_an_unfinished_
         "phase 1 a parameter, at 2.0 better than 0 of 1 and worse than 1; at 40.0 better than 1 of 1 and worse than 0; "
         "at 80.0 better than 1 of 1 and worse than 0."
     )
+    for seed in ("0", "1"):
+        regime.records["early"]["ashem"][seed]["sweep"]["ppl"] = [30.0, 31.0, 40.0]
+    regime.records["early"]["ashem"]["2"]["sweep"]["ppl"] = [30.3, 30.0, 40.0]
+    assert "in 2 of 3 seeds at 2.0 (elsewhere at most 1.00 % above), in 3 of 3 seeds at 40.0 (" in wording.deepest(
+        regime
+    )
     assert "by 20.0 % at 2.0, 8.8 % at 40.0, 7.5 % at 80.0 tokens a parameter" in wording.how_far(regime)
     assert routing_tables.criteria_table(regime)[1] == [["max_prob", *["35.00 [34.75, 35.25]; 0.600; 0.90"] * 3]]
     assert [row[0] for row in tables.regime_table(regime)[1]] == ["2.0", "40.0", "80.0"]
