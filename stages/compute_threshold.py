@@ -14,14 +14,16 @@ from lego.model.exit_criteria import Ridge, log_odds
 from lego.tokens.batches import EvaluationBatches
 from lego.tokens.blocks import PackedBlocks, data_digests
 
+LEAST = 20  # tokens to fit on, of which a tenth says when to stop
+
 
 def tokens_to_fit_on(share: float, blocks: PackedBlocks, split: str) -> int:
     """The first tokens of calibration text, on which exit criteria are fitted; their thresholds come from the rest."""
     count = round(share * len(blocks))
-    if not 0 < count < len(blocks):
+    if not count * blocks.seq_len >= LEAST or count >= len(blocks):
         raise StageError(
-            f"params.yaml: exits.fit_share {share:g} of {len(blocks)} blocks of {split} text leaves nothing to fit on "
-            "or to calibrate with; change it or raise data.max_calibration_tokens"
+            f"params.yaml: exits.fit_share {share:g} of {len(blocks)} blocks of {split} text leaves fewer than {LEAST} "
+            "tokens to fit on, or none to calibrate with; change it or raise data.max_calibration_tokens"
         )
     return count * blocks.seq_len
 

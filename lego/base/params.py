@@ -51,6 +51,8 @@ class Params(Section):
         if self.model.init_from is None or self.model.init_layers == "phase1_layers":  # else its depth is not known yet
             try:
                 self.ashem.branch_of(self.ashem.phase1_layers)
+                if self.model.init_from is None:
+                    self.ashem.rank_of(self.model.dim)
             except ParamsError as error:
                 raise ValueError(str(error).removeprefix("params.yaml: ")) from None
         return self

@@ -38,6 +38,13 @@ def macs_of(criterion: Criterion) -> int | None:
     return criterion.macs if isinstance(criterion, StateCriterion) else None
 
 
+def macs_of_routing(routing: RoutingParams, dim: int) -> int | None:
+    """What a score of the criterion that `routing` names costs in MACs at a width; None if it needs the exit head."""
+    if routing.criterion == "gain":
+        return StateCriterion(dim, routing.gain_width, routing.gate == "fitted").macs
+    return dim if routing.criterion == "probe" else None
+
+
 class GainFit:
     """Learns from exit states what block 2 will spare them; the score is high where that is little.
 

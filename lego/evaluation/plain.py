@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +10,15 @@ import numpy as np
 import torch
 
 from lego.evaluation.risk import document_units
-from lego.evaluation.routed import Route, TokenTable, perplexity, routed_metrics, token_table
+from lego.evaluation.routed import (
+    MODEL_KEYS,
+    Route,
+    TokenTable,
+    hard_keys,
+    perplexity,
+    routed_metrics,
+    token_table,
+)
 from lego.model.cost import Ledger
 from lego.model.exit_criteria import Criterion
 from lego.model.gate import Gate
@@ -20,16 +27,24 @@ from lego.tokens.batches import EvaluationBatches, split_batches
 from lego.tokens.blocks import PackedBlocks, bits_per_byte, corpus_facts
 
 
-def hard_after(block1: TokenTable, model: TokenTable, threshold: float) -> tuple[float | None, float | None]:
-    """Perplexity of block 1, and of another model's full depth, on the tokens block 1 is unsure of; None without any.
+def hard_of(
+    tables: Mapping[str, tuple[TokenTable, TokenTable]], threshold: float, answers: Mapping[str, np.ndarray]
+) -> dict[str, float | None]:
+    """The keys on tokens that block 1 is unsure of, by the prefix of their split, of which validation has no `deep`.
 
     Args:
-        block1, model: token tables of the same text.
+        tables: of block 1 after phase 1 and of a model, by prefix.
         threshold: confidence of block 1 below which a token is hard.
+        answers: losses (n,) of the model as it answers, by prefix.
     """
-    paired = TokenTable(block1.nll_shallow, model.nll_deep, block1.right_shallow, model.right_deep, block1.confidence)
-    before, after = paired.hard_perplexities(threshold)
-    return (None, None) if math.isnan(before) else (before, after)
+    found = {
+        prefix + key: value
+        for prefix, (block1, model) in tables.items()
+        for key, value in hard_keys(
+            ~block1.easy(threshold), block1.nll_shallow, answers[prefix], model.nll_deep
+        ).items()
+    }
+    return {key: value for key, value in found.items() if key in MODEL_KEYS}
 
 
 def single_exit_metrics(
@@ -55,8 +70,8 @@ def single_exit_metrics(
         own: costs of this model.
         test_facts: what `corpus_facts` says of the test split.
     """
-    before, after = hard_after(block1_test, test, threshold)
-    val_before, val_after = hard_after(block1_validation, validation, threshold)
+    tables = {"": (block1_test, test), "val_": (block1_validation, validation)}
+    hard = hard_of(tables, threshold, {prefix: model.nll_deep for prefix, (_, model) in tables.items()})
     ppl, val_ppl = perplexity(test.nll_deep), perplexity(validation.nll_deep)
     return {
         "acc": float(test.right_deep.mean()),
@@ -64,15 +79,13 @@ def single_exit_metrics(
         "bits_per_byte": bits_per_byte(ppl, test_facts),
         "shallow_ppl": ppl,
         "deep_ppl": ppl,
-        "hard_ppl_before": before,
-        "hard_ppl_after": after,
+        **hard,
         "val_ppl": val_ppl,
         "val_shallow_ppl": val_ppl,
-        "val_hard_ppl_before": val_before,
-        "val_hard_ppl_after": val_after,
         "shallow_ratio": float(own.num_layers <= ledger.exit_layer),
         "compute_cost": own.num_layers * own.layer / (ledger.num_layers * ledger.layer),
         "flops_ratio": own.full / ledger.full,
+        "deep_flops_ratio": own.full / ledger.full,
         "oracle_ppl": ppl,  # it has one exit to choose from
         "break_even_shallow_ratio": None,  # it does not route
         "threshold": None,
@@ -182,9 +195,11 @@ class Comparison:
             )
             return metrics, document_rows(test.nll_deep, test.nll_deep, hard, self.documents)
         metrics = routed_metrics(test, validation, self.threshold, own, self.test_facts, route)
-        for prefix, split in (("", "test"), ("val_", "validation")):  # its own confidences are not those of block 1
-            before, after = hard_after(block1[split], mine[split], self.threshold)
-            metrics |= {f"{prefix}hard_ppl_before": before, f"{prefix}hard_ppl_after": after}
+        for key in ("flops_ratio", "deep_flops_ratio"):  # as shares of what they are of the model it is compared with
+            metrics[key] = float(metrics[key] or 0.0) * own.full / self.ledger.full
+        tables = {"": (block1["test"], test), "val_": (block1["validation"], validation)}
+        answers = {prefix: model.routed_nll(route.threshold, route.criterion) for prefix, (_, model) in tables.items()}
+        metrics |= hard_of(tables, self.threshold, answers)  # its own confidences are not those of block 1
         return metrics, document_rows(
             test.routed_nll(route.threshold, route.criterion), test.nll_deep, hard, self.documents
         )

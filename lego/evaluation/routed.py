@@ -28,6 +28,7 @@ MODEL_KEYS = (
     "deep_ppl",
     "hard_ppl_before",
     "hard_ppl_after",
+    "hard_ppl_deep",
     "val_ppl",
     "val_shallow_ppl",
     "val_hard_ppl_before",
@@ -35,6 +36,7 @@ MODEL_KEYS = (
     "shallow_ratio",
     "compute_cost",
     "flops_ratio",
+    "deep_flops_ratio",
     "break_even_shallow_ratio",
     "lr",
     "train_macs",
@@ -107,13 +109,6 @@ class TokenTable:
     def routed_right(self, threshold: float, criterion: str = "max_prob") -> np.ndarray:
         return np.where(self.easy(threshold, criterion), self.right_shallow, self.right_deep)
 
-    def hard_perplexities(self, threshold: float) -> tuple[float, float]:
-        """Perplexity of block 1 and of the full depth on tokens below this confidence; NaN where there is none."""
-        hard = ~self.easy(threshold)
-        if not hard.any():
-            return math.nan, math.nan
-        return perplexity(self.nll_shallow[hard]), perplexity(self.nll_deep[hard])
-
 
 @dataclass(frozen=True)
 class Route:
@@ -127,6 +122,17 @@ class Route:
 def perplexity(nll: np.ndarray) -> float:
     """exp of the mean loss in nats, capped at exp(700)."""
     return math.exp(min(float(nll.mean()), 700.0))
+
+
+def hard_keys(hard: np.ndarray, before: np.ndarray, after: np.ndarray, deep: np.ndarray) -> dict[str, float | None]:
+    """Perplexities on the tokens that mining calls hard, whether they go deep or not; None where there is none.
+
+    Args:
+        hard: which they are (n,).
+        before, after, deep: losses (n,) of block 1, of the model as it answers, and of its full depth.
+    """
+    losses = {"hard_ppl_before": before, "hard_ppl_after": after, "hard_ppl_deep": deep}
+    return {key: perplexity(nll[hard]) if hard.any() else None for key, nll in losses.items()}
 
 
 @torch.no_grad()
@@ -252,28 +258,28 @@ def routed_metrics(
     route = route or Route("max_prob", threshold)
     nll = test.routed_nll(route.threshold, route.criterion)
     ratio = float(test.easy(route.threshold, route.criterion).mean())
-    before, after = test.hard_perplexities(threshold)
-    val_before, val_after = validation.hard_perplexities(threshold)
-    metrics = {
+    val_nll = validation.routed_nll(route.threshold, route.criterion)
+    hard = hard_keys(~test.easy(threshold), test.nll_shallow, nll, test.nll_deep)
+    val_hard = hard_keys(~validation.easy(threshold), validation.nll_shallow, val_nll, validation.nll_deep)
+    return {
         "acc": float(test.routed_right(route.threshold, route.criterion).mean()),
         "ppl": perplexity(nll),
         "bits_per_byte": bits_per_byte(perplexity(nll), test_facts),
         "shallow_ppl": perplexity(test.nll_shallow),
         "deep_ppl": perplexity(test.nll_deep),
-        "hard_ppl_before": before,
-        "hard_ppl_after": after,
-        "val_ppl": perplexity(validation.routed_nll(route.threshold, route.criterion)),
+        **hard,
+        "val_ppl": perplexity(val_nll),
         "val_shallow_ppl": perplexity(validation.nll_shallow),
-        "val_hard_ppl_before": val_before,
-        "val_hard_ppl_after": val_after,
+        "val_hard_ppl_before": val_hard["hard_ppl_before"],
+        "val_hard_ppl_after": val_hard["hard_ppl_after"],
         "shallow_ratio": ratio,
         "compute_cost": compute_cost(ratio, ledger.exit_layer, ledger.num_layers),
         "flops_ratio": ledger.flops_ratio(ratio, route.macs),
+        "deep_flops_ratio": ledger.always_deep / ledger.full,
         "break_even_shallow_ratio": ledger.break_even_shallow_ratio(route.macs),
         "threshold": route.threshold,
         "oracle_ppl": perplexity(np.minimum(test.nll_shallow, test.nll_deep)),
     }
-    return {key: None if math.isnan(value) else value for key, value in metrics.items()}
 
 
 def summary(metrics: Mapping[str, Any]) -> dict[str, Any]:

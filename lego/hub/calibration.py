@@ -26,7 +26,15 @@ def each_batch(batches: Tensor | Mapping[str, Any] | Iterable[Any]) -> Iterator[
             batch, mask = batch["input_ids"], batch.get("attention_mask")
         elif isinstance(batch, tuple | list) and len(batch) and isinstance(batch[0], Tensor):
             batch = batch[0]
-        yield _table(batch), None if mask is None else _table(mask)
+        if _ragged(batch):
+            yield from each_batch([torch.as_tensor(row) for row in batch if len(row)])
+        else:
+            yield _table(batch), None if mask is None else _table(mask)
+
+
+def _ragged(rows: Any) -> bool:
+    """Whether they are sequences of unequal length, as a tokenizer gives them without padding."""
+    return isinstance(rows, list | tuple) and len({len(row) for row in rows if hasattr(row, "__len__")}) > 1
 
 
 def _table(rows: Any) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
@@ -89,6 +90,8 @@ class LegoConfig(LlamaConfig):
         if not 1 <= self.exit_layer <= self.num_hidden_layers:
             raise ValueError(f"exit_layer must be in 1..{self.num_hidden_layers}, got {self.exit_layer}")
         self.validate_numbers()
+        if self.exit_criterion_width < 0:
+            raise ValueError(f"exit_criterion_width must be at least 0, got {self.exit_criterion_width}")
         if self.exit_criterion not in CRITERIA:
             raise ValueError(f"exit_criterion must be one of {', '.join(CRITERIA)}, got {self.exit_criterion!r}")
         if self.branch_layer is not None and type(self.branch_layer) is not int:
@@ -113,7 +116,7 @@ class LegoConfig(LlamaConfig):
             ValueError: a threshold or weight outside its range.
         """
         threshold, weight = self.exit_threshold, self.exit_loss_weight
-        if threshold is not None and not (isinstance(threshold, float) and threshold >= 0):  # NaN is not
+        if threshold is not None and not (isinstance(threshold, float) and 0 <= threshold < math.inf):  # NaN is not
             raise ValueError(f"exit_threshold must be None or at least 0.0, got {threshold!r}; give one number")
         if not (isinstance(weight, float) and 0 <= weight <= 1):
             raise ValueError(f"exit_loss_weight must be in [0, 1], got {weight!r}; give one number")

@@ -24,7 +24,7 @@ from lego.hub.backbone import LegoModel, LegoPreTrainedModel, as_tuple, with_att
 from lego.hub.calibration import each_batch, threshold_at
 from lego.hub.configuration import LegoConfig
 from lego.hub.llama_layers import Reading
-from lego.model.exit_criteria import LOGIT_CRITERIA, STATE_CRITERIA, StateCriterion
+from lego.model.exit_criteria import CRITERIA, LOGIT_CRITERIA, STATE_CRITERIA, StateCriterion
 from lego.model.gate import Gate
 
 logger = logging.get_logger(__name__)
@@ -60,7 +60,8 @@ class LegoForCausalLM(LegoPreTrainedModel, GenerationMixin):
             self.exit_criterion_module = StateCriterion(config.hidden_size, config.exit_criterion_width, reads)
         self.gate = Gate() if config.gated else None
         fitted = {"exit_criterion_module": self.exit_criterion_module, "gate": self.gate}
-        self._keep_in_fp32_modules_strict = {name for name, module in fitted.items() if module is not None}
+        # read as regular expressions that are searched for: "gate" alone would also mean every layer's gate_proj
+        self._keep_in_fp32_modules_strict = {rf"^{name}\." for name, module in fitted.items() if module is not None}
         self.post_init()
         self.freeze_unread()
 
@@ -184,8 +185,12 @@ class LegoForCausalLM(LegoPreTrainedModel, GenerationMixin):
         """Users set thresholds on a loaded model."""
         threshold, criterion = self.config.exit_threshold, self.config.exit_criterion
         self.config.validate_numbers()
+        if criterion not in CRITERIA:
+            raise ValueError(f"exit_criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
         if (criterion in STATE_CRITERIA) != (self.exit_criterion_module is not None):
-            raise ValueError(f"exit_criterion {criterion} needs a model that was saved with it")
+            if criterion in STATE_CRITERIA:
+                raise ValueError(f"exit_criterion {criterion} needs a model that was saved with it")
+            raise ValueError(f"exit_criterion must be probe or gain in a model that was saved with it, got {criterion}")
         if threshold is not None and getattr(torch.compiler, "is_exporting", lambda: False)():
             raise ValueError(
                 "a routed model cannot be exported: which layers run depends on the tokens; set "

@@ -127,6 +127,10 @@ def load_routed(folder: str | Path) -> RoutedModel:
     name, threshold = str(config["exit_criterion"]), config["exit_threshold"]
     if name not in CRITERIA:
         raise ArtifactError(f"{folder}/{CONFIG}: exit_criterion must be one of {', '.join(CRITERIA)}, got {name}")
+    if threshold is not None and not (isinstance(threshold, int | float) and 0 <= threshold < float("inf")):
+        raise ArtifactError(
+            f"{folder}/{CONFIG}: exit_threshold must be null or a number of at least 0, got {threshold}"
+        )
     tensors = read_weights(Path(folder))
 
     def part(prefix: str) -> dict[str, torch.Tensor]:
@@ -136,6 +140,8 @@ def load_routed(folder: str | Path) -> RoutedModel:
     if name in LOGIT_CRITERIA:
         return RoutedModel(model, threshold, LOGIT_CRITERIA[name], gate)
     scorer = StateCriterion.of(part("exit_criterion_module."), model.sizes["dim"], Path(folder) / WEIGHTS)
+    if scorer.needs_logits != bool(config.get("exit_criterion_reads_logits", False)):
+        raise ArtifactError(f"{folder}/{CONFIG}: exit_criterion_reads_logits is not as in the weights; run dvc repro")
     return RoutedModel(model, threshold, scorer, gate)
 
 

@@ -106,8 +106,13 @@ class Ledger:
 
     @property
     def full(self) -> int:
-        """Always-deep inference in the same context: all layers, one head."""
+        """All layers in the same context, and one head."""
         return self.block1 + self.block2 + self.head
+
+    @property
+    def always_deep(self) -> int:
+        """Routing switched off: the full model, and with a gate the exit's head too."""
+        return self.full + (self.head if self.gated else 0)
 
     def kv_fill(self) -> int:
         """What an exited token costs in block 2 so that later hard tokens can attend to it.
@@ -151,7 +156,8 @@ class Ledger:
 
     def train_joint(self, tokens: int, exits: int = 1) -> int:
         """Training all layers on `tokens` tokens, with the loss at this many exits."""
-        return FORWARD_BACKWARD * (self.num_layers * self.layer + exits * self.head) * tokens
+        layers = self.num_layers * self.layer - self.branches * self.keys_values
+        return FORWARD_BACKWARD * (layers + exits * self.head) * tokens
 
     def mine(self, tokens: int) -> int:
         """Confidences, and exit states and hard tokens, of `tokens` tokens: one forward pass of block 1."""

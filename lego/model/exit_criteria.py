@@ -35,6 +35,8 @@ def max_prob(exit_states: Tensor, logits: Tensor) -> Tensor:
 def margin(exit_states: Tensor, logits: Tensor) -> Tensor:
     """How far the largest softmax probability lies above the second largest (n,)."""
     logits = logits.float()
+    if logits.shape[-1] == 1:
+        return torch.ones_like(logits[..., 0])
     best = (logits.topk(2, dim=-1).values - logits.logsumexp(dim=-1, keepdim=True)).exp()  # (n, 2)
     return best[..., 0] - best[..., 1]
 
@@ -42,7 +44,8 @@ def margin(exit_states: Tensor, logits: Tensor) -> Tensor:
 def entropy(exit_states: Tensor, logits: Tensor) -> Tensor:
     """One minus the softmax's entropy as a share of the largest possible one (n,)."""
     log_p = logits.float().log_softmax(dim=-1)
-    return 1 + (log_p.exp() * log_p).sum(dim=-1) / math.log(logits.shape[-1])
+    nats = (log_p.exp() * log_p).nan_to_num(nan=0.0).sum(dim=-1)  # nothing for what is impossible
+    return 1 + nats / math.log(max(2, logits.shape[-1]))
 
 
 LOGIT_CRITERIA = {"max_prob": max_prob, "margin": margin, "entropy": entropy}
@@ -174,7 +177,8 @@ def fit_mlp(
 
     options = {"early_stopping": True, "random_state": seed % 2**32, "max_iter": 1000}
     regressor = MLPRegressor(hidden_layer_sizes=(width,), alpha=l2, **options)
-    mean, std = (0.0, 1.0) if largest is None else (float(largest.mean()), max(float(largest.std()), 1e-6))
+    mean, std = (0.0, 1.0) if largest is None else (float(largest.mean()), float(largest.std()))
+    std = std if std > 1e-6 else 1.0  # of text on which it never changes
     scaled = None if largest is None else (largest - mean) / std  # to the scale of the others
     regressor.fit(features(exit_states, scaled).numpy(), targets.numpy())
     criterion = StateCriterion(exit_states.shape[1], width, reads_logits=largest is not None)

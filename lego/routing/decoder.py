@@ -31,7 +31,7 @@ class RoutedDecoder:
     Args:
         model: a model with two blocks, on its device.
         threshold: a token leaves at the exit if its score is at least this: 0.0 is block 1 alone, above the largest
-            score always deep; None switches routing off, and the exit head is not evaluated.
+            score always deep; None switches routing off, and the exit head is evaluated for a gate alone.
         batch_size: sequences (B).
         criterion: see `lego.model.exit_criteria`.
         gate: mixes both exits in the answer of a token that goes deep; it then needs the exit's head too.

@@ -7,16 +7,15 @@ from typing import Any
 import torch
 
 from lego.base.ashem_sections import JointParams
-from lego.base.harness import resolve_device
+from lego.base.harness import StageError, resolve_device
 from lego.base.params import Params
 from lego.evaluation.calibration import fitted_gain, share_threshold
 from lego.evaluation.gating import gate_for
 from lego.evaluation.plain import Leaving
 from lego.evaluation.routed import Route, token_table
-from lego.mining.thresholds import collect_confidences
 from lego.model.checkpoint import grow_model
 from lego.model.cost import SIZES, Ledger
-from lego.model.exit_criteria import max_prob
+from lego.model.exit_criteria import LOGIT_CRITERIA
 from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
 from lego.tokens.batches import EvaluationBatches, split_batches
 from lego.training.trainer import StageConfig, TrainingConfig, create_standard_config
@@ -54,7 +53,11 @@ def widened(sizes: dict[str, Any], seq_len: int, macs: float) -> dict[str, Any]:
 
 
 def start_joint(
-    entry: JointParams, block1: BaseTransformer, ledger: Ledger, hard_ratio: float
+    entry: JointParams,
+    block1: BaseTransformer,
+    ledger: Ledger,
+    deep_share: float,
+    criterion_macs: int | None = None,
 ) -> DeepSupervisionTransformer:
     """The untrained or grown model that a baseline begins with.
 
@@ -62,14 +65,23 @@ def start_joint(
         entry: of the section baselines.joint.
         block1: the model of phase 1, or what `late` grows from.
         ledger: costs of the routed model that grows from it.
-        hard_ratio: share of its tokens that go deep.
+        deep_share: share of its tokens that go deep.
+        criterion_macs: what its exit score costs; None = a head.
+
+    Raises:
+        StageError: it should have two exits, and is not deeper than the first.
     """
     k, full = ledger.exit_layer, ledger.num_layers
-    depth = {"shallow": k, "middle": middle_depth(k, full, hard_ratio), "full": full}[entry.depth]
+    depth = {"shallow": k, "middle": middle_depth(k, full, deep_share), "full": full}[entry.depth]
+    if entry.exits == "both" and depth <= k:
+        raise StageError(
+            f"params.yaml: a baseline with exits both and depth {entry.depth} has {depth} layers, as block 1; make it "
+            "full, or exits last"
+        )
     if entry.start == "scratch":
         sizes = block1.sizes | {"num_layers": depth, "own_head": False}
         if entry.widened:
-            sizes = widened(sizes, ledger.seq_len, ledger.routed(1 - hard_ratio))
+            sizes = widened(sizes, ledger.seq_len, ledger.routed(1 - deep_share, criterion_macs))
         return DeepSupervisionTransformer(**sizes, exit_layer=k if entry.exits == "both" else depth)
     if depth > k:
         model = grow_model(block1, depth, init="copy")
@@ -107,7 +119,8 @@ def small_reference(block1: BaseTransformer, dim: int, num_layers: int) -> DeepS
 def leaving_of(params: Params, model: BaseTransformer, seed: int) -> Leaving:
     """How tokens leave a model with two exits, decided on calibration text as ASHEM's: at the same share, gated alike.
 
-    By `gain`, fitted to this model, if that is the criterion; else by `max_prob`.
+    By `gain`, fitted to this model, if that is the criterion, or by what a criterion reads of logits; by `max_prob` in
+    place of the others, which it says.
     """
     routing, device = params.routing, resolve_device(params.train.device)
 
@@ -118,8 +131,11 @@ def leaving_of(params: Params, model: BaseTransformer, seed: int) -> Leaving:
     gate = gate_for(model, first, device)[0] if routing.gate == "fitted" else None
     share = routing.deep_share(params.ashem.hard_example_ratio)
     if routing.criterion != "gain":
-        confidences = collect_confidences(model, text(), device)
-        return Leaving(Route("max_prob", share_threshold(confidences, share)), max_prob, gate)
+        name = routing.criterion if routing.criterion in LOGIT_CRITERIA else "max_prob"
+        if name != routing.criterion or routing.calibration != "quantile":
+            print(f"this baseline routes by {name}, a share {share:g} of its tokens deep", flush=True)
+        scores = torch.from_numpy(token_table(model, text(), device, {name: LOGIT_CRITERIA[name]}).score(name))
+        return Leaving(Route(name, share_threshold(scores, share)), LOGIT_CRITERIA[name], gate)
     gain = fitted_gain(model, first, gate, routing, seed, device)
     scores = torch.from_numpy(token_table(model, rest, device, {"gain": gain}, gate=gate).score("gain"))
     return Leaving(Route("gain", share_threshold(scores, share), gain.macs), gain, gate)

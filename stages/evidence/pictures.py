@@ -123,8 +123,8 @@ def regime_map(folder: Path, suite: Suite) -> Figure:
         axes.set_ylabel("ASHEM less the other, test perplexity\n(below 0: ASHEM is better)")
         legend_below(axes)
     caption = (
-        "Difference in test perplexity with 95 % intervals over seeds. Below 0 ASHEM is better. dense has the same "
-        "total MACs, the others the same added MACs. Points off the lines: another width."
+        "Difference in test perplexity with 95 % intervals over seeds. Below 0 ASHEM is better. All have the same "
+        "added MACs. Points off the lines: another width."
     )
     return Figure(folder / "regime.svg", "Differences of ASHEM to other models as phase 1 sees more text", caption)
 

@@ -30,8 +30,9 @@ def mean_ppl_over_cost(table: TokenTable, ledger: Ledger, criterion: str, macs: 
     """
     rows = threshold_sweep(table, ledger, POINTS, criterion, macs)
     shallow, deep = rows[-1]["ppl"], rows[0]["ppl"]
-    known = [(ledger.shallow() / ledger.full, shallow), (1.0, deep), *((r["flops_ratio"], r["ppl"]) for r in rows)]
-    costs = np.linspace(known[0][0], 1.0, 201)
+    ends = [(ledger.shallow() / ledger.full, shallow), (ledger.always_deep / ledger.full, deep)]
+    known = [*ends, *((r["flops_ratio"], r["ppl"]) for r in rows)]
+    costs = np.linspace(ends[0][0], 1.0, 201)
     best = [min(ppl for cost, ppl in known if cost <= at + 1e-12) for at in costs]
     return float(np.mean(best))
 
@@ -58,7 +59,7 @@ def criterion_rows(
     test: TokenTable,
     ledger: Ledger,
     promised: float | None,
-    gain_macs: int,
+    macs: dict[str, int | None],
 ) -> list[dict[str, Any]]:
     """One row a criterion, on test text.
 
@@ -67,16 +68,15 @@ def criterion_rows(
         validation, test: token tables; temperatures are fitted on the first.
         ledger: costs of the routed model.
         promised: share that was to leave early; None if no share was promised.
-        gain_macs: what a score of the gain criterion costs.
+        macs: what a score of a fitted criterion costs, by name.
     """
     rows = []
     for name, quality in criteria["test"].items():
-        macs = {"probe": ledger.dim, "gain": gain_macs}.get(name)
         rows.append(
             {
                 "criterion": name,
                 "promised_shallow_ratio": promised,
-                "mean_ppl_over_cost": mean_ppl_over_cost(test, ledger, name, macs),
+                "mean_ppl_over_cost": mean_ppl_over_cost(test, ledger, name, macs.get(name)),
                 **{key: quality[key] for key in ("shallow_ratio", "ppl", "oracle_gap_nats", "gain_auroc")},
                 **calibration(name, validation, test),
             }

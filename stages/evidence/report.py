@@ -12,10 +12,11 @@ from tokenizers import Tokenizer
 from lego.base.artifacts import read_json
 from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.base.params import Params, load_params
+from lego.evaluation.calibration import macs_of_routing
 from lego.evaluation.routed import TokenTable
 from lego.model.checkpoint import load_model
 from lego.model.cost import Ledger
-from lego.model.exit_criteria import StateCriterion
+from lego.model.exit_criteria import STATE_CRITERIA
 from lego.report.page import Figure, Page, drawn, versions
 from lego.tokens.blocks import PackedBlocks
 from stages.evidence import routing_tables, tables, wording
@@ -62,8 +63,10 @@ def router_rows(params: Params, ledger: Ledger, test: TokenTable) -> list[dict[s
     routing = params.routing
     shallow = 1 - routing.deep_share(params.ashem.hard_example_ratio)
     promised = shallow if routing.calibration == "quantile" else None
-    gain = StateCriterion(ledger.dim, routing.gain_width, routing.gate == "fitted")
-    return criterion_rows(read_json("metrics/details/criteria.json"), validation, test, ledger, promised, gain.macs)
+    macs = {
+        name: macs_of_routing(routing.model_copy(update={"criterion": name}), ledger.dim) for name in STATE_CRITERIA
+    }
+    return criterion_rows(read_json("metrics/details/criteria.json"), validation, test, ledger, promised, macs)
 
 
 def parameters(params: Params) -> list[str]:
@@ -163,7 +166,8 @@ def build(params: Params, suites: dict[str, Suite], figures: dict[str, Figure], 
         page.figure(figures[name], Path("metrics"))
     page.heading("Cost ledger")
     page.table(*routing_tables.ledger_table(ledger))
-    page.text(wording.break_even(ledger, params.routing.deep_share(params.ashem.hard_example_ratio)))
+    share = params.routing.deep_share(params.ashem.hard_example_ratio)
+    page.text(wording.break_even(ledger, share, macs_of_routing(params.routing, ledger.dim)))
     page.heading("Threats to validity")
     page.points([wording.documents_fact(suites["core"], SETTING), *wording.THREATS])
     page.heading("Made with")

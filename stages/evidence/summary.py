@@ -19,7 +19,7 @@ DEEP = ", always deep"
 class Suite:
     """The records of one suite: setting -> model -> seed -> record.
 
-    A model with two exits has a second entry for its full depth on every token, which costs what the full model costs.
+    A model with two exits has a second entry for its full depth on every token.
     """
 
     name: str
@@ -64,7 +64,10 @@ class Suite:
 def _deep(record: dict[str, Any]) -> dict[str, Any]:
     """A record of a model with two exits as if every token had gone deep."""
     deep = copy.deepcopy(record)
-    deep["metrics"] |= {"ppl": record["metrics"]["deep_ppl"], "flops_ratio": 1.0, "shallow_ratio": 0.0}
+    metrics = record["metrics"]
+    deep["metrics"] |= {"ppl": metrics["deep_ppl"], "shallow_ratio": 0.0}
+    deep["metrics"] |= {"flops_ratio": metrics.get("deep_flops_ratio", 1.0)}  # records before 2026-11-27 have no gate
+    deep["metrics"] |= {"hard_ppl_after": metrics.get("hard_ppl_deep", metrics["hard_ppl_after"])}
     deep["documents"]["nll"] = record["documents"]["nll_deep"]
     return deep
 

@@ -183,8 +183,8 @@ def ratios_table(suite: Suite) -> Table:
             cells = [cell for one in found for cell in (cells_of(one)[0], cells_of(one)[2])]
             rows.append([f"0.{setting.removeprefix('ratio_')}", *means, *cells])
     caption = (
-        "Hard tokens against as many random ones, by share. Always deep, random tokens cost the full model's MACs at "
-        f"every share, ASHEM less up to a half; {searched(suite)}"
+        "Block 2 trained on hard tokens against as many random ones, by the share that it is trained on; both route "
+        f"the same share, or go always deep; {searched(suite)}"
     )
     return header, rows, caption
 

@@ -80,8 +80,8 @@ class Baseline:
                 f"params.yaml: baselines.block2.{self.name} puts new layers on block 1, and there are none: raise "
                 "ashem.phase2_layers, or leave it out"
             )
-        historic = {"phase2_context": "historic", "head": "shared_trainable", "replay_share": 0.0}
-        return self.params.ashem.model_copy(update=historic | {"branch_layer": None, "states": "stored"})
+        historic = {"phase2_context": "historic", "head": "shared_trainable", "replay_share": 0.0, "states": "stored"}
+        return self.params.ashem.model_copy(update=historic | {"branch_layer": None, "branch": "full"})
 
     @property
     def branch(self) -> int | None:

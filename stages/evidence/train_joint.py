@@ -5,7 +5,7 @@ dvc repro stages/evidence/dvc.yaml:joint@dense      (python -m stages.evidence.t
 
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from lego.base.ashem_sections import JointParams
 from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
 from lego.base.sections import TrainParams
+from lego.evaluation.calibration import macs_of_routing
 from lego.evaluation.plain import Comparison
 from lego.evaluation.routed import evaluate_at_share, summary
 from lego.model.checkpoint import load_model, save_model
@@ -111,10 +112,12 @@ def plan(name: str, params: Params, seed: int) -> Plan:
         blocks = train_text("data/tokens", 2, share, split, params.seed, ashem.phase2_text)
     depth = block1.num_layers + ashem.new_layers
     ledger = Ledger.of(block1, blocks.seq_len).grown(depth, ashem.phase2_context, ashem.branch_of(block1.num_layers))
+    ledger = replace(ledger, gated=params.routing.gate == "fitted")
+    deep, macs = params.routing.deep_share(ashem.hard_example_ratio), macs_of_routing(params.routing, ledger.dim)
 
     def start(entry: JointParams, before: BaseTransformer | None) -> BaseTransformer:
         torch.manual_seed(seed)
-        return start_joint(entry, before or block1, ledger, ashem.hard_example_ratio)
+        return start_joint(entry, before or block1, ledger, deep, macs)
 
     parts = [(entry, 1.0, params.train)]
     if entry.start == "late":

@@ -31,7 +31,8 @@ READING = (
     "anew with the seeds as they are. A verdict is better or worse only if both exclude 0. *added*: block 1 is given, "
     "the budget is what mining and phase 2 cost; *total*: the budget also holds phase 1. All these models had the "
     "same search of three learning rates on validation text, with the first seed; block 1 had none. *always deep*: "
-    "the same model with every token at its full depth, in the state that was chosen as it routes."
+    "the same model with every token at its full depth. Of models with two exits rate and state are those of the "
+    "lowest validation perplexity with as many tokens deep as are mined, the least confident, and without a gate."
 )
 ROUTER = (
     "AUROC: the chance that of two tokens the one that block 2 helps has the lower score. Perplexity over cost: the "
@@ -47,8 +48,6 @@ THREATS = (
     "blocks of.",
     "What holds beyond the last point of the regime map is not known; that point has another width than the others.",
     "Models of equal inference cost cost only nearly so: their shares of the full model's MACs stand in the table.",
-    "dense takes the highest rate that is searched at the last two points of the map; at 32.6 it diverges on some "
-    "seeds above it, and its seeds spread. So do those of static_mid there, whose rate is at an end as well.",
     "WikiText-2 is two files here, so phase 1 reads its text several times, as the default text of the regime map "
     "never is.",
     "The search of the learning rate is over three values on one seed; where the best lies at an end, which the tables "
@@ -206,16 +205,17 @@ def leak(suite: Suite, setting: str) -> str:
     )
 
 
-def break_even(ledger: Ledger, deep_share: float) -> str:
-    logits, state = ledger.break_even_shallow_ratio(), ledger.break_even_shallow_ratio(ledger.dim)
-    costs = f"Routing costs less than the full model from a shallow ratio of {logits:.3f} on"
-    at = f"at {1 - deep_share:.2f} it costs {ledger.flops_ratio(1 - deep_share):.3f}"
-    if ledger.gated:
-        return f"{costs}, since the gate reads the exit's logits of every token; {at} of it."
-    return (
-        f"{costs} with a criterion that reads the exit's logits and of {state:.3f} with one that reads its state; {at} "
-        f"and {ledger.flops_ratio(1 - deep_share, ledger.dim):.3f} of it."
+def break_even(ledger: Ledger, deep_share: float, criterion_macs: int | None) -> str:
+    """What routing costs by the criterion in use, and from which shallow ratio it spares anything."""
+    even, cost = ledger.break_even_shallow_ratio(criterion_macs), ledger.flops_ratio(1 - deep_share, criterion_macs)
+    said = (
+        f"Routing costs less than the full model from a shallow ratio of {even:.3f} on; at {1 - deep_share:.2f} it "
+        f"costs {cost:.3f} of it."
     )
+    if ledger.gated:
+        deep = ledger.always_deep / ledger.full
+        return f"{said} The gate reads the exit's logits of every token, so always deep costs {deep:.3f}."
+    return said
 
 
 def provenance(suites: dict[str, Suite], outdated: dict[str, list[list[str]] | None]) -> list[str]:

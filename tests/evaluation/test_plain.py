@@ -46,4 +46,5 @@ def test_a_comparison_without_hard_tokens_leaves_null_too(model, leaves):
     leaving = None if leaves is None else Leaving(Route("max_prob", leaves), max_prob)
     metrics, rows = comparison.judge(model, leaving)
     assert {metrics[f"{split}hard_ppl_{when}"] for split in ("", "val_") for when in ("before", "after")} == {None}
+    assert metrics["hard_ppl_deep"] is None
     assert [row["hard_tokens"] for row in rows] == [0]

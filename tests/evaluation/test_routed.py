@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lego import Ledger, StageConfig, Trainer, TrainingConfig
-from lego.evaluation.routed import evaluate_at_share, perplexity, routed_metrics, threshold_sweep, token_table
+from lego.evaluation.routed import Route, evaluate_at_share, perplexity, routed_metrics, threshold_sweep, token_table
 from lego.tokens.blocks import bits_per_byte
 from tests.conftest import VOCAB
 from tests.evaluation.conftest import FACTS, TEST
@@ -47,6 +47,16 @@ def test_hard_perplexities_and_oracle_by_brute_force(model):
     hard = [i for i, c in enumerate(table.confidence) if c < threshold]
     assert metrics["hard_ppl_before"] == pytest.approx(math.exp(np.mean([table.nll_shallow[i] for i in hard])))
     assert metrics["hard_ppl_after"] == pytest.approx(math.exp(np.mean([table.nll_deep[i] for i in hard])))
+    assert metrics["hard_ppl_deep"] == metrics["hard_ppl_after"]  # all that are hard go deep
+    low = float(np.quantile(table.confidence, 0.2))
+    routed = routed_metrics(table, table, threshold, Ledger.of(model, 12), FACTS, Route("max_prob", low))
+    answers = [table.nll_deep[i] if table.confidence[i] < low else table.nll_shallow[i] for i in hard]
+    assert routed["hard_ppl_after"] == pytest.approx(math.exp(np.mean(answers)))
+    assert routed["val_hard_ppl_after"] == routed["hard_ppl_after"]
+    assert (routed["hard_ppl_before"], routed["hard_ppl_deep"]) == (
+        metrics["hard_ppl_before"],
+        metrics["hard_ppl_deep"],
+    )
     best = [min(a, b) for a, b in zip(table.nll_shallow, table.nll_deep, strict=True)]
     assert metrics["oracle_ppl"] == pytest.approx(math.exp(np.mean(best)))
     assert metrics["oracle_ppl"] <= min(metrics["ppl"], metrics["deep_ppl"], metrics["shallow_ppl"])

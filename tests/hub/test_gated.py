@@ -46,6 +46,32 @@ def test_the_transformers_model_mixes_as_our_decoder_does(context, criterion, re
     logits_close(load_model(tmp_path)(x), model(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_a_gated_folder_runs_in_half_precision(dtype, tmp_path, tokenizer_folder):  # noqa: F811
+    """Gate and criterion stay in float32, and nothing else does: not the layers' gate_proj."""
+    model, scorer = (
+        lego_model("sequence", own_head=True),
+        StateCriterion(32, 4, reads_logits=True).requires_grad_(False),
+    )
+    x = torch.randint(0, VOCAB, (2, 9))
+    h = model.forward_to_hidden(x).flatten(0, 1)
+    threshold = scorer(h, model.logits_at(h, 2)).median().item()
+    save_routed(to_hf(model, threshold, "gain", scorer, gate_of()), tmp_path / "first", tokenizer_folder, "a card")
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path / "first")(x)
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "first", dtype=dtype)
+    kept = {name.split(".")[0] for name, weight in half.named_parameters() if weight.dtype is torch.float32}
+    assert kept == {"gate", "exit_criterion_module"}
+    half.save_pretrained(tmp_path / "second")
+    for again in (half, AutoModelForCausalLM.from_pretrained(tmp_path / "second")):
+        answer = again(x)
+        assert answer.logits.dtype is dtype
+        same = answer.went_deep == expected.went_deep  # a score may fall on the other side
+        assert same.float().mean() > 0.8
+        torch.testing.assert_close(answer.logits[same].float(), expected.logits[same], atol=0.1, rtol=0.05)
+    assert load_routed(tmp_path / "second").criterion.needs_logits
+
+
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_generate_equals_our_generation(context):
     model, gate = lego_model(context, own_head=False), gate_of()
@@ -120,6 +146,49 @@ def test_a_branch_layer_that_the_weights_do_not_have_is_refused(tmp_path, saved,
         write_json(tmp_path / "config.json", read_json(tmp_path / "config.json") | {"branch_layer": asked})
         with pytest.raises(ValueError, match="in its weights and not in its config"):
             AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_folder_whose_criterion_is_of_another_kind_is_refused(tmp_path):
+    scorer = StateCriterion(32, 4, reads_logits=True).requires_grad_(False)
+    to_hf(lego_model("full", own_head=False), 0.3, "gain", scorer, gate_of()).save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json")
+    write_json(tmp_path / "config.json", config | {"exit_criterion_reads_logits": False})
+    with pytest.raises(ArtifactError, match=r"config\.json: exit_criterion_reads_logits is not as in the weights"):
+        load_routed(tmp_path)
+    write_json(tmp_path / "config.json", config | {"exit_threshold": {"__float__": "Infinity"}})
+    with pytest.raises(ArtifactError, match=r"config\.json: exit_threshold must be null or a number"):
+        load_routed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            {"exit_threshold": float("inf")},
+            "exit_threshold must be None or at least 0.0, got inf; give one number",
+        ),
+        ({"exit_criterion_width": -1}, "exit_criterion_width must be at least 0, got -1"),
+    ],
+)
+def test_values_that_no_model_has_are_named(values, said):
+    with pytest.raises(Exception, match=said):
+        LegoConfig(num_hidden_layers=4, hidden_size=8, num_attention_heads=2, exit_layer=2, **values)
+
+
+def test_a_criterion_set_on_a_loaded_model_is_one_it_has():
+    x, scorer = torch.zeros(1, 3, dtype=torch.long), StateCriterion(32, 4).requires_grad_(False)
+    plain, fitted = (
+        to_hf(lego_model("full", own_head=False), 0.3, "max_prob"),
+        to_hf(lego_model("full", own_head=False), 0.3, "gain", scorer),
+    )
+    for model, name, said in (
+        (plain, "confidence", "exit_criterion must be one of max_prob, margin, entropy, probe, gain, got 'confidence'"),
+        (plain, "gain", "exit_criterion gain needs a model that was saved with it"),
+        (fitted, "max_prob", "exit_criterion must be probe or gain in a model that was saved with it, got max_prob"),
+    ):
+        model.config.exit_criterion = name
+        with pytest.raises(ValueError, match=said):
+            model(x)
 
 
 @pytest.mark.parametrize("value", [-1, 99, 1.5, 1.0, "x", [1], True])

@@ -120,6 +120,8 @@ def test_a_gate_costs_hard_tokens_the_exits_head(macs, reads, context):
         asked = None if macs is None else criterion.macs
         spared = ratio * ledger.kv_fill()  # of exited tokens nothing is filled before one goes deep
         assert counted == pytest.approx(round((ledger.routed(ratio, asked) - spared) * B * T), rel=1e-9)
+    off = counted_macs(lambda: RoutedDecoder(model, None, B, criterion, Gate()).read(x))
+    assert off == ledger.always_deep * B * T
     even = ledger.break_even_shallow_ratio(macs)
     assert even == 1.0 or ledger.routed(even, macs) == pytest.approx(ledger.full)
 

@@ -41,6 +41,14 @@ def test_scores_of_logits_are_their_definitions_and_lie_between_0_and_1(seed, sc
         assert scores.max() <= 1 + 1e-6
 
 
+@pytest.mark.parametrize("criterion", [max_prob, margin, entropy])
+def test_impossible_tokens_and_a_vocabulary_of_one_give_scores(criterion):
+    logits = torch.tensor([[-math.inf, 2.0, 2.0], [-math.inf, 0.0, -math.inf]])
+    expected = {max_prob: [0.5, 1.0], margin: [0.0, 1.0], entropy: [1 - math.log(2) / math.log(3), 1.0]}
+    assert criterion(logits, logits).tolist() == pytest.approx(expected[criterion], abs=1e-6)
+    assert criterion(logits[:, :1], torch.ones(2, 1)).tolist() == [1.0, 1.0]
+
+
 def exits(n: int = 400, dim: int = 12) -> tuple[torch.Tensor, torch.Tensor]:
     states = torch.randn(n, dim) * torch.rand(n, 1).add(0.1) * 50
     x = features(states)
@@ -101,6 +109,12 @@ def test_scores_are_those_of_float32_in_any_model(width, reads):
         scores = criterion.to(dtype)(states.to(dtype), logits.to(dtype))
         assert scores.dtype == torch.float32
         torch.testing.assert_close(scores, expected, rtol=0, atol=0.02)
+
+
+def test_a_largest_logit_that_never_changes_is_no_news():
+    states, targets = exits()
+    criterion = fit_mlp(states, targets, 6, 1e-3, seed=0, largest=torch.full((400,), 9.0))
+    assert criterion.hidden.weight[:, -1].abs().max() < 5
 
 
 def test_a_criterion_that_reads_impossible_tokens_says_a_number():

@@ -112,6 +112,13 @@ def test_the_historical_protocol_needs_new_layers(run, monkeypatch):
         (run / "params.yaml").write_text(before)
 
 
+def test_the_historical_protocol_knows_no_branch(run, monkeypatch):
+    """Of the default branch and of low rank, which block 2 has in this run."""
+    monkeypatch.chdir(run)
+    train_block2.main("leaky_validation")
+    assert Clone(run).json("metrics/details/leaky_validation.json")["leaky"] is True
+
+
 @pytest.mark.parametrize(
     ("changes", "stage", "sentence"),
     [

@@ -46,7 +46,8 @@ def test_the_tables_of_all_tokens_give_the_metrics(clone):
     assert torch.where(easy, table["right_shallow"], table["right_deep"]).double().mean() == metrics["acc"]
     hard = table["confidence"] < mined
     assert not torch.equal(hard, ~easy)  # what was mined is not what is routed
-    assert table["nll_deep"][hard].double().mean().exp().item() == pytest.approx(metrics["hard_ppl_after"], rel=1e-6)
+    assert table["nll_deep"][hard].double().mean().exp().item() == pytest.approx(metrics["hard_ppl_deep"], rel=1e-6)
+    assert nll[hard].mean().exp().item() == pytest.approx(metrics["hard_ppl_after"], rel=1e-6)
     assert (clone.folder / "data/evaluation/validation.safetensors").exists()
 
 

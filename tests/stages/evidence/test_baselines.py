@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lego import DeepSupervisionTransformer, Ledger, Trainer
 from lego.base.ashem_sections import BaselinesParams, JointParams
+from lego.base.harness import StageError
 from lego.base.params import load_params
 from lego.training.budget import Budget
 from lego.training.epochs import History
@@ -98,6 +100,13 @@ def test_depths_and_starts(block1, ledger):
     )
 
 
+def test_two_exits_need_two_depths(block1, ledger):
+    """Few tokens go deep, so the middle depth is that of block 1."""
+    wanted = entry("static_mid").model_copy(update={"exits": "both"})
+    with pytest.raises(StageError, match="a baseline with exits both and depth middle has 2 layers, as block 1"):
+        start_joint(wanted, block1, ledger, 0.05)
+
+
 def test_the_middle_depth_is_the_average_of_the_routed():
     assert [middle_depth(2, 4, ratio) for ratio in (0.1, 0.5, 0.9)] == [2, 3, 4]
     assert middle_depth(2, 6, 0.3) == 3
@@ -105,8 +114,9 @@ def test_the_middle_depth_is_the_average_of_the_routed():
 
 
 def test_the_wide_model_costs_as_much_as_the_routed_one(block1, ledger):
-    wanted = ledger.routed(0.5)
-    wide = start_joint(entry("shallow_wide"), block1, ledger, 0.5)
+    gated = replace(ledger, gated=True)
+    wanted = gated.routed(0.5, 300)
+    wide = start_joint(entry("shallow_wide"), block1, gated, 0.5, 300)
     step = Ledger.of(DeepSupervisionTransformer(**widened(block1.sizes, T, 1.3 * wanted), exit_layer=2), T).full
     assert Ledger.of(wide, T).full == pytest.approx(wanted, rel=0.15)
     assert step == pytest.approx(1.3 * wanted, rel=0.15)

@@ -161,8 +161,7 @@ def test_losses_by_document_add_up_to_the_perplexity(ran):
         assert tokens == read_json(ran / "data/facts/tokenize.json")["test_tokens"]
         assert 2.718281828 ** (sum(rows["nll"]) / tokens) == pytest.approx(metrics["ppl"], rel=1e-4)
         after = 2.718281828 ** (sum(rows["nll_hard"]) / sum(rows["hard_tokens"]))
-        if name in ("shallow_continued", "random"):  # all of block 1's hard tokens go deep
-            assert after == pytest.approx(metrics["hard_ppl_after"], rel=1e-4)
+        assert after == pytest.approx(metrics["hard_ppl_after"], rel=1e-4)
 
 
 def test_the_curve_ends_at_what_training_cost(ran):

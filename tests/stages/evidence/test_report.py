@@ -118,14 +118,14 @@ def test_the_answer_and_the_tables_say_so(records):
 
 def test_the_sentence_on_cost_is_that_of_the_gate():
     ledger = Ledger(1024, 32, 4, 4, 96, num_layers=8, exit_layer=2, seq_len=128, block2_context="sequence")
-    assert f"and of {ledger.break_even_shallow_ratio(32):.3f} with one that reads its state" in wording.break_even(
-        ledger, 0.3
-    )
+    for macs in (None, 32):
+        even, cost = ledger.break_even_shallow_ratio(macs), ledger.flops_ratio(0.7, macs)
+        assert wording.break_even(ledger, 0.3, macs) == (
+            f"Routing costs less than the full model from a shallow ratio of {even:.3f} on; at 0.70 it costs "
+            f"{cost:.3f} of it."
+        )
     gated = replace(ledger, gated=True)
-    assert wording.break_even(gated, 0.3) == (
-        f"Routing costs less than the full model from a shallow ratio of {gated.break_even_shallow_ratio():.3f} on, "
-        f"since the gate reads the exit's logits of every token; at 0.70 it costs {gated.flops_ratio(0.7):.3f} of it."
-    )
+    assert f"so always deep costs {(ledger.full + ledger.head) / ledger.full:.3f}." in wording.break_even(gated, 0.3, 9)
 
 
 def test_one_seed_is_no_verdict(records):
