@@ -111,6 +111,8 @@ def test_a_suite_goes_through_the_queue_and_a_kill_and_two_clones(tmp_path, monk
         found["half"]["random"]["0"]["metrics"]["lr"]
     }
 
+    assert list(found["half"]["ashem"]["0"]["of_attainable"]) == ["0.3", "0.5", "0.7"]
+
     clone.commit("records")
     clone.run("git", "init", "-q", "--bare", str(tmp_path / "origin"))
     clone.run("git", "remote", "add", "origin", str(tmp_path / "origin"))
