@@ -25,12 +25,13 @@ os.environ["TOKENIZERS_PARALLELISM"] = "true"
 torch.set_num_threads(1)
 
 VOCAB = 97
+LONGEST = ("test_dvc.py", "test_experiments.py", "test_golden.py", "test_runs.py")
 SOURCE = inspect.getsource(argparse)  # real text
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first: workers take whole files (`--dist loadfile`), and one would wait for it at the end."""
-    items.sort(key=lambda item: item.path.name != "test_dvc.py")
+    """The longest files first: workers take whole files (`--dist loadfile`), and one would wait for them at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def random_batches(count: int, batch: int = 4, length: int = 12, vocab: int = VOCAB, seed: int = 0) -> list:

@@ -182,9 +182,7 @@ def test_calibrate_sends_the_share_deep_whatever_it_is_given(criterion):
     unpadded = {"input_ids": [*ids[:7].tolist(), ids[7, :5].tolist()], "attention_mask": [[1] * 16] * 7 + [[1] * 5]}
     padded[7, 9:], mask[7, 9:] = 0, 0
     found = model.calibrate({"input_ids": padded, "attention_mask": mask}, deep_share=0.25)
-    assert model.calibrate(unpadded, deep_share=0.25) == pytest.approx(
-        found, rel=1e-4
-    )
+    assert model.calibrate(unpadded, deep_share=0.25) == pytest.approx(found, rel=1e-4)
     for share, expected in ((0, 0.0), (1, 8 * 16)):
         model.calibrate(ids, share)
         assert model(ids).went_deep.sum() == expected
