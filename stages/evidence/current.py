@@ -19,7 +19,7 @@ from stages.evidence.records import Found
 from stages.evidence.suites import Suite, changed, changes_of, checked, flat, made_by
 
 BESIDE = "train_shallow_continued"  # evaluate_routing prints the yardstick beside ASHEM, whose numbers do not follow
-MISSING, NOT_KNOWN = "missing", "code (not recorded before 2026-11-27)"
+MISSING = "missing"
 SHOWN = 8  # hexadecimal digits of a hash
 
 
@@ -81,8 +81,6 @@ def differing(record: dict[str, Any], values: dict[str, Any], target: str) -> li
     (code, keys, _), then, data = declared(target), record["params"], values["data"]
     own = {key: value for key, value in flat(values).items() if any(f"{key}.".startswith(f"{one}.") for one in keys)}
     since = [key for key, value in own.items() if key != "data.path" and (key not in then or then[key] != value)]
-    if record["made_of"] is None:
-        return [NOT_KNOWN, *since]
     now = code | text_of(data["source"], data["path"])
     return [name for name in now if record["made_of"].get(name) != now[name]] + since
 

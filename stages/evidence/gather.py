@@ -145,9 +145,13 @@ def records_of(experiment: Experiment, suite: Suite) -> Iterator[dict[str, Any]]
 def with_finished(name: str, suite: Suite) -> tuple[Found, list[str]]:
     """The records of a suite with those of finished experiments, and what was read of which.
 
-    A current record is not replaced by one that is not, where that can be told.
+    A current record is not replaced by one that is not, where that can be told. Settings and models that suites.yaml no
+    longer names are left out.
     """
-    found, names = results(name), []
+    kept = [
+        one for one in flattened(results(name)) if one["setting"] in suite.settings and one["model"] in suite.models
+    ]
+    found, names = nested(kept), []
     known = {one["experiment"] for one in flattened(found) if "experiment" in one}
     for experiment in finished():
         setting, seed = experiment.setting, experiment.seed

@@ -1,8 +1,7 @@
 """The records of the suites, metrics/evidence/<suite>.json: one line a model, setting and seed, as people merge them.
 
 `base` holds parameters; each record says what it differs by, the revision that its experiment was queued from, and
-what it was made of: code, text and Python, as dvc.lock of the experiment has them (null: computed before records
-held that).
+what it was made of: code, text and Python, as dvc.lock of the experiment has them.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ class Record(BaseModel):
     seed: Annotated[int, Field(ge=0)]
     revision: str
     changes: dict[str, Any]
-    made_of: dict[str, str] | None
+    made_of: dict[str, str]
     metrics: Annotated[dict[str, float | bool | None], Field(min_length=1)]
     documents: Columns
     curve: Columns | None = None

@@ -187,7 +187,6 @@ def test_a_record_is_stale_by_code_by_parameter_by_python_and_by_what_it_does_no
     own = record("a", "ashem", 0)
     assert since(made_of=own["made_of"] | {"lego/model": "33"}) == said.format("lego/model")
     assert since(made_of=own["made_of"] | {"Python": "3.11.0"}) == said.format("Python")
-    assert since(made_of=None) == said.format(current.NOT_KNOWN)
     assert since(params=own["params"] | {"ashem.phase2_lr": 1.0}) == said.format("ashem.phase2_lr")
     assert since(params=own["params"] | {"ashem.phase1_lr": 1.0}) == ""  # nothing here follows from it
     assert since(params={key: one for key, one in own["params"].items() if key != "seed"}) == said.format("seed")
