@@ -15,7 +15,7 @@ from lego.base.artifacts import ArtifactError
 from lego.base.harness import StageError
 from lego.base.params import Params, load_params
 from stages.evidence import current, gather, queue, suites
-from stages.evidence.gather import searched_rates
+from stages.evidence.gather import searched_rates, with_finished
 from stages.evidence.queue import held, lacks
 from stages.evidence.records import nested, results, write
 from stages.evidence.suites import Suite, changed, changes_of, checked, flat, load_suites, made_by, override
@@ -248,6 +248,16 @@ def test_records_are_lines_that_hold_what_differs_and_come_back_as_they_were(tre
     assert lacking(*first_seeds("b"), *[one["0"] for one in found["a"].values()], seeds=1) == {}
     write("x", found)
     assert Path("metrics/evidence/x.json").read_text() == text
+
+
+def test_what_the_suite_no_longer_names_is_left_out(tree, monkeypatch):
+    monkeypatch.setattr("stages.evidence.gather.finished", list)
+    write("x", nested(first_seeds("a", "b")))
+    fewer = SUITE.model_copy(update={"settings": {"b": SUITE.settings["b"]}, "models": ["dense"]})
+    found, names = with_finished("x", fewer)
+    assert {setting: list(models) for setting, models in found.items()} == {"b": ["dense"]}
+    assert names == []
+    assert with_finished("x", SUITE)[0].keys() == {"a", "b"}
 
 
 @pytest.mark.parametrize(
