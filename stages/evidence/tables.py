@@ -18,6 +18,7 @@ from stages.evidence.summary import (
     leaky,
 )
 
+OWN = ("ashem", "ashem" + DEEP)
 Table = tuple[Sequence[str], list[list[str]], str]
 """Header, rows and caption."""
 
@@ -55,6 +56,8 @@ def main_table(suite: Suite, setting: str) -> Table:
         "ASHEM less it: seeds",
         "documents",
         "ASHEM is",
+        "always deep less it: seeds",
+        "it is",
         "hard ppl",
         "inference MACs",
         "training MACs",
@@ -72,7 +75,8 @@ def main_table(suite: Suite, setting: str) -> Table:
                 "its own" if model.startswith("ashem") else budget_kind(suite, setting, model),
                 str(len(suite.records[setting][model])),
                 f"{suite.interval(setting, model):.2f}",
-                *cells_of(difference(suite, setting, "ashem", model) if model != "ashem" else None),
+                *cells_of(difference(suite, setting, "ashem", model) if model not in OWN else None),
+                *cells_of(difference(suite, setting, OWN[1], model) if model not in OWN else None)[::2],
                 f"{hard.mean:.1f}" if hard else "",
                 f"{fmean(suite.values(setting, model, 'flops_ratio')):.3f}",
                 f"{fmean(suite.values(setting, model, 'train_macs')):.3e}",
@@ -97,17 +101,33 @@ def rates_table(suite: Suite, setting: str) -> Table:
 
 
 def short_table(suite: Suite, setting: str) -> Table:
-    """ASHEM beside every model that does not leak, the best first, as the README shows it."""
-    header = ("model", "budget", "test perplexity", "ASHEM less it", "ASHEM is", "inference MACs")
+    """ASHEM, routed and always deep, beside every model that does not leak, the best first, as the README shows it."""
+    header = (
+        "model",
+        "budget",
+        "test perplexity",
+        "ASHEM less it",
+        "is",
+        "always deep less it",
+        "is",
+        "inference MACs",
+    )
     rows = []
     for model in suite.by_perplexity(setting):
-        if leaky(suite, setting, model) or model == "ashem" + DEEP:
+        if leaky(suite, setting, model):
             continue
-        found = difference(suite, setting, "ashem", model) if model != "ashem" else None
-        cost = fmean(suite.values(setting, model, "flops_ratio"))
-        name, budget = (model, budget_kind(suite, setting, model)) if found else ("**ASHEM**", "its own")
-        over_seeds, _, said = cells_of(found)
-        rows.append([name, budget, f"{suite.interval(setting, model):.2f}", over_seeds, said, f"{cost:.2f}"])
+        own = model in OWN
+        found = [None if own else difference(suite, setting, mine, model) for mine in OWN]
+        name = f"**{model.replace('ashem', 'ASHEM')}**" if own else model
+        rows.append(
+            [
+                name,
+                "its own" if own else budget_kind(suite, setting, model),
+                f"{suite.interval(setting, model):.2f}",
+                *(cell for one in found for cell in (cells_of(one)[0], cells_of(one)[2])),
+                f"{fmean(suite.values(setting, model, 'flops_ratio')):.2f}",
+            ]
+        )
     return header, rows, "Means of seeds with 95 % intervals; inference as a share of the full model's."
 
 

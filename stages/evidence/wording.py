@@ -112,7 +112,10 @@ def answer(core: Suite, setting: str) -> str:
                 difference(core, setting, "ashem", names[0]), f"the best model of equal {kind} MACs, {names[0]}"
             )
             parts.append(best)
-    return "; ".join(parts) + "."
+    if not (names := rivals(core, setting, "added")):
+        return "; ".join(parts) + "."
+    deep, ppl = difference(core, setting, "ashem" + DEEP, names[0]), core.interval(setting, "ashem", "deep_ppl")
+    return f"{'; '.join(parts)}. Always deep it reaches {ppl:.2f}: {phrase(deep, names[0])}."
 
 
 def when(suite: Suite) -> str:

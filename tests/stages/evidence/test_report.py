@@ -106,6 +106,14 @@ def test_the_answer_and_the_tables_say_so(records):
     assert said.startswith("At 10.0 tokens of phase 1 a parameter ASHEM reaches a test perplexity of 35.00 [")
     assert "better than its own block 1 (-5.00" in said
     assert "worse than the best model of equal added MACs, shallow_continued (+2.00" in said
+    assert said.endswith(
+        "Always deep it reaches 37.00 [36.75, 37.25]: worse than shallow_continued (+4.00 [+4.00, +4.00]; "
+        "over documents +4.00 [+4.00, +4.00])."
+    )
+    short = {row[0]: row for row in tables.short_table(core, "default")[1]}
+    assert short["**ASHEM, always deep**"][1:] == ["its own", "37.00 [36.75, 37.25]", "", "", "", "", "1.00"]
+    assert [short["random, always deep"][i] for i in (4, 6)] == ["worse", "worse"]
+    assert [short["dense"][i] for i in (4, 6)] == ["better", "better"]
     records["default"]["ashem"]["0"]["params"]["search.lr_factors"] = [0.5, 1.0]
     header, rows, _ = tables.main_table(core, "default")
     assert [row[0] for row in rows[:3]] == ["leaky_validation (leaky)", "shallow_continued", "random, always deep"]
