@@ -105,7 +105,8 @@ def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict
     page.heading("When: the regime map")
     if "regime" in figures:
         page.figure(figures["regime"], Path("metrics"))
-        page.table(*tables.regime_table(regime))
+        for mine in tables.OWN:
+            page.table(*tables.regime_table(regime, mine))
         page.table(*routing_tables.criteria_table(regime))
         if (attainable := routing_tables.attainable_table(regime))[1]:
             page.table(*attainable)

@@ -161,8 +161,8 @@ def difference_table(suite: Suite, setting: str) -> Table:
     return header, rows, caption
 
 
-def regime_table(suite: Suite) -> Table:
-    """One row a setting."""
+def regime_table(suite: Suite, mine: str = "ashem") -> Table:
+    """One row a setting; differences are of `mine`, ASHEM or its always-deep form."""
     others = compared_in(suite)
     own_columns = ("always shallow", "ASHEM", "always deep")
     header = ("tokens per parameter", "setting", "seeds", *own_columns, *(f"less {o}" for o in others))
@@ -170,14 +170,15 @@ def regime_table(suite: Suite) -> Table:
     for seen, name in by_regime(suite):
         cells = []
         for other in others:
-            found = difference(suite, name, "ashem", other)
+            found = difference(suite, name, mine, other)
             mark = at_end(suite, name, other) if found else ""
             cells.append(f"{found.over_seeds:+.2f} {found.verdict}{mark}" if found else "")
         shallow, own, deep = (suite.interval(name, "ashem", key) for key in ("shallow_ppl", "ppl", "deep_ppl"))
         seeds, mark = len(suite.records[name]["ashem"]), at_end(suite, name, "ashem")
         rows.append([f"{seen:.1f}", name, str(seeds), f"{shallow:.2f}", f"{own:.2f}{mark}", f"{deep:.2f}", *cells])
     caption = (
-        "Test perplexity as phase 1 sees more text; differences over seeds, and what ASHEM is by seeds and documents; "
+        f"Test perplexity as phase 1 sees more text; {mine.replace('ashem', 'ASHEM')}: less the others over seeds, and "
+        "what it is by seeds and documents; "
         "(end): the rate of the model is an end of those tried."
     )
     return header, rows, caption

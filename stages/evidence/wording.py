@@ -120,16 +120,19 @@ def answer(core: Suite, setting: str) -> str:
 
 def when(suite: Suite) -> str:
     """Of the models of equal added MACs, how many ASHEM is better than at each point of the regime map."""
-    said = []
-    for seen, name in by_regime(suite):
-        found = [difference(suite, name, "ashem", other) for other in rivals(suite, name, "added")]
-        wins = sum(one is not None and one.verdict == "better" for one in found)
-        losses = sum(one is not None and one.verdict == "worse" for one in found)
-        said.append(f"at {seen:.1f} better than {wins} of {len(found)} and worse than {losses}")
-    return (
-        "When: of the models of equal added MACs, their always-deep form counted as another, ASHEM is, by tokens of "
-        f"phase 1 a parameter, {'; '.join(said)}."
-    )
+    parts = []
+    for mine, words in (
+        ("ashem", "ASHEM is, by tokens of phase 1 a parameter,"),
+        ("ashem" + DEEP, "Always deep it is"),
+    ):
+        said = []
+        for seen, name in by_regime(suite):
+            found = [difference(suite, name, mine, other) for other in rivals(suite, name, "added")]
+            wins = sum(one is not None and one.verdict == "better" for one in found)
+            losses = sum(one is not None and one.verdict == "worse" for one in found)
+            said.append(f"at {seen:.1f} better than {wins} of {len(found)} and worse than {losses}")
+        parts.append(f"{words} {'; '.join(said)}.")
+    return f"When: of the models of equal added MACs, their always-deep form counted as another, {' '.join(parts)}"
 
 
 def how_far(suite: Suite) -> str:

@@ -181,8 +181,12 @@ def test_the_regime_map_says_where_each_model_is_passed_and_bears_an_unfinished_
     assert wording.when(regime) == (
         "When: of the models of equal added MACs, their always-deep form counted as another, ASHEM is, by tokens of "
         "phase 1 a parameter, at 2.0 better than 0 of 1 and worse than 1; at 40.0 better than 1 of 1 and worse than 0; "
-        "at 80.0 better than 1 of 1 and worse than 0."
+        "at 80.0 better than 1 of 1 and worse than 0. Always deep it is at 2.0 better than 0 of 1 and worse than 1; at "
+        "40.0 better than 0 of 1 and worse than 1; at 80.0 better than 0 of 1 and worse than 0."
     )
+    assert [row[6].split()[-1] for row in tables.regime_table(regime, "ashem" + DEEP)[1]] == ["worse"] * 2 + [
+        "distinguishable"
+    ]
     for seed in ("0", "1"):
         regime.records["early"]["ashem"][seed]["sweep"]["ppl"] = [30.0, 31.0, 40.0]
     regime.records["early"]["ashem"]["2"]["sweep"]["ppl"] = [30.3, 30.0, 40.0]
