@@ -157,10 +157,9 @@ def deepest(suite: Suite) -> str:
     for seen, name in by_regime(suite):
         sweeps = [one["sweep"]["ppl"] for one in suite.records[name]["ashem"].values()]  # always deep first
         excess = [sweep[0] / min(sweep) - 1 for sweep in sweeps]
-        best = sum(one == 0 for one in excess)
-        said.append(
-            f"in {best} of {len(sweeps)} seeds at {seen:.1f} (elsewhere at most {100 * max(excess):.2f} % above)"
-        )
+        best, most = sum(one == 0 for one in excess), 100 * max(excess)
+        above = f" (elsewhere at most {most:.2f} % above)" if most else ""
+        said.append(f"in {best} of {len(sweeps)} seeds at {seen:.1f}{above}")
     return (
         "Depth: of all shares of tokens that go deep all of them is the best on test text "
         f"{', '.join(said)} tokens of phase 1 a parameter."

@@ -190,7 +190,7 @@ def test_the_regime_map_says_where_each_model_is_passed_and_bears_an_unfinished_
     for seed in ("0", "1"):
         regime.records["early"]["ashem"][seed]["sweep"]["ppl"] = [30.0, 31.0, 40.0]
     regime.records["early"]["ashem"]["2"]["sweep"]["ppl"] = [30.3, 30.0, 40.0]
-    assert "in 2 of 3 seeds at 2.0 (elsewhere at most 1.00 % above), in 3 of 3 seeds at 40.0 (" in wording.deepest(
+    assert "in 2 of 3 seeds at 2.0 (elsewhere at most 1.00 % above), in 3 of 3 seeds at 40.0, in 3 " in wording.deepest(
         regime
     )
     assert "by 20.0 % at 2.0, 8.8 % at 40.0, 7.5 % at 80.0 tokens a parameter" in wording.how_far(regime)
