@@ -70,7 +70,7 @@ def test_the_readme_shows_the_numbers_of_the_committed_metrics():
 
 
 def test_the_readme_shows_every_model_of_the_core_suite():
-    suite = Suite("core", nested(json.loads(committed("metrics/evidence/core.json"))["records"]))
+    suite = Suite.of("core", nested(json.loads(committed("metrics/evidence/core.json"))["records"]))
     header, rows, _ = short_table(suite, "default")
     readme = (ROOT / "README.md").read_text()
     for row in (header, *rows):
