@@ -19,6 +19,7 @@ from lego.base.scratch import fingerprint, pipeline_entry
 from lego.evaluation.routed import MODEL_KEYS
 from lego.model.checkpoint import load_model
 from lego.model.cost import Ledger
+from stages.evidence import current
 from stages.evidence.gather import numbers, table
 from stages.evidence.records import Record
 from tests.conftest import ROOT, Clone, run_in_process
@@ -220,3 +221,10 @@ def test_a_record_holds_what_the_report_reads(ran):
         assert later == {key: value for key, value in found.items() if key not in ("curve", "tried")}
     own = numbers("ashem", "evaluate_routing", 0, lambda path: (ran / path).read_text(), {})
     assert {"phase1", "phase1_curve", "shallow_documents", "criteria", "sweep"} <= own.keys()
+
+
+def test_a_text_that_is_missing_is_named_and_one_that_is_here_is_known_by_its_content():
+    with pytest.raises(StageError, match=r"data\.path nowhere is missing"):
+        current.text_of("text", "nowhere")
+    assert current.text_of("hub", "") == {}
+    assert re.fullmatch("[0-9a-f]{8}", current.text_of("text", str(ROOT / "text"))["text"])

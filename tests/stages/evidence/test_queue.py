@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import shutil
 from pathlib import Path
 
@@ -202,13 +201,6 @@ def test_another_rate_of_the_first_seed_makes_the_later_ones_anew(tree):
     later = [record("a", model, 1, {"ashem.phase2_lr": 0.5}) for model in SUITE.models]
     found = lacking(*first_seeds("a", "b"), *later)["x-a-s1"]
     assert "ashem.phase2_lr, baselines.joint.dense.lr" in found[0]
-
-
-def test_a_text_that_is_missing_is_named_and_one_that_is_here_is_known_by_its_content():
-    with pytest.raises(StageError, match=r"data\.path nowhere is missing"):
-        current.text_of("text", "nowhere")
-    assert current.text_of("hub", "") == {}
-    assert re.fullmatch("[0-9a-f]{8}", current.text_of("text", str(ROOT / "text"))["text"])
 
 
 @pytest.mark.parametrize(
