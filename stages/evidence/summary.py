@@ -64,10 +64,8 @@ class Suite:
 def _deep(record: dict[str, Any]) -> dict[str, Any]:
     """A record of a model with two exits as if every token had gone deep."""
     deep = copy.deepcopy(record)
-    metrics = record["metrics"]
-    deep["metrics"] |= {"ppl": metrics["deep_ppl"], "shallow_ratio": 0.0}
-    deep["metrics"] |= {"flops_ratio": metrics.get("deep_flops_ratio", 1.0)}  # records before 2026-11-27 have no gate
-    deep["metrics"] |= {"hard_ppl_after": metrics.get("hard_ppl_deep", metrics["hard_ppl_after"])}
+    answered = {"ppl": "deep_ppl", "flops_ratio": "deep_flops_ratio", "hard_ppl_after": "hard_ppl_deep"}
+    deep["metrics"] |= {key: record["metrics"][full] for key, full in answered.items()} | {"shallow_ratio": 0.0}
     deep["documents"]["nll"] = record["documents"]["nll_deep"]
     return deep
 

@@ -72,7 +72,7 @@ def main_table(suite: Suite, setting: str) -> Table:
         rows.append(
             [
                 shown,
-                "its own" if model.startswith("ashem") else budget_kind(suite, setting, model),
+                "its own" if model in OWN else budget_kind(suite, setting, model),
                 str(len(suite.records[setting][model])),
                 f"{suite.interval(setting, model):.2f}",
                 *cells_of(difference(suite, setting, "ashem", model) if model not in OWN else None),
@@ -124,7 +124,7 @@ def short_table(suite: Suite, setting: str) -> Table:
                 name,
                 "its own" if own else budget_kind(suite, setting, model),
                 f"{suite.interval(setting, model):.2f}",
-                *(cell for one in found for cell in (cells_of(one)[0], cells_of(one)[2])),
+                *(cell for one in found for cell in cells_of(one)[::2]),
                 f"{fmean(suite.values(setting, model, 'flops_ratio')):.2f}",
             ]
         )
@@ -201,7 +201,7 @@ def ratios_table(suite: Suite) -> Table:
         found = [difference(suite, setting, "ashem", other) for other in ("random", "random" + DEEP)]
         if all(name in suite.models(setting) for name in names):
             means = (f"{suite.interval(setting, n):.2f}{at_end(suite, setting, n)}" for n in names)
-            cells = [cell for one in found for cell in (cells_of(one)[0], cells_of(one)[2])]
+            cells = [cell for one in found for cell in cells_of(one)[::2]]
             rows.append([f"0.{setting.removeprefix('ratio_')}", *means, *cells])
     caption = (
         "Block 2 trained on hard tokens against as many random ones, by the share that it is trained on; both route "
