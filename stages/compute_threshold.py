@@ -20,7 +20,7 @@ LEAST = 20  # tokens to fit on, of which a tenth says when to stop
 def tokens_to_fit_on(share: float, blocks: PackedBlocks, split: str) -> int:
     """The first tokens of calibration text, on which exit criteria are fitted; their thresholds come from the rest."""
     count = round(share * len(blocks))
-    if not count * blocks.seq_len >= LEAST or count >= len(blocks):
+    if count * blocks.seq_len < LEAST or count >= len(blocks):
         raise StageError(
             f"params.yaml: exits.fit_share {share:g} of {len(blocks)} blocks of {split} text leaves fewer than {LEAST} "
             "tokens to fit on, or none to calibrate with; change it or raise data.max_calibration_tokens"

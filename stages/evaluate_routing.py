@@ -3,7 +3,7 @@
 dvc repro evaluate_routing      (python -m stages.evaluate_routing)
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,21 +14,13 @@ from lego.base.artifacts import atomic_folder, read_json, read_number, write_csv
 from lego.base.harness import Stage, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
 from lego.base.progress import share
-from lego.evaluation.calibration import Calibration, all_criteria, certificate_line, fitted_gain, macs_of
+from lego.evaluation.calibration import Calibration, all_criteria, certificate_line, fitted_gain, score_macs
 from lego.evaluation.gating import gate_for
 from lego.evaluation.latency import latency_ratios
+from lego.evaluation.metrics import HardTokens, comparison_lines, routed_metrics, summary
 from lego.evaluation.plain import document_rows
 from lego.evaluation.risk import Certificate, document_units
-from lego.evaluation.routed import (
-    Route,
-    TokenTable,
-    comparison_lines,
-    routed_metrics,
-    save_tables,
-    summary,
-    threshold_sweep,
-    token_table,
-)
+from lego.evaluation.routed import Route, TokenTable, save_tables, threshold_sweep, token_table
 from lego.evaluation.router_quality import (
     captured_by_share,
     payment_sentence,
@@ -103,7 +95,7 @@ def decide(params: Params, model: BaseTransformer, seed: int, device: torch.devi
     table = token_table(model, EvaluationBatches(blocks, size), device, scored(criteria), gate=gate)
     ratio = facts["hard_example_ratio"]
     calibration = Calibration(table, fit_tokens, units(params, blocks), mining, ratio, settings)
-    macs = {name: macs_of(criterion) for name, criterion in criteria.items()}
+    macs = {name: score_macs(name, model.sizes["dim"], settings) for name in criteria}
     routes = {name: Route(name, calibration.quantile(name), macs[name]) for name in criteria}
     name, found = settings.criterion, None
     if settings.calibration == "risk":
@@ -188,9 +180,10 @@ def main() -> None:
         wanted, gate = scored(routing.criteria), routing.gate
         tables = {name: token_table(model, text, device, wanted, gate=gate) for name, text in texts.items()}
         chosen, test = routing.chosen, texts["test"]
-        ledger = replace(Ledger.of(model, test.blocks.seq_len), gated=gate is not None)
+        ledger = Ledger.of(model, test.blocks.seq_len, gated=gate is not None)
         facts = corpus_facts("data/tokens")["splits"]["test"]
-        metrics = routed_metrics(tables["test"], tables["validation"], routing.mining, ledger, facts, chosen)
+        hard = {name: HardTokens.of(table, routing.mining) for name, table in tables.items()}
+        metrics = routed_metrics(tables, hard, ledger, facts, chosen)
         metrics |= {key: mined[key] for key in ("n_hard", "hard_share", "leaky")} | {"lr": trained["lr"]}
         metrics |= {"train_macs": phase1_macs + added_macs, "added_macs": added_macs, "budget_macs": added_macs}
         metrics |= {"distance_from_budget": 0.0}  # the others' budget is what it spent

@@ -8,8 +8,8 @@ dvc repro train_shallow_continued      (python -m stages.train_shallow_continued
 from lego.base.artifacts import atomic_folder, read_json, read_number, write_csv, write_facts, write_json, write_metrics
 from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
+from lego.evaluation.metrics import summary
 from lego.evaluation.plain import Comparison
-from lego.evaluation.routed import summary
 from lego.model.checkpoint import load_model, save_model
 from lego.model.cost import Ledger
 from lego.tokens.batches import TrainingBatches, blocks_in_epoch, split_batches

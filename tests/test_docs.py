@@ -15,7 +15,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from lego.base.params import Params
 from lego.cvfp import sections as cvfp
-from lego.evaluation.routed import comparison_lines
+from lego.evaluation.metrics import comparison_lines
 from lego.satipatthana import sections as satipatthana
 from stages.evidence.records import nested
 from stages.evidence.summary import Suite

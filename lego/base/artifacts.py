@@ -20,11 +20,13 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from lego.base.digests import DIGESTS, sealed, unsealed, verify, way_back, write_digests
 from lego.base.digests import ArtifactError as ArtifactError
-from lego.base.digests import sealed, unsealed, verify, way_back, write_digests
 from lego.base.digests import sha256 as sha256
 
 DIGITS = 5  # of declared metrics
+TOKENIZER = (".json", ".txt", ".model", ".jinja", ".tiktoken")  # suffixes of a tokenizer's files
+OF_MODELS = ("config.json", "generation_config.json", DIGESTS)
 
 
 def derived_seed(seed: int, name: object) -> int:
@@ -267,6 +269,18 @@ def read_tensors(path: str | Path) -> dict[str, torch.Tensor]:
         ) from None
     except (OSError, SafetensorError) as error:
         raise ArtifactError(f"{path}: cannot be read as safetensors ({error}); {way_back(path)}") from None
+
+
+def copy_tokenizer(source: str | Path, folder: str | Path) -> None:
+    """Copies the files of a tokenizer in Hugging Face format, and none of a model that lies beside them.
+
+    Raises:
+        ArtifactError: one of them is not as it was published.
+    """
+    verify(source)
+    for file in sorted(Path(source).iterdir()):
+        if file.suffix in TOKENIZER and file.name not in OF_MODELS and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, Path(folder) / file.name)
 
 
 def identity(path: str | Path) -> str:

@@ -33,16 +33,11 @@ def all_criteria(probe: StateCriterion, gain: StateCriterion) -> dict[str, Crite
     return {"max_prob": max_prob, "margin": margin, "entropy": entropy, "probe": probe, "gain": gain}
 
 
-def macs_of(criterion: Criterion) -> int | None:
-    """What a score costs in MACs; None if it needs the exit head."""
-    return criterion.macs if isinstance(criterion, StateCriterion) else None
-
-
-def macs_of_routing(routing: RoutingParams, dim: int) -> int | None:
-    """What a score of the criterion that `routing` names costs in MACs at a width; None if it needs the exit head."""
-    if routing.criterion == "gain":
+def score_macs(criterion: str, dim: int, routing: RoutingParams) -> int | None:
+    """What a score of a criterion costs in MACs at a width; None if it needs the exit head."""
+    if criterion == "gain":
         return StateCriterion(dim, routing.gain_width, routing.gate == "fitted").macs
-    return dim if routing.criterion == "probe" else None
+    return dim if criterion == "probe" else None
 
 
 class GainFit:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,55 +17,6 @@ from lego.model.exit_criteria import Criterion
 from lego.model.gate import Gate
 from lego.model.transformer import BaseTransformer, compute_cost
 from lego.routing.decoder import RoutedDecoder
-from lego.tokens.blocks import bits_per_byte
-
-MODEL_KEYS = (
-    "acc",
-    "ppl",
-    "bits_per_byte",
-    "shallow_ppl",
-    "deep_ppl",
-    "hard_ppl_before",
-    "hard_ppl_after",
-    "hard_ppl_deep",
-    "val_ppl",
-    "val_shallow_ppl",
-    "val_hard_ppl_before",
-    "val_hard_ppl_after",
-    "shallow_ratio",
-    "compute_cost",
-    "flops_ratio",
-    "deep_flops_ratio",
-    "break_even_shallow_ratio",
-    "lr",
-    "train_macs",
-    "added_macs",
-    "budget_macs",
-    "distance_from_budget",
-    "n_hard",
-    "hard_share",
-    "threshold",
-    "oracle_ppl",
-    "leaky",
-)
-"""Keys of every model's metrics file, so that comparisons and tables line up; null where one has no meaning."""
-
-SUMMARY_KEYS = ("acc", "bits_per_byte", "deep_ppl", "flops_ratio", "ppl", "shallow_ppl", "shallow_ratio")
-"""Those that people compare day by day; `dvc metrics` shows them and no other."""
-
-PRINTED_KEYS = (
-    "ppl",
-    "shallow_ppl",
-    "deep_ppl",
-    "oracle_ppl",
-    "bits_per_byte",
-    "acc",
-    "hard_ppl_before",
-    "hard_ppl_after",
-    "shallow_ratio",
-    "flops_ratio",
-)
-
 
 ATTAINABLE = "attainable"
 """Score of a criterion that is told both exits' answers: how little the mixture of them expects to spare a token."""
@@ -122,17 +72,6 @@ class Route:
 def perplexity(nll: np.ndarray) -> float:
     """exp of the mean loss in nats, capped at exp(700)."""
     return math.exp(min(float(nll.mean()), 700.0))
-
-
-def hard_keys(hard: np.ndarray, before: np.ndarray, after: np.ndarray, deep: np.ndarray) -> dict[str, float | None]:
-    """Perplexities on the tokens that mining calls hard, whether they go deep or not; None where there is none.
-
-    Args:
-        hard: which they are (n,).
-        before, after, deep: losses (n,) of block 1, of the model as it answers, and of its full depth.
-    """
-    losses = {"hard_ppl_before": before, "hard_ppl_after": after, "hard_ppl_deep": deep}
-    return {key: perplexity(nll[hard]) if hard.any() else None for key, nll in losses.items()}
 
 
 @torch.no_grad()
@@ -236,62 +175,3 @@ def threshold_sweep(
             }
         )
     return rows
-
-
-def routed_metrics(
-    test: TokenTable,
-    validation: TokenTable,
-    threshold: float,
-    ledger: Ledger,
-    test_facts: dict[str, Any],
-    route: Route | None = None,
-) -> dict[str, float | None]:
-    """The keys of MODEL_KEYS that follow from what the model said of validation and test text.
-
-    Args:
-        test, validation: token tables of the routed model.
-        threshold: of mining, from calibration text: hard tokens are those whose confidence lies below.
-        ledger: costs of the model.
-        test_facts: what `corpus_facts` says of the test split.
-        route: how tokens are routed; default as they were mined.
-    """
-    route = route or Route("max_prob", threshold)
-    nll = test.routed_nll(route.threshold, route.criterion)
-    ratio = float(test.easy(route.threshold, route.criterion).mean())
-    val_nll = validation.routed_nll(route.threshold, route.criterion)
-    hard = hard_keys(~test.easy(threshold), test.nll_shallow, nll, test.nll_deep)
-    val_hard = hard_keys(~validation.easy(threshold), validation.nll_shallow, val_nll, validation.nll_deep)
-    return {
-        "acc": float(test.routed_right(route.threshold, route.criterion).mean()),
-        "ppl": perplexity(nll),
-        "bits_per_byte": bits_per_byte(perplexity(nll), test_facts),
-        "shallow_ppl": perplexity(test.nll_shallow),
-        "deep_ppl": perplexity(test.nll_deep),
-        **hard,
-        "val_ppl": perplexity(val_nll),
-        "val_shallow_ppl": perplexity(validation.nll_shallow),
-        "val_hard_ppl_before": val_hard["hard_ppl_before"],
-        "val_hard_ppl_after": val_hard["hard_ppl_after"],
-        "shallow_ratio": ratio,
-        "compute_cost": compute_cost(ratio, ledger.exit_layer, ledger.num_layers),
-        "flops_ratio": ledger.flops_ratio(ratio, route.macs),
-        "deep_flops_ratio": ledger.always_deep / ledger.full,
-        "break_even_shallow_ratio": ledger.break_even_shallow_ratio(route.macs),
-        "threshold": route.threshold,
-        "oracle_ppl": perplexity(np.minimum(test.nll_shallow, test.nll_deep)),
-    }
-
-
-def summary(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The few keys of a model's metrics that `dvc metrics` shows, and `leaky` where that must be said."""
-    leaky = {"leaky": True} if metrics["leaky"] else {}
-    return {key: metrics[key] for key in SUMMARY_KEYS} | leaky
-
-
-def comparison_lines(ashem: Mapping[str, float | None], yardstick: Mapping[str, float | None]) -> list[str]:
-    """The two models side by side, as the pipeline prints them last, in as many digits as any processor agrees on."""
-    lines = [f"{'test':>26} {'ASHEM':>12} {'shallow_continued':>18}"]
-    for key in PRINTED_KEYS:
-        left, right = (f"{value:.4g}" if value is not None else "-" for value in (ashem.get(key), yardstick.get(key)))
-        lines.append(f"{key:>26} {left:>12} {right:>18}")
-    return lines

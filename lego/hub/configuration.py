@@ -27,11 +27,8 @@ OF_WEIGHTS = (
     "branch_layer",
 )
 """Fields that the weights were trained with: another value runs, and answers nonsense."""
-DEFAULTS = {
-    "branch_layer": None,
-    "gated": False,
-    "exit_criterion_reads_logits": False,
-}  # of those that older folders do not have
+DEFAULTS = {"branch_layer": None, "gated": False, "exit_criterion_reads_logits": False}
+"""Of those that older folders do not have."""
 
 
 @strict

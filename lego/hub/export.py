@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from lego.base.artifacts import read_json, write_json, write_text
+from lego.base.artifacts import copy_tokenizer, read_json, write_json, write_text
 from lego.hub.backbone import LegoModel
 from lego.hub.configuration import LegoConfig
 from lego.hub.heads import LegoForQuestionAnswering, LegoForSequenceClassification, LegoForTokenClassification
@@ -141,7 +140,7 @@ def save_routed(model: LegoForCausalLM, folder: str | Path, tokenizer: str | Pat
     Args:
         model: its generation_config is written too.
         folder: for `AutoModelForCausalLM.from_pretrained` after `import lego.hf`, and for `lego.load_routed`.
-        tokenizer: a folder in Hugging Face format whose files are copied.
+        tokenizer: a folder in Hugging Face format; a model that lies in it is not copied.
         card: text of README.md.
     """
     from transformers.utils import logging
@@ -149,8 +148,7 @@ def save_routed(model: LegoForCausalLM, folder: str | Path, tokenizer: str | Pat
     logging.disable_progress_bar()
     folder = Path(folder)
     model.save_pretrained(str(folder))
-    for file in sorted(Path(tokenizer).iterdir()):
-        shutil.copyfile(file, folder / file.name)
+    copy_tokenizer(tokenizer, folder)
     _complete_tokenizer(folder / "tokenizer_config.json", model.config.trained_context)
     write_text(folder / "README.md", card)
 

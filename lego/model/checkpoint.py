@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,7 +11,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import nn
 
-from lego.base.artifacts import ArtifactError, read_checked, read_json, read_tensors, write_json, write_tensors
+from lego.base.artifacts import (
+    ArtifactError,
+    copy_tokenizer,
+    read_checked,
+    read_json,
+    read_tensors,
+    write_json,
+    write_tensors,
+)
 from lego.base.digests import verify, way_back
 from lego.model.exit_criteria import CRITERIA, LOGIT_CRITERIA, Criterion, StateCriterion, max_prob
 from lego.model.gate import Gate
@@ -43,9 +50,7 @@ def save_model(model: BaseTransformer, folder: str | Path, tokenizer: str | Path
     if model.generation_config:
         write_json(folder / GENERATION, model.generation_config)
     if tokenizer:
-        verify(tokenizer)
-        for file in sorted(Path(tokenizer).iterdir()):
-            shutil.copyfile(file, folder / file.name)
+        copy_tokenizer(tokenizer, folder)
 
 
 def load_model(folder: str | Path) -> BaseTransformer:
@@ -139,9 +144,8 @@ def load_routed(folder: str | Path) -> RoutedModel:
     gate = Gate.of(part("gate."), Path(folder) / WEIGHTS) if config.get("gated") else None
     if name in LOGIT_CRITERIA:
         return RoutedModel(model, threshold, LOGIT_CRITERIA[name], gate)
-    scorer = StateCriterion.of(part("exit_criterion_module."), model.sizes["dim"], Path(folder) / WEIGHTS)
-    if scorer.needs_logits != bool(config.get("exit_criterion_reads_logits", False)):
-        raise ArtifactError(f"{folder}/{CONFIG}: exit_criterion_reads_logits is not as in the weights; run dvc repro")
+    found, reads = part("exit_criterion_module."), bool(config.get("exit_criterion_reads_logits", False))
+    scorer = StateCriterion.of(found, model.sizes["dim"], Path(folder) / WEIGHTS, reads)
     return RoutedModel(model, threshold, scorer, gate)
 
 

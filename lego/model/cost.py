@@ -48,11 +48,11 @@ class Ledger:
     online: bool = False
 
     @classmethod
-    def of(cls, model: Any, seq_len: int) -> Ledger:
-        """Ledger of a BaseTransformer on sequences of seq_len tokens."""
+    def of(cls, model: Any, seq_len: int, gated: bool = False) -> Ledger:
+        """Ledger of a BaseTransformer on sequences of seq_len tokens, with a gate or without."""
         sizes = {name: model.sizes[name] for name in SIZES}
         shape = {name: getattr(model, name) for name in ("exit_layer", "block2_context", "branches", "branch_rank")}
-        return cls(**sizes, **shape, seq_len=seq_len)
+        return cls(**sizes, **shape, seq_len=seq_len, gated=gated)
 
     def grown(self, num_layers: int, phase2_context: str, branch_layer: int | None = None) -> Ledger:
         """Ledger of the routed model that grows from this block 1, with arguments as for grow_model."""

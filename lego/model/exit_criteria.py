@@ -93,23 +93,23 @@ class StateCriterion(nn.Module):
         write_tensors(path, self.state_dict())
 
     @classmethod
-    def load(cls, path: str | Path, dim: int) -> StateCriterion:
+    def load(cls, path: str | Path, dim: int, reads_logits: bool = False) -> StateCriterion:
         """Reads what `save` wrote.
 
         Raises:
-            ArtifactError: the file is missing or damaged, or belongs to exit states of another width.
+            ArtifactError: the file is missing or damaged, or belongs to a criterion that reads something else.
         """
-        return cls.of(read_tensors(path), dim, path)
+        return cls.of(read_tensors(path), dim, path, reads_logits)
 
     @classmethod
-    def of(cls, tensors: dict[str, Tensor], dim: int, path: str | Path) -> StateCriterion:
+    def of(cls, tensors: dict[str, Tensor], dim: int, path: str | Path, reads_logits: bool) -> StateCriterion:
         """From its tensors, read from `path`; raises as `load`."""
         hidden = tensors.get("hidden.weight")
-        inputs = tensors.get("output.weight" if hidden is None else "hidden.weight", torch.empty(0, 0)).shape[-1]
-        criterion = cls(dim, 0 if hidden is None else len(hidden), inputs == dim + 1)
+        criterion = cls(dim, 0 if hidden is None else len(hidden), reads_logits)
         shapes = {name: tensor.shape for name, tensor in criterion.state_dict().items()}
         if shapes != {name: tensor.shape for name, tensor in tensors.items()}:
-            raise ArtifactError(f"{path}: does not fit exit states of width {dim}; run dvc repro")
+            reads = f"exit states of width {dim} (exit_criterion_reads_logits: {str(reads_logits).lower()})"
+            raise ArtifactError(f"{path}: does not fit {reads}; run dvc repro")
         criterion.load_state_dict(tensors)
         return criterion.requires_grad_(False)
 

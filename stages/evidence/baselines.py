@@ -1,7 +1,8 @@
-"""Models that ASHEM is compared with: what those that learn from all tokens start as, what they cost, and gates."""
+"""Models that ASHEM is compared with: what they start as and cost, what they spent, and how tokens leave."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +19,23 @@ from lego.model.cost import SIZES, Ledger
 from lego.model.exit_criteria import LOGIT_CRITERIA
 from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
 from lego.tokens.batches import EvaluationBatches, split_batches
+from lego.training.epochs import epoch_rows
 from lego.training.trainer import StageConfig, TrainingConfig, create_standard_config
+
+
+@dataclass
+class Spent:
+    """What a run at one learning rate has cost so far: MACs, tokens it learned from, and its curve."""
+
+    macs: float
+    tokens: int = 0
+    rows: list[dict[str, float]] = field(default_factory=list)
+
+    def add(self, result: dict[str, Any], seen: list[int], macs: float, before: float) -> None:
+        """Notes what `fit` returned of a part of the run; see epoch_rows."""
+        self.rows += epoch_rows(result, seen, macs, self.macs + before)
+        self.macs += macs
+        self.tokens += seen[-1]
 
 
 def middle_depth(exit_layer: int, num_layers: int, hard_ratio: float) -> int:

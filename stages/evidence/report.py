@@ -3,7 +3,6 @@
 dvc repro stages/evidence/dvc.yaml:report      (python -m stages.evidence.report)
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from tokenizers import Tokenizer
 from lego.base.artifacts import read_json
 from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.base.params import Params, load_params
-from lego.evaluation.calibration import macs_of_routing
+from lego.evaluation.calibration import score_macs
 from lego.evaluation.routed import TokenTable
 from lego.model.checkpoint import load_model
 from lego.model.cost import Ledger
@@ -63,9 +62,7 @@ def router_rows(params: Params, ledger: Ledger, test: TokenTable) -> list[dict[s
     routing = params.routing
     shallow = 1 - routing.deep_share(params.ashem.hard_example_ratio)
     promised = shallow if routing.calibration == "quantile" else None
-    macs = {
-        name: macs_of_routing(routing.model_copy(update={"criterion": name}), ledger.dim) for name in STATE_CRITERIA
-    }
+    macs = {name: score_macs(name, ledger.dim, routing) for name in STATE_CRITERIA}
     return criterion_rows(read_json("metrics/details/criteria.json"), validation, test, ledger, promised, macs)
 
 
@@ -156,8 +153,10 @@ def not_current(name: str, asked: named.Suite) -> list[list[str]] | None:
 
 def build(params: Params, suites: dict[str, Suite], figures: dict[str, Figure], test: TokenTable) -> Page:
     """The page, part by part."""
-    ledger, asked = Ledger.of(load_model("data/phase2"), params.model.seq_len), load_suites()
-    ledger = replace(ledger, gated=params.routing.gate == "fitted")
+    ledger, asked = (
+        Ledger.of(load_model("data/phase2"), params.model.seq_len, params.routing.gate == "fitted"),
+        load_suites(),
+    )
     page = Page("When is ASHEM worth using?")
     findings(page, params, suites, figures)
     page.heading("Routing")
@@ -168,7 +167,7 @@ def build(params: Params, suites: dict[str, Suite], figures: dict[str, Figure], 
     page.heading("Cost ledger")
     page.table(*routing_tables.ledger_table(ledger))
     share = params.routing.deep_share(params.ashem.hard_example_ratio)
-    page.text(wording.break_even(ledger, share, macs_of_routing(params.routing, ledger.dim)))
+    page.text(wording.break_even(ledger, share, score_macs(params.routing.criterion, ledger.dim, params.routing)))
     page.heading("Threats to validity")
     page.points([wording.documents_fact(suites["core"], SETTING), *wording.THREATS])
     page.heading("Made with")

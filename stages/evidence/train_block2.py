@@ -15,8 +15,9 @@ from lego.base.ashem_sections import AshemParams
 from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
 from lego.evaluation.calibration import GainFit
+from lego.evaluation.metrics import summary
 from lego.evaluation.plain import Comparison, Leaving
-from lego.evaluation.routed import Route, evaluate_at_share, summary, token_table
+from lego.evaluation.routed import Route, evaluate_at_share, token_table
 from lego.growing import selection
 from lego.growing.phase2 import grown, hard_batches, steps_for, train_block2
 from lego.mining.hard_tokens import exit_states
@@ -29,28 +30,13 @@ from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
 from lego.tokens.batches import EvaluationBatches, TrainingBatches, blocks_in_epoch, split_batches
 from lego.tokens.blocks import corpus_facts, data_digests, train_text
 from lego.training.budget import Budget, train_blocks
-from lego.training.epochs import History, epoch_rows
+from lego.training.epochs import History
 from lego.training.search import Search, Trial, search_rates
 from lego.training.trainer import create_standard_config
-from stages.evidence.baselines import exits_config, leaving_of, small_reference
+from stages.evidence.baselines import Spent, exits_config, leaving_of, small_reference
 
 Choose = Callable[[DeepSupervisionTransformer], tuple[HiddenStateStore, float]]
 """Block 2 as it is -> what it learns from next, and the MACs that finding this out cost."""
-
-
-@dataclass
-class Spent:
-    """What a run at one learning rate has cost so far: MACs, tokens it learned from, and its curve."""
-
-    macs: float
-    tokens: int = 0
-    rows: list[dict[str, float]] = field(default_factory=list)
-
-    def add(self, result: dict[str, Any], seen: list[int], macs: float, before: float) -> None:
-        """Notes what `fit` returned of a part of the run; see epoch_rows."""
-        self.rows += epoch_rows(result, seen, macs, self.macs + before)
-        self.macs += macs
-        self.tokens += seen[-1]
 
 
 @dataclass

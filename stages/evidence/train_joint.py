@@ -16,9 +16,10 @@ from lego.base.ashem_sections import JointParams
 from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
 from lego.base.sections import TrainParams
-from lego.evaluation.calibration import macs_of_routing
+from lego.evaluation.calibration import score_macs
+from lego.evaluation.metrics import summary
 from lego.evaluation.plain import Comparison
-from lego.evaluation.routed import evaluate_at_share, summary
+from lego.evaluation.routed import evaluate_at_share
 from lego.model.checkpoint import load_model, save_model
 from lego.model.cost import Ledger
 from lego.model.transformer import BaseTransformer
@@ -112,8 +113,9 @@ def plan(name: str, params: Params, seed: int) -> Plan:
         blocks = train_text("data/tokens", 2, share, split, params.seed, ashem.phase2_text)
     depth = block1.num_layers + ashem.new_layers
     ledger = Ledger.of(block1, blocks.seq_len).grown(depth, ashem.phase2_context, ashem.branch_of(block1.num_layers))
-    ledger = replace(ledger, gated=params.routing.gate == "fitted")
-    deep, macs = params.routing.deep_share(ashem.hard_example_ratio), macs_of_routing(params.routing, ledger.dim)
+    routing = params.routing
+    ledger = replace(ledger, gated=routing.gate == "fitted")
+    deep, macs = routing.deep_share(ashem.hard_example_ratio), score_macs(routing.criterion, ledger.dim, routing)
 
     def start(entry: JointParams, before: BaseTransformer | None) -> BaseTransformer:
         torch.manual_seed(seed)

@@ -7,7 +7,6 @@ best guess is right, which is also the trust that a token deserves. Thresholds c
 from test text, all criteria in one pass.
 """
 
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -140,7 +139,7 @@ def judged(
     table = token_table(model, test, "cpu", {**scored(routing.criteria), **mine}, gate=routing.gate)
     cost = {name: round(macs(one, example)) for name, one in mine.items()}
     routes = routing.routes | {name: Route(name, found.quantile(name), cost[name]) for name in mine}
-    ledger = replace(Ledger.of(model, test.blocks.seq_len), gated=routing.gate is not None)
+    ledger = Ledger.of(model, test.blocks.seq_len, gated=routing.gate is not None)
     quality = {name: router_quality(table, route, ledger) for name, route in routes.items()}
     print("\n".join(["exit criteria on test text:", *quality_lines(quality)]))
     print(f"a layer of the model takes {ledger.layer:,} MACs a token, trust {cost['trust_0']:,}")

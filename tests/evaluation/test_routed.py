@@ -9,18 +9,27 @@ import pytest
 import torch
 
 from lego import Ledger, StageConfig, Trainer, TrainingConfig
-from lego.evaluation.routed import Route, evaluate_at_share, perplexity, routed_metrics, threshold_sweep, token_table
+from lego.evaluation.metrics import HardTokens, routed_metrics
+from lego.evaluation.routed import Route, TokenTable, evaluate_at_share, perplexity, threshold_sweep, token_table
 from lego.tokens.blocks import bits_per_byte
 from tests.conftest import VOCAB
 from tests.evaluation.conftest import FACTS, TEST
 
 
+def measured(table: TokenTable, mining: float, model, routing: float | None = None) -> dict[str, float | None]:
+    """Of a table that stands for both splits, routed by max_prob at a threshold, by default that of mining."""
+    tables = {"test": table, "validation": table}
+    hard = {split: HardTokens.of(table, mining) for split in tables}
+    route = Route("max_prob", mining if routing is None else routing)
+    return routed_metrics(tables, hard, Ledger.of(model, 12), FACTS, route)
+
+
 def test_the_table_gives_what_the_trainer_measures_at_any_threshold(model):
-    table, ledger = token_table(model, TEST, "cpu"), Ledger.of(model, 12)
+    table = token_table(model, TEST, "cpu")
     for ratio in (0.1, 0.5, 0.9):
         threshold = float(np.quantile(table.confidence, ratio))
         stats = Trainer(TrainingConfig([StageConfig((4, 4))], threshold, 2), VOCAB).evaluate(model, TEST)
-        metrics = routed_metrics(table, table, threshold, ledger, FACTS)
+        metrics = measured(table, threshold, model)
         for key, value in stats.items():
             assert metrics[key] == pytest.approx(value, rel=1e-4)
     with torch.no_grad():
@@ -43,13 +52,13 @@ def test_a_share_of_hard_tokens_gives_the_numbers_of_its_threshold(model):
 def test_hard_perplexities_and_oracle_by_brute_force(model):
     table = token_table(model, TEST, "cpu")
     threshold = float(np.median(table.confidence))
-    metrics = routed_metrics(table, table, threshold, Ledger.of(model, 12), FACTS)
+    metrics = measured(table, threshold, model)
     hard = [i for i, c in enumerate(table.confidence) if c < threshold]
     assert metrics["hard_ppl_before"] == pytest.approx(math.exp(np.mean([table.nll_shallow[i] for i in hard])))
     assert metrics["hard_ppl_after"] == pytest.approx(math.exp(np.mean([table.nll_deep[i] for i in hard])))
     assert metrics["hard_ppl_deep"] == metrics["hard_ppl_after"]  # all that are hard go deep
     low = float(np.quantile(table.confidence, 0.2))
-    routed = routed_metrics(table, table, threshold, Ledger.of(model, 12), FACTS, Route("max_prob", low))
+    routed = measured(table, threshold, model, low)
     answers = [table.nll_deep[i] if table.confidence[i] < low else table.nll_shallow[i] for i in hard]
     assert routed["hard_ppl_after"] == pytest.approx(math.exp(np.mean(answers)))
     assert routed["val_hard_ppl_after"] == routed["hard_ppl_after"]
@@ -65,7 +74,7 @@ def test_hard_perplexities_and_oracle_by_brute_force(model):
 def test_bits_per_byte(model):
     assert bits_per_byte(2.0, {"tokens": 10, "bytes": 5}) == pytest.approx(2.0)
     table = token_table(model, TEST, "cpu")
-    metrics = routed_metrics(table, table, 0.0, Ledger.of(model, 12), FACTS)
+    metrics = measured(table, 0.0, model)
     assert metrics["bits_per_byte"] == pytest.approx(table.nll_shallow.sum() / math.log(2) / 1000)
 
 
@@ -86,6 +95,6 @@ def test_the_sweep_runs_from_always_deep_to_always_shallow(model):
 
 def test_no_hard_token_leaves_null_and_not_nan(model):
     table = token_table(model, TEST, "cpu")
-    metrics = routed_metrics(table, table, 0.0, Ledger.of(model, 12), FACTS)
+    metrics = measured(table, 0.0, model)
     assert metrics["hard_ppl_before"] is None
     assert metrics["shallow_ratio"] == 1.0

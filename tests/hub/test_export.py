@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 from lego import DeepSupervisionTransformer, load_model
 from lego.base.artifacts import ArtifactError, read_json, write_json, write_tensors
@@ -265,3 +266,19 @@ def test_a_configuration_that_cannot_be_is_refused(field, value, sentence):
         LegoConfig(num_hidden_layers=2, hidden_size=8, num_attention_heads=2, **{field: value})
     with pytest.raises(ValueError, match="exit_criterion gain needs its fitted weights"):
         to_hf(lego_model("token", own_head=False), 0.3, "gain")
+
+
+def test_a_tokenizer_beside_a_whole_checkpoint_brings_no_weights(tmp_path, tokenizer_folder):
+    given, folder = tmp_path / "given", tmp_path / "routed"
+    LlamaForCausalLM(LlamaConfig(vocab_size=48, hidden_size=16, num_attention_heads=2)).save_pretrained(given)
+    shutil.copytree(tokenizer_folder, given, dirs_exist_ok=True)
+    (given / "model.safetensors.index.json").write_text("{}")
+    (given / "special_tokens_map.json").write_text("{}")
+    folder.mkdir()
+    model = to_hf(lego_model("sequence", own_head=False), 0.3)
+    save_routed(model, folder, given, "a card")
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(again) is LegoForCausalLM
+    torch.testing.assert_close(dict(again.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+    assert (folder / "special_tokens_map.json").exists()
+    assert not (folder / "model.safetensors.index.json").exists()

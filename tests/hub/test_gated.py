@@ -153,7 +153,9 @@ def test_a_folder_whose_criterion_is_of_another_kind_is_refused(tmp_path):
     to_hf(lego_model("full", own_head=False), 0.3, "gain", scorer, gate_of()).save_pretrained(tmp_path)
     config = read_json(tmp_path / "config.json")
     write_json(tmp_path / "config.json", config | {"exit_criterion_reads_logits": False})
-    with pytest.raises(ArtifactError, match=r"config\.json: exit_criterion_reads_logits is not as in the weights"):
+    with pytest.raises(
+        ArtifactError, match=r"does not fit exit states of width 32 \(exit_criterion_reads_logits: false\)"
+    ):
         load_routed(tmp_path)
     write_json(tmp_path / "config.json", config | {"exit_threshold": {"__float__": "Infinity"}})
     with pytest.raises(ArtifactError, match=r"config\.json: exit_threshold must be null or a number"):

@@ -128,10 +128,12 @@ def test_a_criterion_that_reads_impossible_tokens_says_a_number():
 def test_fitted_criteria_come_back_as_they_were_saved(width, reads, tmp_path):
     criterion, states, logits = StateCriterion(12, width, reads), torch.randn(9, 12), torch.randn(9, 7)
     criterion.save(tmp_path / "probe.safetensors")
-    again = StateCriterion.load(tmp_path / "probe.safetensors", 12)
+    again = StateCriterion.load(tmp_path / "probe.safetensors", 12, reads)
     torch.testing.assert_close(again(states, logits), criterion(states, logits))
-    with pytest.raises(ArtifactError, match=r"probe\.safetensors: does not fit exit states of width 16; run dvc repro"):
-        StateCriterion.load(tmp_path / "probe.safetensors", 16)
+    with pytest.raises(ArtifactError, match=r"probe\.safetensors: does not fit exit states of width 16 \("):
+        StateCriterion.load(tmp_path / "probe.safetensors", 16, reads)
+    with pytest.raises(ArtifactError, match="exit_criterion_reads_logits"):
+        StateCriterion.load(tmp_path / "probe.safetensors", 12, not reads)
 
 
 def test_log_odds_are_finite_for_certain_tokens():

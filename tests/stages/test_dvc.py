@@ -13,7 +13,7 @@ import pytest
 
 from lego import load_model
 from lego.base.artifacts import read_json, sha256
-from lego.evaluation.routed import MODEL_KEYS
+from lego.evaluation.metrics import MODEL_KEYS
 from lego.text.corpus import SPLITS
 from lego.tokens.blocks import PackedBlocks
 from tests.conftest import Clone, ran, run_in_process

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lego.evaluation.routed import SUMMARY_KEYS
+from lego.evaluation.metrics import SUMMARY_KEYS
 from tests.conftest import ROOT, committed
 from tests.stages.conftest import (
     KEYS,

@@ -16,7 +16,7 @@ from lego.base.artifacts import read_json
 from lego.base.harness import StageError
 from lego.base.params import load_params
 from lego.base.scratch import fingerprint, pipeline_entry
-from lego.evaluation.routed import MODEL_KEYS
+from lego.evaluation.metrics import MODEL_KEYS
 from lego.model.checkpoint import load_model
 from lego.model.cost import Ledger
 from stages.evidence import current
