@@ -110,7 +110,7 @@ def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict
     else:
         page.text(NOT_RUN)
     page.heading("From scratch: the total budget after the most text")
-    if "shallow_longer" in suites["total"].models(MOST_TEXT):
+    if "dense" in suites["total"].models(MOST_TEXT):
         page.table(*tables.main_table(suites["total"], MOST_TEXT))
         page.table(*tables.rates_table(suites["total"], MOST_TEXT))
     else:
