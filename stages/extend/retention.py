@@ -1,0 +1,39 @@
+"""Text of another kind than what is learned, encoded alike: on it an extended model should stay what it was.
+
+dvc repro stages/extend/dvc.yaml:retention
+"""
+
+from importlib import import_module
+from pathlib import Path
+
+from lego.base.artifacts import atomic_folder, write_json
+from lego.base.harness import Stage, exit_cleanly
+from lego.base.params import load_params
+from lego.text.sources import file_texts
+from lego.text.tokenizer import TextEncoder, write_tokens
+from lego.tokens.blocks import BlockWriter
+from stages.extend.settings import load_settings
+
+TOKENIZER = "data/tokens/tokenizer"
+
+
+def texts(path: str) -> list[str]:
+    """The topics of Python's manual, or the texts of files as data.path takes them."""
+    if path == "pydoc":
+        return list(import_module("pydoc_data.topics").topics.values())
+    return list(file_texts(Path(path), load_params().data))
+
+
+def main() -> None:
+    settings, params = load_settings().retention, load_params()
+    with Stage("extend/retention") as stage, atomic_folder("data/retention") as folder:
+        encoder = TextEncoder.load(TOKENIZER, TOKENIZER)
+        writer, limit = BlockWriter(folder / "test", params.model.seq_len), settings.tokens
+        facts, _ = write_tokens(encoder.encode(texts(settings.path)), encoder, writer, limit, 1)
+        sizes = {"vocab_size": encoder.vocab_size, "seq_len": params.model.seq_len, "end_of_text": encoder.end}
+        write_json(folder / "corpus.json", sizes | {"splits": {"test": facts}})
+        stage.record |= {"counts": {"tokens": facts["tokens"]}}
+
+
+if __name__ == "__main__":
+    exit_cleanly(main)

@@ -1,0 +1,157 @@
+"""What users would do instead: the given model trained further, for what mining and phase 2 cost.
+
+dvc repro stages/extend/dvc.yaml:rival@lora_32      (python here.py stages.extend.rival lora_32)
+"""
+
+import sys
+import time
+from functools import partial
+from typing import Any
+
+import torch
+
+from lego.base.artifacts import read_json, read_number, write_csv, write_json
+from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
+from lego.base.params import Params, load_params
+from lego.evaluation.routed import perplexity, token_table
+from lego.growing.hard_batches import HardBlockBatches
+from lego.growing.phase2 import grown, hard_batches
+from lego.growing.selection import recompute
+from lego.growing.upper_layers import train_gathered
+from lego.mining.hard_tokens import exit_states
+from lego.mining.hidden_states import HiddenStateStore
+from lego.model.checkpoint import load_model
+from lego.model.transformer import BaseTransformer
+from lego.tokens.batches import TrainingBatches, blocks_in_epoch, split_batches
+from lego.tokens.blocks import bits_per_byte, corpus_facts, data_digests, train_text
+from lego.training.budget import train_blocks
+from lego.training.epochs import epoch_rows
+from lego.training.search import Search, Trial, search_rates
+from lego.training.setup import build_training
+from lego.training.trainer import Trainer, create_standard_config
+from stages.extend.rivals import macs_of, merged, seconds_of, start
+from stages.extend.settings import RivalParams, load_settings
+
+BLOCK1, TOKENS, OTHER = "data/phase1", "data/tokens", "data/retention"
+
+
+def one_step(model: BaseTransformer, params: Params, x: torch.Tensor, y: torch.Tensor) -> partial[float]:
+    """A training step of a rival on the batch x, y (B, T)."""
+    device = resolve_device(params.train.device)
+    optimizer, options = build_training(model.to(device), 1e-9, 1, params.train)
+    trainer = Trainer(create_standard_config(model.num_layers), model.sizes["vocab_size"], device, options=options)
+    return partial(trainer.train_epoch, model, [(x, y)], optimizer)
+
+
+def seconds_of_block2(params: Params, model: BaseTransformer, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
+    """Seconds that mining and phase 2 take on this machine, and that a step of a rival takes, measured in turn.
+
+    Args:
+        params: of this folder.
+        model: the rival, ready to be trained.
+        x, y: a batch (B, T) for both.
+    """
+    device, seq_len, ashem = resolve_device(params.train.device), x.shape[1], params.ashem
+    block1, store = load_model(BLOCK1), HiddenStateStore("data/hard")
+    branch = ashem.branch_of(block1.num_layers)
+    if store.online:
+        recompute(store, block1, device, branch)
+    batches = hard_batches(store, ashem.phase2_context, params.train, seq_len, params.seed)
+    if not isinstance(batches, HardBlockBatches):
+        raise StageError("params.yaml: ashem.phase2_context must be sequence for a rival of equal seconds")
+    ours = grown(ashem, block1, store.threshold, params.seed).to(device)
+    optimizer, options = build_training(ours, 1e-9, 1, params.train)
+    batches.total_steps = 1
+    steps = read_number("data/facts/train_phase2.json", "hard_tokens_seen") / batches.seen(1)[-1]
+    runs = (
+        lambda: list(exit_states(block1, [(x, y)], device, branch)),
+        lambda: train_gathered(ours, batches, optimizer, device, options=options),
+        one_step(model, params, x, y),
+    )
+    mine, step, rival = seconds_of(runs)
+    mined = store.manifest["tokens"] + read_number("data/facts/compute_threshold.json", "tokens")
+    return mine * mined / x.numel() + step * steps, rival
+
+
+def budget(entry: RivalParams, params: Params, seed: int, macs: float) -> tuple[int, float]:
+    """How many blocks the rival is trained on, and the MACs that one costs."""
+    blocks, model = text(params), start(entry, BLOCK1, seed)
+    rows = blocks.rows(torch.arange(params.train.batch_size) % len(blocks))  # (B, T + 1)
+    x, y = rows[:, :-1], rows[:, 1:]
+    each = macs_of(one_step(model, params, x[:1], y[:1]))
+    if entry.equal == "macs":
+        affordable = round(macs / each)
+    else:
+        spent, step = seconds_of_block2(params, start(entry, BLOCK1, seed), x, y)
+        affordable = round(spent / step * params.train.batch_size)
+    if affordable < 1:
+        raise StageError("data/facts/added_macs.json: the budget pays for no block; raise ashem.phase2_epochs")
+    return affordable, each
+
+
+def text(params: Params) -> Any:
+    """What block 2 was mined on."""
+    ashem = params.ashem
+    return train_text(TOKENS, 2, ashem.phase2_share, ashem.phase2_split, params.seed, ashem.phase2_text)
+
+
+def search(
+    entry: RivalParams, params: Params, stage: Stage, batches: TrainingBatches
+) -> tuple[Search, dict[float, Any]]:
+    """Trains the rival at each learning rate; also seconds and trained parameters by rate."""
+    device, spent = resolve_device(params.train.device), dict[float, Any]()
+    validation = split_batches(TOKENS, "validation", params.evaluation.batch_size)
+
+    def train(lr: float) -> Trial:
+        model = start(entry, BLOCK1, stage.seed)
+        begun, file = time.perf_counter(), stage.scratch / f"state-{lr:g}.safetensors"
+        config = create_standard_config(model.num_layers)
+        rest = (params.train, validation, device, file)
+        history, continued = train_blocks(model, config, batches, lr, *rest, keep_start=True)
+        stage.continued |= continued
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        spent[lr] = {"seconds": time.perf_counter() - begun, "trainable_parameters": trained}
+        return Trial(lr, merged(model), history)
+
+    return search_rates(entry.lr, params.search.lr_factors, train), spent
+
+
+def judged(model: BaseTransformer, params: Params) -> dict[str, float | None]:
+    """Perplexities and bits per byte of a model on test and validation text, and on text of another kind."""
+    device, found = resolve_device(params.train.device), dict[str, float | None]()
+    for name, folder, split in (("", TOKENS, "test"), ("val_", TOKENS, "validation"), ("other_", OTHER, "test")):
+        table = token_table(model, split_batches(folder, split, params.evaluation.batch_size), device)
+        ppl = perplexity(table.nll_deep)
+        found[f"{name}ppl"] = ppl
+        found[f"{name}bits_per_byte"] = bits_per_byte(ppl, corpus_facts(folder)["splits"][split])
+    return found
+
+
+def main(name: str = "") -> None:
+    params, settings = load_params(), load_settings()
+    if name not in settings.rivals:
+        raise StageError(f"extend.yaml: rivals must have {name!r}, it has {', '.join(settings.rivals)}")
+    entry = settings.rivals[name]
+    with Stage(f"extend/rival@{name}", params.seed, params.train.threads) as stage:
+        added = read_json("data/facts/added_macs.json", "added_macs")["added_macs"]
+        affordable, each = budget(entry, params, stage.seed, added)
+        blocks = text(params)
+        per_epoch = blocks_in_epoch(params.train.tokens_per_epoch, blocks)
+        batches = TrainingBatches(blocks, params.train.batch_size, per_epoch, stage.seed, total_blocks=affordable)
+        print(f"{name}: {affordable * blocks.seq_len:,} tokens for {affordable * each:.3e} MACs", flush=True)
+        found, spent = search(entry, params, stage, batches)
+        history = found.best.history
+        seen = batches.seen(len(history.evaluations))
+        write_csv(f"data/curves/rival_{name}.csv", epoch_rows(history.as_result(), seen, affordable * each, 0.0))
+        of_best = spent[found.best.lr]
+        stage.record["train_seconds"] = of_best.pop("seconds")
+        metrics = judged(found.best.model, params) | found.facts | of_best
+        metrics |= {"added_macs": affordable * each, "budget_macs": added, "equal": entry.equal}
+        metrics |= {"trained_tokens": affordable * blocks.seq_len}
+        write_json(f"metrics/rivals/{name}.json", metrics)
+        print(f"{name}: test ppl {metrics['ppl']:.3f}, on other text {metrics['other_ppl']:.3f}")
+        stage.record |= data_digests(TOKENS) | {"counts": {"trained_tokens": affordable * blocks.seq_len}}
+
+
+if __name__ == "__main__":
+    exit_cleanly(lambda: main(*sys.argv[1:]))

@@ -1,0 +1,68 @@
+"""The settings of stages/extend: which model is extended, what it should keep, and what users would do instead.
+
+python -m stages.extend.settings            checks extend.yaml and says what is wrong with it
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from lego.base.outside import printable
+from lego.base.parameter_files import ParamsError, read_params
+from lego.base.sections import Count, Positive, Section
+
+FILE = Path(__file__).with_name("extend.yaml")
+
+
+class BaseParams(Section):
+    source: str = Field(alias="from")
+
+
+class RetentionParams(Section):
+    path: str
+    tokens: Count
+
+
+class RivalParams(Section):
+    """A way to train the given model further."""
+
+    trains: Literal["all", "lora", "last_layers", "new_layers"]
+    size: Count | None
+    equal: Literal["macs", "seconds"]
+    lr: Positive
+
+    @model_validator(mode="after")
+    def _sized(self) -> RivalParams:
+        if (self.size is None) != (self.trains == "all"):
+            raise ValueError(f"size must be {'null' if self.trains == 'all' else 'given'} when trains is {self.trains}")
+        return self
+
+
+class Settings(Section):
+    """The whole of extend.yaml."""
+
+    base: BaseParams
+    retention: RetentionParams
+    rivals: dict[str, RivalParams]
+
+
+def load_settings(path: str | Path = "extend.yaml") -> Settings:
+    """The settings; see `read_params`."""
+    return read_params(path, Settings)
+
+
+def main() -> int:
+    try:
+        print(load_settings(FILE).model_dump_json(indent=2))
+    except ParamsError as error:
+        print(printable(str(error)), file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

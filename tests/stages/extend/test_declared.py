@@ -1,0 +1,74 @@
+"""stages/extend/dvc.yaml: the root's stages as the root declares them, and its own as their code reads and writes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+
+from lego.base.params import Params, load_params
+from stages.extend.settings import FILE, load_settings
+from tests.conftest import ROOT
+from tests.stages.conftest import ORDER, PIPELINE, code_lines, names
+
+FOLDER = ROOT / "stages/extend"
+ENTRIES = yaml.safe_load((FOLDER / "dvc.yaml").read_text())["stages"]
+OWN = ["base", "retention", "rival", "evaluate", "report"]
+
+
+def entry_of(name: str) -> dict:
+    return ENTRIES[name].get("do", ENTRIES[name])
+
+
+def here(path: str) -> str:
+    """A path of the root as this folder sees it."""
+    return f"../../{path}" if path.startswith(("lego/", "stages/")) else path
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_the_roots_stages_are_declared_as_there(name):
+    root, mine = PIPELINE[name], ENTRIES[name]
+    deps = [*map(here, root["deps"])]
+    if name in ("tokenize", "train_phase1"):
+        deps.append("data/base")  # model.init_from, which the root's may take from anywhere
+    assert sorted(mine["deps"]) == sorted(deps)
+    assert (mine["params"], mine["outs"], mine["desc"]) == (root["params"], root["outs"], root["desc"])
+    assert mine["cmd"] == f"python here.py stages.{name}"
+
+
+def test_there_are_these_stages_and_no_other():
+    assert list(ENTRIES) == ["base", *ORDER, *OWN[1:]]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_deps_are_the_code_that_runs(name):
+    entry = entry_of(name)
+    own = {dep for dep in entry["deps"] if not dep.startswith(("data/", "metrics/"))}
+    wanted = {line.removeprefix("stages/extend/") for line in code_lines(f"extend/{name}")}
+    assert own == {here(line) for line in wanted} | {"here.py"}
+    assert entry["cmd"].startswith(f"python here.py stages.extend.{name}")
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_file_read_is_a_dep_and_every_file_written_an_out(name):
+    source = (FOLDER / f"{name}.py").read_text()
+    found = re.findall(r'f?"((?:data|metrics)/[\w./{}]+)"', source)
+    mentioned = {path.replace("{name}", "${key}") for path in found} - {"data/timing", "data/memory"}
+    entry = entry_of(name)
+    known = {*entry["deps"], *names(entry["outs"])}
+    for path in mentioned:
+        assert any(path == one or path.startswith(one + "/") or one.startswith(path) for one in known), path
+
+
+def test_the_parameters_are_the_roots_for_a_given_model():
+    params = load_params(FOLDER / "params.yaml")
+    assert params.model.init_from == "data/base"
+    assert params.ashem.phase1_epochs == 0
+    assert set(yaml.safe_load((FOLDER / "params.yaml").read_text())) == set(Params.model_fields)
+
+
+def test_the_settings_are_valid_and_rivals_have_names_that_files_can_have():
+    settings = load_settings(FILE)
+    assert {"lora_8", "lora_32", "full", "last_layers", "new_layers"} <= set(settings.rivals)
+    assert all(re.fullmatch(r"[a-z][a-z0-9_]*", name) for name in settings.rivals)

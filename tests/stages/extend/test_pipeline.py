@@ -1,0 +1,124 @@
+"""The whole way of stages/extend with a tiny Llama: from its folder to the page."""
+
+from __future__ import annotations
+
+import csv
+import re
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lego.base.artifacts import read_json
+from lego.base.harness import StageError, exit_cleanly
+from lego.model.checkpoint import load_model
+from lego.tokens.batches import split_batches
+from stages.extend import base, rival
+from stages.extend.settings import load_settings
+from tests.conftest import TINY, Clone, run_in_process, train_llama
+from tests.stages.conftest import ORDER
+
+pytest.importorskip("peft")
+EXTEND = {
+    "init_from": "data/base",
+    "branch_layer": "1",
+    "phase2_layers": "2",
+    "phase2_lr": "2.0e-03",
+    "phase2_share": "0.9",
+    "gain_width": "0",
+    "fit_share": "0.5",
+    "latency_repeats": "1",
+}
+KEPT = ("max_train_tokens", "max_validation_tokens", "max_test_tokens", "seq_len", "tokens_per_epoch", "threads")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    clone = Clone.of_this_tree(tmp_path_factory.mktemp("extend"))
+    folder = clone.folder / "stages/extend"
+    train_llama(folder / "llama")
+    text = (folder / "params.yaml").read_text()
+    for key, value in ({key: TINY[key] for key in KEPT} | EXTEND).items():
+        text, count = re.subn(rf"(?m)^(  {key}: )\S+", rf"\g<1>{value}", text)
+        assert count == 1, key
+    (folder / "params.yaml").write_text(text.replace("warmup_steps: 5", "warmup_steps: 1"))
+    settings = (folder / "extend.yaml").read_text()
+    settings = settings.replace("from: smollm2", "from: llama").replace("tokens: 10000", "tokens: 1600")
+    (folder / "extend.yaml").write_text(re.sub(r"size: 6", "size: 2", settings))
+    stages = ["extend.base", *ORDER, "extend.retention"]
+    run_in_process(folder, stages)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name in load_settings().rivals:
+            rival.main(name)
+        for name in ("evaluate", "report"):
+            import_module(f"stages.extend.{name}").main()
+    return folder
+
+
+@torch.no_grad()
+def test_the_base_is_the_given_model(run):
+    x = torch.arange(20)[None] * 7 % 300
+    given, ours = (AutoModelForCausalLM.from_pretrained(run / name) for name in ("llama", "data/base"))
+    assert torch.equal(ours(x).logits, given(x).logits)
+    assert read_json(run / "data/facts/base.json") == {"parameters": given.num_parameters(), "layers": 3}
+
+
+@torch.no_grad()
+def test_at_no_share_it_is_the_given_model_and_at_all_it_is_always_deep(run):
+    with (run / "data/curves/extend.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if (row["criterion"], row["gated"]) == ("gain", "1")]
+    models = read_json(run / "metrics/extend.json")["models"]
+    for key in ("ppl", "val_ppl", "other_ppl"):
+        assert float(rows[0][key]) == pytest.approx(models["base"][key], rel=0.02)
+        assert float(rows[-1][key]) == pytest.approx(models["deep"][key], rel=1e-4)
+    given = AutoModelForCausalLM.from_pretrained(run / "llama").eval()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(run)
+        losses, tokens = 0.0, 0
+        for x, y in split_batches("data/retention", "test", 8):
+            loss = torch.nn.functional.cross_entropy(given(x).logits.flatten(0, 1), y.flatten(), reduction="sum")
+            losses, tokens = losses + float(loss), tokens + y.numel()
+    assert models["base"]["other_ppl"] == pytest.approx(torch.tensor(losses / tokens).exp().item(), rel=1e-4)
+    assert models["base"]["deep_share"] == 0
+    assert models["deep"]["other_deep_share"] == 1
+
+
+def test_rivals_cost_what_mining_and_phase_2_cost(run):
+    for name, entry in load_settings(run / "extend.yaml").rivals.items():
+        found = read_json(run / f"metrics/rivals/{name}.json")
+        if entry.equal == "macs":
+            step = found["added_macs"] / found["trained_tokens"] * 32
+            assert abs(found["added_macs"] - found["budget_macs"]) <= step
+        assert found["val_ppl"] <= read_json(run / "metrics/extend.json")["models"]["base"]["val_ppl"] + 1e-6
+        assert found["lr"] == entry.lr
+    trained = {
+        name: read_json(run / f"metrics/rivals/{name}.json")["trainable_parameters"] for name in ("lora_8", "full")
+    }
+    layers = 3 * 8 * sum((48 + 48, 48 + 24, 48 + 24, 48 + 48, 48 + 96, 48 + 96, 96 + 48))
+    assert trained["lora_8"] == layers
+    assert trained["full"] == sum(p.numel() for p in load_model(run / "data/phase1").parameters())
+
+
+def test_the_page_has_every_model_and_its_times(run):
+    page = (run / "metrics/report.md").read_text()
+    for name in (
+        "the given model",
+        "extended, routed",
+        "extended, always deep",
+        *load_settings(run / "extend.yaml").rivals,
+    ):
+        assert name in page
+    assert "Median time as a multiple of the given model's" in page
+
+
+def test_what_is_missing_is_said(run, monkeypatch, capsys):
+    monkeypatch.chdir(run)
+    monkeypatch.setattr(base, "PACKAGE", "no_such_package")
+    with pytest.raises(StageError, match=r"extend\.yaml: base\.from smollm2 needs a package: pip install"):
+        base.place_of("smollm2")
+    with pytest.raises(SystemExit):
+        exit_cleanly(lambda: rival.main("nobody"))
+    assert "error: extend.yaml: rivals must have 'nobody', it has full, lora_8" in capsys.readouterr().err
