@@ -33,8 +33,13 @@ def test_the_roots_stages_are_declared_as_there(name):
     if name in ("tokenize", "train_phase1"):
         deps.append("data/base")  # model.init_from, which the root's may take from anywhere
     assert sorted(mine["deps"]) == sorted(deps)
-    assert (mine["params"], mine["outs"], mine["desc"]) == (root["params"], root["outs"], root["desc"])
+    assert (mine["params"], names(mine["outs"]), mine["desc"]) == (root["params"], names(root["outs"]), root["desc"])
     assert mine["cmd"] == f"python here.py stages.{name}"
+
+
+def test_nothing_is_cached_which_dvc_checkout_would_miss_where_it_never_ran():
+    outs = [out for name in ENTRIES for out in entry_of(name)["outs"]]
+    assert all(list(out.values()) == [{"cache": False}] for out in outs)
 
 
 def test_there_are_these_stages_and_no_other():
