@@ -116,16 +116,16 @@ def findings(page: Page, params: Params, suites: dict[str, Suite], figures: dict
     else:
         page.text(NOT_RUN)
     page.heading("Which tokens: selection at the same share")
-    if "ashem" in suites["selection"].models(MOST_TEXT):
-        page.table(*tables.difference_table(suites["selection"], MOST_TEXT))
+    if "ashem" in suites["selection"].models(SETTING):
+        page.table(*tables.difference_table(suites["selection"], SETTING))
     else:
         page.text(NOT_RUN)
     if "ratios" in figures:
         page.table(*tables.ratios_table(suites["ratios"]))
         page.figure(figures["ratios"], Path("metrics"))
     page.heading("Which options")
-    if "ashem" in suites["options"].models(MOST_TEXT):
-        page.table(*tables.options_table(suites["options"], MOST_TEXT))
+    if "ashem" in suites["options"].models(SETTING):
+        page.table(*tables.options_table(suites["options"], SETTING))
     else:
         page.text(NOT_RUN)
     other = suites[OTHER_TEXT]

@@ -237,7 +237,7 @@ def options_table(suite: Suite, base: str) -> Table:
             ]
         )
     caption = (
-        "ASHEM's test perplexity after 32.6 tokens of phase 1 a parameter, at the one learning rate that suits it "
+        "ASHEM's test perplexity, one parameter changed at a time, at the one learning rate that suits the defaults "
         "unchanged; some changes also change what phase 2 costs."
     )
     return header, rows, caption
