@@ -21,6 +21,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.utils import logging
 
 from lego.hub.backbone import LegoModel, LegoPreTrainedModel, as_tuple, with_attentions
+from lego.hub.blocks import ManyBlocks
 from lego.hub.calibration import each_batch, threshold_at
 from lego.hub.configuration import LegoConfig
 from lego.hub.llama_layers import Reading
@@ -38,7 +39,7 @@ class LegoOutput(CausalLMOutputWithPast):
     went_deep: Tensor | None = None
 
 
-class LegoForCausalLM(LegoPreTrainedModel, GenerationMixin):
+class LegoForCausalLM(ManyBlocks, LegoPreTrainedModel, GenerationMixin):
     """A Llama with an exit: easy tokens leave there, hard tokens take the full depth.
 
     With `labels`, and in training, every token takes the full depth. The loss is its cross-entropy; in training the
