@@ -30,7 +30,8 @@ OF_BASE = ("hidden_size", "exit_layer", "vocab_size", "num_attention_heads", "nu
 PARTS = ("deep_head", "exit_criterion_module", "gate")
 SAMPLED = 8  # values of each of the base's weights, by which it is known again in any precision
 ALIKE = 1e-2
-LOW = 4  # a change is stored as factors if its rank is below a fourth of what it could be
+LOW = 4  # a change is stored as factors if its rank is at most a fourth of what it could be,
+MOST = 256  # and this
 
 
 @dataclass
@@ -241,21 +242,32 @@ class ManyBlocks:
 def _spread(tensor: Tensor) -> Tensor:
     """SAMPLED values (n,) of a weight, from all over it, in float32 on the CPU."""
     flat = tensor.detach().flatten()
-    places = torch.linspace(0, flat.numel() - 1, min(SAMPLED, flat.numel())).long()
+    count = min(SAMPLED, flat.numel())
+    places = torch.arange(count) * (flat.numel() - 1) // max(1, count - 1)
     return flat[places.to(flat.device)].float().cpu()
 
 
 def _stored(key: str, tensor: Tensor, before: Tensor | None) -> dict[str, Tensor]:
-    """A weight as it is stored: the two factors of what it differs by from the one it began with, or itself."""
+    """A weight as it is stored: the two factors of what it differs by from the one it began with, or itself.
+
+    The factors are found by a random projection (Halko et al. 2011, arXiv 0909.4061); what is below the rounding of the
+    sum is no part of the change.
+    """
     if before is None or tensor.dim() != 2:
         return {key: tensor}
-    change = tensor.double() - before.double()  # with the rounding of the sum, whose singular values are below noise
-    left, sizes, right = torch.linalg.svd(change, full_matrices=False)
-    noise = torch.finfo(tensor.dtype).eps * float(before.float().square().mean().sqrt())
-    rank = int((sizes > noise * sum(math.sqrt(side) for side in change.shape)).sum())
-    if rank * LOW > len(sizes):
+    change = tensor.double() - before.double()  # (out, in)
+    noise = torch.finfo(tensor.dtype).eps * float(before.double().square().mean().sqrt())  # of one number
+    columns = min(min(change.shape) // LOW, MOST)
+    if not columns:
         return {key: tensor}
-    return {f"{key}.up": (left[:, :rank] * sizes[:rank]).float(), f"{key}.down": right[:rank].float()}
+    random = torch.randn(change.shape[1], columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis = torch.linalg.qr(change @ random).Q  # (out, columns)
+    inside = basis.t() @ change  # (columns, in)
+    if float((change - basis @ inside).square().mean().sqrt()) > noise:
+        return {key: tensor}
+    left, sizes, right = torch.linalg.svd(inside, full_matrices=False)
+    rank = int((sizes > noise * sum(math.sqrt(side) for side in change.shape)).sum())
+    return {f"{key}.up": (basis @ left[:, :rank] * sizes[:rank]).float(), f"{key}.down": right[:rank].float()}
 
 
 def _read(folder: Path) -> tuple[LegoConfig, dict[str, Tensor]]:

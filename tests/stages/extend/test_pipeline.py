@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import re
+import shlex
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
 from lego.base.artifacts import read_json
@@ -17,7 +19,7 @@ from lego.model.checkpoint import load_model
 from lego.tokens.batches import split_batches
 from stages.extend import base, rival
 from stages.extend.settings import load_settings
-from tests.conftest import TINY, Clone, run_in_process, train_llama
+from tests.conftest import ROOT, TINY, Clone, run_in_process, train_llama
 from tests.stages.conftest import ORDER
 
 pytest.importorskip("peft")
@@ -34,9 +36,8 @@ EXTEND = {
 KEPT = ("max_train_tokens", "max_validation_tokens", "max_test_tokens", "seq_len", "tokens_per_epoch", "threads")
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory) -> Path:
-    clone = Clone.of_this_tree(tmp_path_factory.mktemp("extend"))
+def tiny(clone: Clone) -> Path:
+    """The folder of the pipeline in a clone, with a tiny Llama and as little of everything."""
     folder = clone.folder / "stages/extend"
     train_llama(folder / "llama")
     text = (folder / "params.yaml").read_text()
@@ -47,6 +48,15 @@ def run(tmp_path_factory) -> Path:
     settings = (folder / "extend.yaml").read_text()
     settings = settings.replace("from: smollm2", "from: llama").replace("tokens: 10000", "tokens: 1600")
     (folder / "extend.yaml").write_text(re.sub(r"size: 6", "size: 2", settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tiny(Clone.of_this_tree(tmp_path_factory.mktemp("extend")))
+    settings = yaml.safe_load((folder / "extend.yaml").read_text())
+    settings["rivals"] = {name: settings["rivals"][name] for name in ("full", "lora_8", "new_layers")}
+    (folder / "extend.yaml").write_text(yaml.safe_dump(settings))
     stages = ["extend.base", *ORDER, "extend.retention"]
     run_in_process(folder, stages)
     with pytest.MonkeyPatch.context() as patch:
@@ -122,3 +132,23 @@ def test_what_is_missing_is_said(run, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         exit_cleanly(lambda: rival.main("nobody"))
     assert "error: extend.yaml: rivals must have 'nobody', it has full, lora_8" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_page_run_as_they_are_typed(tmp_path):
+    """docs/extend.md after its pip install, which is done here, to generated text; a second time nothing runs."""
+    page = (ROOT / "docs/extend.md").read_text()
+    commands = page.partition("```bash\n")[2].partition("```")[0].splitlines()
+    assert [command.split()[0] for command in commands] == ["pip", "dvc", "python"]
+    clone = Clone.of_this_tree(tmp_path)
+    tiny(clone)
+    clone.run(*shlex.split(commands[1]))
+    said = clone.run(*shlex.split(commands[2]), "--max-new-tokens", "8")
+    assert "The capital of France is" in said
+    again = clone.run(*shlex.split(commands[1]))
+    assert "Running stage" not in again
+    assert (tmp_path / "stages/extend/metrics/report.html").exists()
+    changed = clone.run(
+        "dvc", "exp", "run", "-S", "stages/extend/extend.yaml:rivals.lora_8.lr=0.002", commands[1].split()[-1]
+    )
+    assert re.findall(r"Running stage '(?:.*:)?([\w@]+)'", changed) == ["rival@lora_8", "report"]
