@@ -20,31 +20,46 @@ from lego.satipatthana import sections as satipatthana
 from stages.evidence.records import nested
 from stages.evidence.summary import Suite
 from stages.evidence.tables import short_table
+from stages.extend.settings import Settings
 from tests.conftest import ROOT, committed
 from tests.workflow import LINES
 
 TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = sorted(
-    {line.strip() for page in PAGES for line in re.findall(r"^dvc exp run .*-S.*$", page.read_text(), re.M)}
+    {
+        line.strip()
+        for page in PAGES
+        for line in re.findall(r"^dvc exp run .*-S.*$", page.read_text().replace("\\\n", " "), re.M)
+    }
 )
+SHAPES: dict[str, Any] = {
+    "params.yaml": Params,
+    str(cvfp.PARAMS): cvfp.CvfpParams,
+    str(satipatthana.PARAMS): satipatthana.SatipatthanaParams,
+    "stages/extend/params.yaml": Params,
+    "stages/extend/extend.yaml": Settings,
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_experiment_in_the_pages_is_valid(command):
     words = shlex.split(command, comments=True)
-    overrides = [words[i + 1] for i, word in enumerate(words) if word == "-S"]
-    assert overrides
-    file, shape = "params.yaml", Params
-    for own, siblings in ((cvfp.PARAMS, cvfp.CvfpParams), (satipatthana.PARAMS, satipatthana.SatipatthanaParams)):
-        if all(one.startswith(f"{own}:") for one in overrides):  # a key of a sibling's own file
-            file, shape = own, siblings
-            overrides = [one.removeprefix(f"{own}:") for one in overrides]
+    by_file = dict[str, list[str]]()
+    for override in (words[i + 1] for i, word in enumerate(words) if word == "-S"):
+        file, found, key = override.partition(".yaml:")
+        by_file.setdefault(f"{file}.yaml" if found else "params.yaml", []).append(key if found else override)
+    assert by_file
+    for file, overrides in by_file.items():
+        valid_overrides(file, overrides)
+
+
+def valid_overrides(file: str, overrides: list[str]) -> None:
     values = yaml.safe_load((ROOT / file).read_text())
-    rest = yaml.safe_load((ROOT / cvfp.ROOT_PARAMS).read_text())["data"] if file == cvfp.PARAMS else {}
+    rest = yaml.safe_load((ROOT / cvfp.ROOT_PARAMS).read_text())["data"] if file == str(cvfp.PARAMS) else {}
 
     def valid() -> Any:
-        return shape.model_validate(values | ({"data": rest | values["data"]} if rest else {}))
+        return SHAPES[file].model_validate(values | ({"data": rest | values["data"]} if rest else {}))
 
     for override in OverridesParser.create().parse_overrides(overrides):
         *path, key = override.key_or_group.split(".")
@@ -58,7 +73,7 @@ def test_every_experiment_in_the_pages_is_valid(command):
             if len(choices) > 1:
                 valid()
     params = valid()
-    if "split_on" in command:
+    if any("split_on" in override for override in overrides):
         assert re.match(params.data.split_on or "", " = Title = ")
 
 

@@ -3,13 +3,15 @@
 dvc repro stages/extend/dvc.yaml:retention
 """
 
+from collections.abc import Iterator
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 
 from lego.base.artifacts import atomic_folder, write_json
 from lego.base.harness import Stage, exit_cleanly
 from lego.base.params import load_params
-from lego.text.sources import file_texts
+from lego.text.sources import file_texts, stdlib_documents
 from lego.text.tokenizer import TextEncoder, write_tokens
 from lego.tokens.blocks import BlockWriter
 from stages.extend.settings import load_settings
@@ -17,11 +19,15 @@ from stages.extend.settings import load_settings
 TOKENIZER = "data/tokens/tokenizer"
 
 
-def texts(path: str) -> list[str]:
-    """The topics of Python's manual, or the texts of files as data.path takes them."""
+def texts(path: str) -> Iterator[str]:
+    """The topics of Python's manual, modules of its standard library, or the texts of files as data.path takes them."""
     if path == "pydoc":
-        return list(import_module("pydoc_data.topics").topics.values())
-    return list(file_texts(Path(path), load_params().data))
+        yield from import_module("pydoc_data.topics").topics.values()
+    elif path == "stdlib":
+        modules = sorted(stdlib_documents(), key=lambda one: sha256(one.text.encode()).digest())  # of all of it a few
+        yield from (module.text for module in modules)
+    else:
+        yield from file_texts(Path(path), load_params().data)
 
 
 def main() -> None:

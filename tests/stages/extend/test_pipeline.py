@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from lego.base.artifacts import read_json
 from lego.base.harness import StageError, exit_cleanly
 from lego.model.checkpoint import load_model
+from lego.text.sources import stdlib_documents
 from lego.tokens.batches import split_batches
-from stages.extend import base, rival
+from stages.extend import base, retention, rival
 from stages.extend.settings import load_settings
 from tests.conftest import ROOT, TINY, Clone, run_in_process, train_llama
 from tests.stages.conftest import ORDER
@@ -122,6 +123,14 @@ def test_the_page_has_every_model_and_its_times(run):
     ):
         assert name in page
     assert "Median time as a multiple of the given model's" in page
+
+
+def test_text_of_another_kind_comes_from_python_or_from_files(run, monkeypatch):
+    monkeypatch.chdir(run)
+    (run / "other.txt").write_text("A text of one's own.")
+    assert list(retention.texts("other.txt")) == ["A text of one's own."]
+    assert "lambda" in "".join(retention.texts("pydoc"))
+    assert next(retention.texts("stdlib")) in {one.text for one in stdlib_documents()}
 
 
 def test_what_is_missing_is_said(run, monkeypatch, capsys):
