@@ -1,25 +1,23 @@
 """Several blocks on one base: block 2, gate, criterion and threshold are switched, block 1 is in memory once.
 
-As adapters are in peft: `save_block`, `load_block`, `set_block`, `delete_block`. A block's folder holds config.json and
-block.safetensors; in the latter, changes of low rank that branch layers learned are stored as their two factors.
+As adapters are in peft: `save_block`, `load_block`, `set_block`, `delete_block`. A block's folder holds one file, with
+the block's configuration in its header; changes of low rank that branch layers learned are stored as two factors.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lego.hub.block_files import BLOCK, read_block, stored, write_block
 from lego.hub.configuration import OF_WEIGHTS, LegoConfig
 
-BLOCK = "block.safetensors"
 FIRST = "default"  # name of the block that a model was loaded with
 OF_BLOCK = (
     *(name for name in OF_WEIGHTS if name != "exit_layer"),
@@ -28,20 +26,21 @@ OF_BLOCK = (
 """Fields of the configuration that go with a block."""
 OF_BASE = ("hidden_size", "exit_layer", "vocab_size", "num_attention_heads", "num_key_value_heads", "intermediate_size")
 PARTS = ("deep_head", "exit_criterion_module", "gate")
-SAMPLED = 8  # values of each of the base's weights, by which it is known again in any precision
-ALIKE = 1e-2
-LOW = 4  # a change is stored as factors if its rank is at most a fourth of what it could be,
-MOST = 256  # and this
+SAMPLED = 8  # values of each of the base's weights, by which it is known again
 
 
 @dataclass
 class Block:
-    """What is switched: fields of the configuration, the layers above the exit, their norm, and what is fitted."""
+    """What is switched: fields of the configuration, the layers above the exit, their norm, and what is fitted.
+
+    `as_base` says whether its weights have the base's type, and follow it where that changes.
+    """
 
     fields: dict[str, Any]
     layers: list[nn.Module]
     norm: nn.Module
     parts: dict[str, nn.Module | None]
+    as_base: bool = True
 
 
 class ManyBlocks:
@@ -98,19 +97,25 @@ class ManyBlocks:
     def _block(self) -> Block:
         """The active block."""
         fields = {name: getattr(self.config, name) for name in OF_BLOCK}
-        layers = list(self.model.layers[self.config.exit_layer :])
-        return Block(fields, layers, self.model.norm, {name: getattr(self, name) for name in PARTS})
+        layers, norm = list(self.model.layers[self.config.exit_layer :]), self.model.norm
+        as_base = norm.weight.dtype == self.model.embed_tokens.weight.dtype
+        return Block(fields, layers, norm, {name: getattr(self, name) for name in PARTS}, as_base)
 
     def _put(self, block: Block) -> None:
-        """Makes a block the active one, on the base's device and in its type."""
-        weight = self.model.embed_tokens.weight
+        """Makes a block the active one: on the base's device, and with what was set for the whole model since."""
+        weight, below = self.model.embed_tokens.weight, self.model.layers[: self.config.exit_layer]
         for module in (*block.layers, block.norm, block.parts["deep_head"]):
             if module is not None:
-                module.to(weight.device, weight.dtype)
+                module.to(weight.device, weight.dtype if block.as_base else None)
         for name in ("exit_criterion_module", "gate"):  # which stay in float32
             if block.parts[name] is not None:
                 block.parts[name].to(weight.device)  # type: ignore[union-attr]
-        self.model.layers = nn.ModuleList([*self.model.layers[: self.config.exit_layer], *block.layers])
+        for layer in block.layers:
+            layer.self_attn.config = self.config  # type: ignore[union-attr]
+            for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+                if hasattr(below[0], name):
+                    setattr(layer, name, getattr(below[0], name))
+        self.model.layers = nn.ModuleList([*below, *block.layers])
         self.model.norm = block.norm
         for name, part in block.parts.items():
             setattr(self, name, part)
@@ -118,6 +123,9 @@ class ManyBlocks:
             setattr(self.config, name, value)
         self.model.built = {name: getattr(self.config, name) for name in OF_WEIGHTS}
         self.train(self.training)  # type: ignore[attr-defined]
+        head = block.parts["deep_head"]
+        if head is not None and len(head.weight) != len(weight):  # type: ignore[arg-type]
+            self.deep_head = self._get_resized_lm_head(head, len(weight))  # type: ignore[attr-defined]
 
     def _base(self) -> Iterator[tuple[str, Tensor]]:
         """The base's weights, under the names that a Llama has for them."""
@@ -130,8 +138,13 @@ class ManyBlocks:
         yield "lm_head.weight", self.lm_head.weight.detach()  # type: ignore[attr-defined]
 
     def _known_by(self) -> Tensor:
-        """A few values of each of the base's weights (n,)."""
-        return torch.cat([_spread(tensor) for _, tensor in self._base()])
+        """A few values of each of the base's weights (n,), in the base's type, on the CPU."""
+        dtype = self.model.embed_tokens.weight.dtype
+        return torch.cat([_spread(tensor).to(dtype) for _, tensor in self._base()])
+
+    def _require_merged(self) -> None:
+        if any("base_layer" in name for name, _ in self.named_modules()):  # type: ignore[attr-defined]
+            raise ValueError("an adapter of peft lies on the model; merge_and_unload it first")
 
     @torch.no_grad()
     def save_block(self, folder: str | Path) -> None:
@@ -139,19 +152,20 @@ class ManyBlocks:
 
         Args:
             folder: for `load_block`, and for `LegoForCausalLM.from_block` with the base's folder.
+
+        Raises:
+            ValueError: an adapter lies on the model.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        self._require_merged()
         block, tensors = self._block(), {"base_sample": self._known_by()}
         for number, layer in enumerate(block.layers):
             for name, tensor in layer.state_dict().items():
                 before = self._repeated(number, name, self.config)
-                tensors |= _stored(f"layers.{number}.{name}", tensor.cpu(), before)
+                tensors |= stored(f"layers.{number}.{name}", tensor.cpu(), before)
         for part, module in {"norm": block.norm, **block.parts}.items():
             if module is not None:
                 tensors |= {f"{part}.{name}": tensor.cpu() for name, tensor in module.state_dict().items()}
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / BLOCK, {"format": "pt"})
-        self.config.save_pretrained(folder)
+        write_block(Path(folder), tensors, self.config)
 
     def _repeated(self, number: int, name: str, config: LegoConfig) -> Tensor | None:
         """The base's weight that a branch layer began with; None of other layers."""
@@ -169,17 +183,15 @@ class ManyBlocks:
             name: what it is called here.
 
         Raises:
-            ValueError: the name is taken, the folder holds no block, or it is one of another base.
+            ValueError: the name is taken, an adapter lies on the model, the folder holds no block or a damaged one, or
+                it is one of another base.
         """
         if name in self.blocks:
             raise ValueError(f"there is a block {name} already; delete it first, or choose another name")
-        config, tensors = _read(Path(folder))
-        wrong = [key for key in OF_BASE if getattr(config, key) != getattr(self.config, key)]
-        if wrong:
-            had, have = getattr(config, wrong[0]), getattr(self.config, wrong[0])
-            raise ValueError(f"{folder}: is a block of a base with {wrong[0]} {had}, this one has {have}")
-        sample, mine = tensors.pop("base_sample"), self._known_by()
-        if sample.shape != mine.shape or not torch.allclose(sample, mine, rtol=ALIKE, atol=ALIKE * float(mine.std())):
+        self._require_merged()
+        config, tensors = read_block(Path(folder))
+        require_base(config, self.config, folder)
+        if not same_base(tensors.pop("base_sample"), self._known_by()):
             raise ValueError(f"{folder}: is a block of another base, whose weights differ; give that base")
         with torch.device("meta"):  # of all the model only the block gets memory
             made = type(self)(config)  # type: ignore[call-arg]
@@ -194,20 +206,23 @@ class ManyBlocks:
         left = set(tensors)
         for prefix, module in modules.items():
             state = {}
-            for name in module.state_dict():
+            for name, shape in ((name, tensor.shape) for name, tensor in module.state_dict().items()):
                 key = f"{prefix}.{name}"
-                if f"{key}.up" in tensors:
+                if f"{key}.up" in tensors and f"{key}.down" in tensors:
                     before = self._repeated(int(prefix.rpartition(".")[2]), name, config)
                     if before is not None:
-                        state[name] = torch.addmm(before.float(), tensors[f"{key}.up"], tensors[f"{key}.down"])
+                        change = tensors[f"{key}.up"] @ tensors[f"{key}.down"]
+                        state[name] = (before.float() + change).to(before.dtype)
                 elif key in tensors:
                     state[name] = tensors[key]
-                else:
-                    raise ValueError(f"{file}: lacks {key}; take it from where it was saved")
+                if name not in state or state[name].shape != shape:
+                    raise ValueError(
+                        f"{file}: lacks {key} as its configuration has it; take it from where it was saved"
+                    )
                 left -= {key, f"{key}.up", f"{key}.down"}
             module.load_state_dict(state, assign=True)
         if left:
-            raise ValueError(f"{file}: has {sorted(left)[0]}, which its config.json does not know")
+            raise ValueError(f"{file}: has {sorted(left)[0]}, which its configuration does not know")
 
     @classmethod
     def from_block(cls, folder: str | Path, base: str | Path, **kwargs: Any) -> Any:
@@ -221,12 +236,15 @@ class ManyBlocks:
         Raises:
             ValueError: see `load_block`.
         """
-        config, _ = _read(Path(folder))
+        config, _ = read_block(Path(folder))
         given = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        require_base(config, given.config, folder)
         alone = {"num_hidden_layers": config.exit_layer, "branch_layer": None, "own_head": False, "gated": False}
         fields = config.to_dict() | alone | {"exit_criterion": "max_prob", "exit_threshold": 0.0}
+        shown = LegoConfig.from_dict(fields)
+        shown._attn_implementation = given.config._attn_implementation
         with torch.device("meta"):
-            model = cls(LegoConfig.from_dict(fields))  # type: ignore[call-arg]
+            model = cls(shown)  # type: ignore[call-arg]
         weights = given.state_dict()
         weights["exit_norm.weight"] = weights["model.norm.weight"]
         model.load_state_dict(weights, assign=True)  # type: ignore[attr-defined]
@@ -239,38 +257,41 @@ class ManyBlocks:
         return model.eval()  # type: ignore[attr-defined]
 
 
+def require_base(config: LegoConfig, base: Any, folder: str | Path) -> None:
+    """Refuses a block whose base has other sizes.
+
+    Args:
+        config: of the block.
+        base: configuration of a routed model on that base, or of a Llama, all of whose layers are the base.
+        folder: of the block, for the sentence.
+
+    Raises:
+        ValueError: they differ, or it is no Llama.
+    """
+    if base.model_type not in ("llama", "mistral", "lego"):
+        raise ValueError(f"{folder}: is a block of a Llama, and the base is of model_type {base.model_type}")
+    sizes = {name: getattr(base, name, None) for name in OF_BASE}
+    if base.model_type != "lego":
+        sizes["exit_layer"] = base.num_hidden_layers
+    for name, have in sizes.items():
+        if (had := getattr(config, name)) != have:
+            raise ValueError(f"{folder}: is a block of a base with {name} {had}, this one has {have}; give that base")
+
+
+def same_base(sample: Tensor, mine: Tensor) -> bool:
+    """Whether two bases have the same weights, by values (n,) of them: the coarser type decides what can differ."""
+    if sample.shape != mine.shape:
+        return False
+    coarse = max(sample.dtype, mine.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    apart = (sample.float() - mine.float()).abs()
+    least = torch.finfo(torch.float16).tiny if sample.dtype != mine.dtype else 0.0
+    within = 0.0 if sample.dtype == mine.dtype else torch.finfo(coarse).eps
+    return bool((apart <= within * sample.float().abs() + least).all())
+
+
 def _spread(tensor: Tensor) -> Tensor:
-    """SAMPLED values (n,) of a weight, from all over it, in float32 on the CPU."""
+    """SAMPLED values (n,) of a weight, from all over it, on the CPU."""
     flat = tensor.detach().flatten()
     count = min(SAMPLED, flat.numel())
     places = torch.arange(count) * (flat.numel() - 1) // max(1, count - 1)
-    return flat[places.to(flat.device)].float().cpu()
-
-
-def _stored(key: str, tensor: Tensor, before: Tensor | None) -> dict[str, Tensor]:
-    """A weight as it is stored: the two factors of what it differs by from the one it began with, or itself.
-
-    The factors are found by a random projection (Halko et al. 2011, arXiv 0909.4061); what is below the rounding of the
-    sum is no part of the change.
-    """
-    if before is None or tensor.dim() != 2:
-        return {key: tensor}
-    change = tensor.double() - before.double()  # (out, in)
-    noise = torch.finfo(tensor.dtype).eps * float(before.double().square().mean().sqrt())  # of one number
-    columns = min(min(change.shape) // LOW, MOST)
-    if not columns:
-        return {key: tensor}
-    random = torch.randn(change.shape[1], columns, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    basis = torch.linalg.qr(change @ random).Q  # (out, columns)
-    inside = basis.t() @ change  # (columns, in)
-    if float((change - basis @ inside).square().mean().sqrt()) > noise:
-        return {key: tensor}
-    left, sizes, right = torch.linalg.svd(inside, full_matrices=False)
-    rank = int((sizes > noise * sum(math.sqrt(side) for side in change.shape)).sum())
-    return {f"{key}.up": (basis @ left[:, :rank] * sizes[:rank]).float(), f"{key}.down": right[:rank].float()}
-
-
-def _read(folder: Path) -> tuple[LegoConfig, dict[str, Tensor]]:
-    if not (folder / BLOCK).is_file():
-        raise ValueError(f"{folder}: holds no {BLOCK}; save_block writes one")
-    return LegoConfig.from_pretrained(folder), load_file(folder / BLOCK)
+    return flat[places.to(flat.device)].cpu()

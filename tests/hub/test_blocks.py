@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lego.hf import LegoForCausalLM, to_hf
+from lego.hub.block_files import write_block
 from lego.model.checkpoint import grow_model
 from lego.model.exit_criteria import StateCriterion
 from lego.model.llama import load_llama
@@ -139,12 +140,84 @@ def test_what_cannot_be_a_block_of_this_base_is_named(checkpoint, tmp_path):
     file = tmp_path / "block/block.safetensors"
     tensors = load_file(file)
     save_file(tensors | {"layers.9.x": torch.ones(1)}, file)
-    with pytest.raises(ValueError, match=r"block\.safetensors: has layers\.9\.x, which its config\.json does not know"):
+    with pytest.raises(ValueError, match=r"block\.safetensors: is not as save_block wrote it; take it again"):
         model.load_block(tmp_path / "block", "x")
-    save_file({name: t for name, t in tensors.items() if name != "layers.1.mlp.up_proj.weight"}, file)
-    with pytest.raises(ValueError, match=r"lacks layers\.1\.mlp\.up_proj\.weight; take it from where it was saved"):
+    write_block(file.parent, tensors | {"layers.9.x": torch.ones(1)}, other.config)
+    with pytest.raises(ValueError, match=r"safetensors: has layers\.9\.x, which its configuration does not know"):
+        model.load_block(tmp_path / "block", "x")
+    name = "layers.1.mlp.up_proj.weight"
+    for wrong in ({}, {name: torch.ones(2, 2)}):
+        write_block(file.parent, {key: t for key, t in tensors.items() if key != name} | wrong, other.config)
+        with pytest.raises(ValueError, match=r"lacks layers\.1\.mlp\.up_proj\.weight as its configuration has it"):
+            model.load_block(tmp_path / "block", "x")
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"block\.safetensors: is not as save_block wrote it"):
         model.load_block(tmp_path / "block", "x")
     assert model.blocks == ["default"]
+    small = LlamaForCausalLM(LlamaConfig(vocab_size=304, hidden_size=48, num_attention_heads=4, num_hidden_layers=2))
+    small.save_pretrained(tmp_path / "small")
+    other.save_block(tmp_path / "block")
+    with pytest.raises(ValueError, match="is a block of a base with exit_layer 3, this one has 2; give that base"):
+        LegoForCausalLM.from_block(tmp_path / "block", tmp_path / "small")
+
+
+@torch.no_grad()
+def test_a_base_that_was_trained_on_is_another(checkpoint, tmp_path):
+    model = extended(checkpoint, "branch", 0)
+    for parameter in model.model.layers[0].parameters():
+        parameter.mul_(1 + 1e-5)
+    model.save_block(tmp_path)
+    with pytest.raises(ValueError, match="is a block of another base, whose weights differ"):
+        LegoForCausalLM.from_block(tmp_path, checkpoint)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@torch.no_grad()
+def test_the_smallest_step_of_training_is_kept(checkpoint, dtype, tmp_path):
+    """A change of one last place here and there is no more than what rounding does, and may be all that was learned."""
+    extended(checkpoint, "branch", 0).save_block(tmp_path / "block")
+    model = LegoForCausalLM.from_block(tmp_path / "block", checkpoint, dtype=dtype)
+    weight = model.model.layers[3].mlp.up_proj.weight
+    weight.copy_(model.model.layers[1].mlp.up_proj.weight)  # as a branch layer begins
+    for at in range(0, weight.numel(), 37):
+        value = weight.view(-1)[at]
+        weight.view(-1)[at] = value * (1 + 2 * torch.finfo(dtype).eps)
+    model.save_block(tmp_path / "block")
+    again = LegoForCausalLM.from_block(tmp_path / "block", checkpoint, dtype=dtype)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+
+
+@torch.no_grad()
+def test_what_is_set_for_the_whole_model_reaches_a_block_that_is_set_later(checkpoint, tmp_path):
+    other = extended(checkpoint, "on top", 0)
+    other.save_block(tmp_path / "block")
+    model = extended(checkpoint, "branch", 0)
+    model.load_block(tmp_path / "block", "other")
+    model.resize_token_embeddings(320)
+    model.set_attn_implementation("eager")
+    model.gradient_checkpointing_enable()
+    model.set_block("other")
+    assert model(X).logits.shape[-1] == 320
+    model.config.exit_threshold = other.config.exit_threshold = None  # 16 new logits change the exit's scores
+    torch.testing.assert_close(model(X).logits[..., :300], other(X).logits[..., :300], rtol=1e-4, atol=1e-4)
+    above = model.model.layers[-1]
+    assert above.gradient_checkpointing
+    assert above.self_attn.config._attn_implementation == "eager"
+    assert model(X, output_attentions=True).attentions[-1] is not None
+    model.to(torch.bfloat16)
+    model.set_block("default")
+    assert model.model.layers[-1].mlp.up_proj.weight.dtype == torch.bfloat16
+
+
+def test_an_adapter_is_merged_first(checkpoint, tmp_path):
+    peft = pytest.importorskip("peft")
+    model = extended(checkpoint, "branch", 0)
+    model.save_block(tmp_path / "block")
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["q_proj"]), model)
+    for call in (lambda: model.save_block(tmp_path), lambda: model.load_block(tmp_path / "block", "x")):
+        with pytest.raises(ValueError, match="an adapter of peft lies on the model; merge_and_unload it first"):
+            call()
 
 
 @torch.no_grad()
