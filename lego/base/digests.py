@@ -64,7 +64,14 @@ def way_back(path: str | Path) -> str:
         pipeline = " stages/evidence/dvc.yaml"
     file, folder = shlex.quote(str(path)), shlex.quote(str(parent))
     cached = f'find "$(dvc cache dir)" -samefile {file} -delete; ' if path.is_file() else ""
-    return f"bring it back with: {cached}rm -rf {folder}; dvc repro{pipeline}"
+    return f"bring it back with: {_there()}{cached}rm -rf {folder}; dvc repro{pipeline}"
+
+
+def _there() -> str:
+    """How one gets to the working folder from the repository's root: a pipeline may run in a folder of its own."""
+    here = Path.cwd()
+    root = next((folder for folder in (here, *here.parents) if os.path.isdir(folder / ".dvc")), here)
+    return "" if root == here else f"cd {shlex.quote(here.relative_to(root).as_posix())}; "
 
 
 def published(path: str | Path) -> Path | None:

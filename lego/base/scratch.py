@@ -75,10 +75,14 @@ def fingerprint(stage: str) -> str:
             for part in key.split("."):
                 found = found[part]
             params[f"{file}:{key}"] = found
+        given = values.get("model", {}).get("init_from") if isinstance(values.get("model"), dict) else None
+        if given and any(key.split(".")[0] == "model" for key in keys) and Path(given).exists():
+            inputs[f"{file}:model.init_from"] = sha256(given)  # a folder keeps its name when what is in it changes
     for dep in entry["deps"]:
         if "${data.path}" in dep:  # of the parameter file beside the dvc.yaml, which is named last
             dep = dep.replace("${data.path}", values["data"]["path"])
-        if not dep.startswith("lego/") and not (dep.startswith("stages/") and dep.endswith(".py")):
+        own = dep.removeprefix("../../")  # of a pipeline that runs in its own folder
+        if not own.startswith("lego/") and not own.endswith(".py"):
             inputs[dep] = sha256(dep) if Path(dep).exists() else None  # the stage will say what it misses
     for code in code_of(entry["cmd"].split()[2]):
         inputs[code.relative_to(ROOT).as_posix()] = sha256(code)

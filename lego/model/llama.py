@@ -152,12 +152,15 @@ def _require_equal_logits(key: str, model: DeepSupervisionTransformer, checkpoin
         )
 
 
-def load_llama(name: str, num_layers: int | None = None) -> DeepSupervisionTransformer:
+def load_llama(
+    name: str, num_layers: int | None = None, asked: str = "params.yaml: model.init_from"
+) -> DeepSupervisionTransformer:
     """Block 1 from a checkpoint of Llama's architecture, in float32, whose exit is the checkpoint's own.
 
     Args:
         name: of a model on the hub, a folder that `save_pretrained` wrote, or a file in GGUF format.
         num_layers: only its first layers, read through its final norm and head; default all.
+        asked: the parameter that names it, for sentences.
 
     Raises:
         ArtifactError: it cannot be loaded, has an architecture we do not compute, or too few layers.
@@ -167,7 +170,7 @@ def load_llama(name: str, num_layers: int | None = None) -> DeepSupervisionTrans
 
     logging.disable_progress_bar()
     logging.set_verbosity_error()  # its report of missing weights would stand before our sentence
-    key = f"params.yaml: model.init_from {name}"
+    key = f"{asked} {name}"
     try:
         source, told = where_from(name, key)
         _require_readable(key, source, told)

@@ -23,6 +23,7 @@ from lego.tokens.blocks import CorpusError
 # data-like packages are left out: 82 % of the lines of encodings/ stand in a sibling file
 EXCLUDED_FOLDERS = {"site-packages", "dist-packages", "encodings", "pydoc_data"}
 TEST_FOLDERS = {"test", "tests", "idle_test"}
+DATA_PATH = "params.yaml: data.path"  # the key that names files
 EXCLUDED_FILES = "_sysconfigdata"  # written by the build of this very interpreter, paths included
 
 
@@ -72,24 +73,24 @@ def stdlib_documents(root: str | Path | None = None, tests: bool = False) -> Ite
         raise CorpusError(f"{root}: holds no .py file of a standard library; use a Python that ships its sources")
 
 
-def text_files(path: Path) -> list[Path]:
+def text_files(path: Path, key: str = DATA_PATH) -> list[Path]:
     """The readable files of a folder in order of their names, or the one file.
 
     Raises:
         CorpusError: there is none.
     """
     if not path.exists():
-        raise CorpusError(f"{path}: is missing; set params.yaml: data.path to a file or folder of {READABLE}")
+        raise CorpusError(f"{path}: is missing; set {key} to a file or folder of {READABLE}")
     if what := special(path):
         raise CorpusError(f"{path}: is {what}, neither file nor folder; save what it gives as a file of {READABLE}")
     if path.is_file():
         if kind_of(path) is None:
-            raise CorpusError(f"{path}: is of no kind that can be read; params.yaml: data.path takes {READABLE}")
+            raise CorpusError(f"{path}: is of no kind that can be read; {key} takes {READABLE}")
         return [path]
     visible = sorted(_walk(path))
     files = [file for file in visible if kind_of(file) and file.is_file()]  # no pipe, whose reading may never end
     if not files:
-        raise CorpusError(f"{path}: holds no text; put files there ({READABLE}) or set params.yaml: data.path")
+        raise CorpusError(f"{path}: holds no text; put files there ({READABLE}) or set {key}")
     if others := len(visible) - len(files):
         print(f"{shown(str(path))}: {others} of {len(visible)} files are of another kind and not read", flush=True)
     return files
@@ -107,11 +108,14 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (Path(name, file) for file in files if file[0] != ".")
 
 
-def file_texts(path: Path, data: DataParams, refused: Counter[str] | None = None) -> Iterator[str]:
+def file_texts(
+    path: Path, data: DataParams, refused: Counter[str] | None = None, key: str = DATA_PATH
+) -> Iterator[str]:
     """One text a file or row, or as `split_on` cuts them.
 
     Args:
         path, data: what is read and how.
+        key: that names the path, for sentences.
         refused: as for `documents`.
 
     Raises:
@@ -119,7 +123,7 @@ def file_texts(path: Path, data: DataParams, refused: Counter[str] | None = None
     """
     rows = {".jsonl": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
     counted: Counter[str] = Counter() if refused is None else refused
-    for file in text_files(path):
+    for file in text_files(path, key):
         kind = str(kind_of(file))
         if kind in rows:
             unit = "row" if kind == ".parquet" else "line"

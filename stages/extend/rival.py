@@ -5,7 +5,8 @@ dvc repro stages/extend/dvc.yaml:rival@lora_32      (python here.py stages.exten
 
 import sys
 import time
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -35,23 +36,27 @@ from stages.extend.settings import RivalParams, load_settings
 BLOCK1, TOKENS, OTHER = "data/phase1", "data/tokens", "data/retention"
 
 
-def one_step(model: BaseTransformer, params: Params, x: torch.Tensor, y: torch.Tensor) -> partial[float]:
-    """A training step of a rival on the batch x, y (B, T)."""
-    device = resolve_device(params.train.device)
-    optimizer, options = build_training(model.to(device), 1e-9, 1, params.train)
-    trainer = Trainer(create_standard_config(model.num_layers), model.sizes["vocab_size"], device, options=options)
-    return partial(trainer.train_epoch, model, [(x, y)], optimizer)
+def a_batch(params: Params) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch of the text that is learned: x, y (B, T)."""
+    blocks = text(params)
+    rows = blocks.rows(torch.arange(params.train.batch_size) % len(blocks))  # (B, T + 1)
+    return rows[:, :-1], rows[:, 1:]
 
 
-def seconds_of_block2(params: Params, model: BaseTransformer, x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
-    """Seconds that mining and phase 2 take on this machine, and that a step of a rival takes, measured in turn.
+def macs_of_block(entry: RivalParams, params: Params, seed: int) -> int:
+    """MACs of training the rival on one block: forward and backward, as the ledger counts them for every model."""
+    model, (x, y) = start(entry, BLOCK1, seed), a_batch(params)
+    trainer = Trainer(create_standard_config(model.num_layers), model.sizes["vocab_size"])
+    return macs_of(lambda: trainer.compute_loss(model, x[:1], y[:1]).backward())
 
-    Args:
-        params: of this folder.
-        model: the rival, ready to be trained.
-        x, y: a batch (B, T) for both.
-    """
-    device, seq_len, ashem = resolve_device(params.train.device), x.shape[1], params.ashem
+
+def seconds_in_turn(entry: RivalParams, seed: int) -> tuple[float, float]:
+    """Seconds that mining and phase 2 take on this machine, and that a step of a rival takes, measured in turn."""
+    params = load_params()
+    torch.set_num_threads(params.train.threads)
+    torch.manual_seed(seed)
+    device, ashem, (x, y) = resolve_device(params.train.device), params.ashem, a_batch(params)
+    seq_len = x.shape[1]
     block1, store = load_model(BLOCK1), HiddenStateStore("data/hard")
     branch = ashem.branch_of(block1.num_layers)
     if store.online:
@@ -63,29 +68,45 @@ def seconds_of_block2(params: Params, model: BaseTransformer, x: torch.Tensor, y
     optimizer, options = build_training(ours, 1e-9, 1, params.train)
     batches.total_steps = 1
     steps = read_number("data/facts/train_phase2.json", "hard_tokens_seen") / batches.seen(1)[-1]
+    model = start(entry, BLOCK1, seed).to(device)
+    of_rival, how = build_training(model, 1e-9, 1, params.train)
+    trainer = Trainer(create_standard_config(model.num_layers), model.sizes["vocab_size"], device, options=how)
     runs = (
         lambda: list(exit_states(block1, [(x, y)], device, branch)),
         lambda: train_gathered(ours, batches, optimizer, device, options=options),
-        one_step(model, params, x, y),
+        lambda: trainer.train_epoch(model, [(x, y)], of_rival),
     )
     mine, step, rival = seconds_of(runs)
     mined = store.manifest["tokens"] + read_number("data/facts/compute_threshold.json", "tokens")
     return mine * mined / x.numel() + step * steps, rival
 
 
-def budget(entry: RivalParams, params: Params, seed: int, macs: float) -> tuple[int, float]:
-    """How many blocks the rival is trained on, and the MACs that one costs."""
-    blocks, model = text(params), start(entry, BLOCK1, seed)
-    rows = blocks.rows(torch.arange(params.train.batch_size) % len(blocks))  # (B, T + 1)
-    x, y = rows[:, :-1], rows[:, 1:]
-    each = macs_of(one_step(model, params, x[:1], y[:1]))
-    if entry.equal == "macs":
-        affordable = round(macs / each)
-    else:
-        spent, step = seconds_of_block2(params, start(entry, BLOCK1, seed), x, y)
+def budget(entry: RivalParams, stage: Stage, params: Params, macs: float) -> tuple[int, int]:
+    """How many blocks the rival is trained on, and the MACs that one costs; a run that goes on keeps what it found.
+
+    Args:
+        entry: what is trained.
+        stage: whose scratch folder holds what was found.
+        params: of this folder.
+        macs: that mining and phase 2 cost.
+
+    Raises:
+        StageError: not even one.
+    """
+    file = stage.scratch / "budget.json"
+    if file.exists():
+        known = read_json(file)
+        return known["blocks"], known["macs"]
+    each = macs_of_block(entry, params, stage.seed)
+    affordable = round(macs / each)
+    if entry.equal == "seconds":  # in a process of its own, whose memory is not the rival's
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            spent, step = pool.submit(seconds_in_turn, entry, stage.seed).result()
         affordable = round(spent / step * params.train.batch_size)
     if affordable < 1:
         raise StageError("data/facts/added_macs.json: the budget pays for no block; raise ashem.phase2_epochs")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"blocks": affordable, "macs": each})
     return affordable, each
 
 
@@ -127,14 +148,14 @@ def judged(model: BaseTransformer, params: Params) -> dict[str, float | None]:
     return found
 
 
-def main(name: str = "") -> None:
-    params, settings = load_params(), load_settings()
+def main(*names: str) -> None:
+    params, settings, name = load_params(), load_settings(), " ".join(names)
     if name not in settings.rivals:
         raise StageError(f"extend.yaml: rivals must have {name!r}, it has {', '.join(settings.rivals)}")
     entry = settings.rivals[name]
     with Stage(f"extend/rival@{name}", params.seed, params.train.threads) as stage:
         added = read_json("data/facts/added_macs.json", "added_macs")["added_macs"]
-        affordable, each = budget(entry, params, stage.seed, added)
+        affordable, each = budget(entry, stage, params, added)
         blocks = text(params)
         per_epoch = blocks_in_epoch(params.train.tokens_per_epoch, blocks)
         batches = TrainingBatches(blocks, params.train.batch_size, per_epoch, stage.seed, total_blocks=affordable)
@@ -144,7 +165,8 @@ def main(name: str = "") -> None:
         seen = batches.seen(len(history.evaluations))
         write_csv(f"data/curves/rival_{name}.csv", epoch_rows(history.as_result(), seen, affordable * each, 0.0))
         of_best = spent[found.best.lr]
-        stage.record["train_seconds"] = of_best.pop("seconds")
+        seconds = of_best.pop("seconds")
+        stage.record |= {} if stage.continued else {"train_seconds": seconds}  # else another run took a part of them
         metrics = judged(found.best.model, params) | found.facts | of_best
         metrics |= {"added_macs": affordable * each, "budget_macs": added, "equal": entry.equal}
         metrics |= {"trained_tokens": affordable * blocks.seq_len}

@@ -5,6 +5,7 @@ python -m stages.extend.settings            checks extend.yaml and says what is 
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Literal
@@ -13,9 +14,10 @@ from pydantic import Field, model_validator
 
 from lego.base.outside import printable
 from lego.base.parameter_files import ParamsError, read_params
-from lego.base.sections import Count, Positive, Section
+from lego.base.sections import Count, CountOrZero, Positive, Section
 
 FILE = Path(__file__).with_name("extend.yaml")
+STAGES = ("base", "retention", "evaluate", "report")  # whose times lie beside those of rivals
 
 
 class BaseParams(Section):
@@ -48,6 +50,16 @@ class Settings(Section):
     base: BaseParams
     retention: RetentionParams
     rivals: dict[str, RivalParams]
+    latency_repeats: CountOrZero
+
+    @model_validator(mode="after")
+    def _named(self) -> Settings:
+        if not self.rivals:
+            raise ValueError("rivals must name at least one, got none")
+        for name in self.rivals:
+            if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in STAGES:
+                raise ValueError(f"rivals must have names of letters a-z, digits and _, none a stage's, got {name!r}")
+        return self
 
 
 def load_settings(path: str | Path = "extend.yaml") -> Settings:

@@ -7,6 +7,7 @@ import re
 import pytest
 import yaml
 
+from lego.base.parameter_files import ParamsError
 from lego.base.params import Params, load_params
 from stages.extend.settings import FILE, load_settings
 from tests.conftest import ROOT
@@ -73,7 +74,21 @@ def test_the_parameters_are_the_roots_for_a_given_model():
     assert set(yaml.safe_load((FOLDER / "params.yaml").read_text())) == set(Params.model_fields)
 
 
-def test_the_settings_are_valid_and_rivals_have_names_that_files_can_have():
-    settings = load_settings(FILE)
-    assert {"lora_8", "lora_32", "full", "last_layers", "new_layers"} <= set(settings.rivals)
-    assert all(re.fullmatch(r"[a-z][a-z0-9_]*", name) for name in settings.rivals)
+def test_the_settings_name_the_rivals_that_are_asked_for():
+    assert {"lora_8", "lora_32", "full", "last_layers", "new_layers"} <= set(load_settings(FILE).rivals)
+
+
+@pytest.mark.parametrize(
+    ("rivals", "said"),
+    [
+        ([], "rivals must name at least one, got none"),
+        (["evaluate"], "rivals must have names of letters a-z, digits and _, none a stage's, got 'evaluate'"),
+        (["../x"], "rivals must have names of letters a-z, digits and _, none a stage's, got '../x'"),
+    ],
+)
+def test_rivals_have_names_that_files_can_have(rivals, said, tmp_path):
+    settings = yaml.safe_load(FILE.read_text())
+    settings["rivals"] = dict.fromkeys(rivals, settings["rivals"]["lora_8"])
+    (tmp_path / "extend.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ParamsError, match=re.escape(said)):
+        load_settings(tmp_path / "extend.yaml")

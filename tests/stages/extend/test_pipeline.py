@@ -32,7 +32,6 @@ EXTEND = {
     "phase2_share": "0.9",
     "gain_width": "0",
     "fit_share": "0.5",
-    "latency_repeats": "1",
 }
 KEPT = ("max_train_tokens", "max_validation_tokens", "max_test_tokens", "seq_len", "tokens_per_epoch", "threads")
 
@@ -47,7 +46,7 @@ def tiny(clone: Clone) -> Path:
         assert count == 1, key
     (folder / "params.yaml").write_text(text.replace("warmup_steps: 5", "warmup_steps: 1"))
     settings = (folder / "extend.yaml").read_text()
-    settings = settings.replace("from: smollm2", "from: llama").replace("tokens: 10000", "tokens: 1600")
+    settings = settings.replace("from: smollm2", "from: llama").replace("  tokens: 6000", "  tokens: 1600")
     (folder / "extend.yaml").write_text(re.sub(r"size: 6", "size: 2", settings))
     return folder
 

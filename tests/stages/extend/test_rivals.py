@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -80,26 +82,23 @@ def test_new_layers_stand_behind_the_last_of_each_group(given):
     ]
 
 
+def counted(trains: str, size: int | None, given: Path, x: torch.Tensor) -> int:
+    model = start(entry(trains, size), given, 0)
+    trainer = Trainer(create_standard_config(model.num_layers), VOCAB)
+    return macs_of(lambda: trainer.compute_loss(model, x, x).backward())
+
+
 def test_training_all_costs_what_the_ledger_says(given):
-    model, x = start(entry("all", None), given, 0), torch.randint(0, VOCAB, (2, T))
-    trainer = Trainer(create_standard_config(4), VOCAB)
-    optimizer = trainer.create_optimizer(model, 1e-9)
-    counted = macs_of(lambda: trainer.train_epoch(model, [(x, x)], optimizer))
-    assert counted == Ledger.of(model, T).train_block1(x.numel())
+    x = torch.randint(0, VOCAB, (2, T))
+    assert counted("all", None, given, x) == Ledger.of(load_model(given), T).train_block1(x.numel())
 
 
 def test_what_is_frozen_costs_less(given):
     x = torch.randint(0, VOCAB, (2, T))
-
-    def cost(trains: str, size: int | None) -> int:
-        model = start(entry(trains, size), given, 0)
-        trainer = Trainer(create_standard_config(model.num_layers), VOCAB)
-        return macs_of(lambda: trainer.train_epoch(model, [(x, x)], trainer.create_optimizer(model, 1e-9)))
-
-    everything, last = cost("all", None), cost("last_layers", 1)
+    everything, last = counted("all", None, given, x), counted("last_layers", 1, given, x)
     ledger = Ledger.of(load_model(given), T)
     assert last == (ledger.full + 2 * ledger.layer + ledger.head) * x.numel()  # down to the one layer, and its weights
-    assert 0.6 * everything < cost("lora", 3) < 0.85 * everything
+    assert 0.6 * everything < counted("lora", 3, given, x) < 0.85 * everything
 
 
 def test_more_layers_than_there_are_is_said(given):
@@ -111,4 +110,4 @@ def test_times_are_taken_in_turn():
     order: list[int] = []
     times = seconds_of([lambda: order.append(1), lambda: order.append(2)], rounds=2)
     assert order == [1, 2] * 3
-    assert all(time >= 0 for time in times)
+    assert len(times) == 2
