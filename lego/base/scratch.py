@@ -75,8 +75,8 @@ def fingerprint(stage: str) -> str:
             for part in key.split("."):
                 found = found[part]
             params[f"{file}:{key}"] = found
-        given = values.get("model", {}).get("init_from") if isinstance(values.get("model"), dict) else None
-        if given and any(key.split(".")[0] == "model" for key in keys) and Path(given).exists():
+        given = values["model"].get("init_from") if {"model", "model.init_from"} & set(keys) else None
+        if given and Path(given).exists():
             inputs[f"{file}:model.init_from"] = sha256(given)  # a folder keeps its name when what is in it changes
     for dep in entry["deps"]:
         if "${data.path}" in dep:  # of the parameter file beside the dvc.yaml, which is named last

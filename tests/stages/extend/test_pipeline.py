@@ -5,8 +5,11 @@ from __future__ import annotations
 import csv
 import re
 import shlex
+import shutil
+import tempfile
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from lego.base.artifacts import read_json
 from lego.base.harness import StageError, exit_cleanly
+from lego.base.params import load_params
+from lego.base.scratch import fingerprint
 from lego.model.checkpoint import load_model
 from lego.text.sources import stdlib_documents
 from lego.tokens.batches import split_batches
@@ -110,6 +115,30 @@ def test_rivals_cost_what_mining_and_phase_2_cost(run):
     layers = 3 * 8 * sum((48 + 48, 48 + 24, 48 + 24, 48 + 48, 48 + 96, 48 + 96, 96 + 48))
     assert trained["lora_8"] == layers
     assert trained["full"] == sum(p.numel() for p in load_model(run / "data/phase1").parameters())
+
+
+def test_a_rival_that_goes_on_keeps_its_budget(run, monkeypatch, tmp_path):
+    """Time would be measured anew, and the schedule of the part that was trained would be another's."""
+    monkeypatch.chdir(run)
+    stage, params = SimpleNamespace(scratch=tmp_path / "scratch", seed=1), load_params()
+    entry = load_settings().rivals["full"].model_copy(update={"equal": "macs"})
+    found = rival.budget(entry, stage, params, 5e9)
+    monkeypatch.setattr(rival, "macs_of_block", None)
+    assert rival.budget(entry, stage, params, 9e9) == found
+
+
+def test_another_base_in_the_same_folder_is_noticed_and_bytecode_is_not(run, monkeypatch, tmp_path):
+    for name in ("params.yaml", "extend.yaml"):
+        shutil.copy(run / name, tmp_path / name)
+    shutil.copytree(run / "data/base", tmp_path / "data/base")
+    monkeypatch.chdir(tmp_path)
+    before = [fingerprint(name) for name in ("tokenize", "train_phase1", "extend/evaluate")]
+    (ROOT / "lego/report/__pycache__").mkdir(exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=ROOT / "lego/report/__pycache__", suffix=".pyc"):
+        assert [fingerprint(name) for name in ("tokenize", "train_phase1", "extend/evaluate")] == before
+    (tmp_path / "data/base/config.json").write_text("{}")
+    after = [fingerprint(name) for name in ("tokenize", "train_phase1", "extend/evaluate")]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [False, False, True]
 
 
 def test_the_page_has_every_model_and_its_times(run):
