@@ -17,6 +17,8 @@ from tests.stages.conftest import ORDER
 ORIGINAL = {
     "data.stdlib_tests": False,
     "data.max_train_tokens": 2_700_000,
+    "data.max_calibration_tokens": 100_000,
+    "exits.fit_share": 0.3,
     "model.dim": 64,
     "model.ffn_dim": 192,
     "train.optimizer": "adamw",
