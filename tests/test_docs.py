@@ -37,7 +37,6 @@ SHAPES: dict[str, Any] = {
     "params.yaml": Params,
     str(cvfp.PARAMS): cvfp.CvfpParams,
     str(satipatthana.PARAMS): satipatthana.SatipatthanaParams,
-    "stages/extend/params.yaml": Params,
     "stages/extend/extend.yaml": Settings,
 }
 
@@ -73,6 +72,7 @@ def valid_overrides(file: str, overrides: list[str]) -> None:
             if len(choices) > 1:
                 valid()
     params = valid()
+    params = params.root if file.endswith("extend.yaml") else params
     if any("split_on" in override for override in overrides):
         assert re.match(params.data.split_on or "", " = Title = ")
 

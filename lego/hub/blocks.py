@@ -237,7 +237,7 @@ class ManyBlocks:
             ValueError: see `load_block`.
         """
         config, _ = read_block(Path(folder))
-        given = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        given = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, **kwargs)
         require_base(config, given.config, folder)
         alone = {"num_hidden_layers": config.exit_layer, "branch_layer": None, "own_head": False, "gated": False}
         fields = config.to_dict() | alone | {"exit_criterion": "max_prob", "exit_threshold": 0.0}

@@ -60,7 +60,7 @@ def convert(source: str, folder: Path) -> int:
     given = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **told)
     config = AutoConfig.from_pretrained(name, **told)  # without the note that weights were quantized, which forbids it
     config.dtype = torch.float32
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.load_state_dict(given.state_dict())
     model.generation_config = given.generation_config
     model.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Runs a stage in this folder, with its params.yaml, data/ and metrics/: those of the root pipeline too.
+"""Runs a stage in this folder, those of the root pipeline too: params.yaml from extend.yaml, own data/ and metrics/.
 
 python here.py stages.train_phase2
 """
@@ -15,6 +15,10 @@ def main(module: str) -> None:
     sys.path[0] = str(ROOT)  # in place of this folder
     sys.argv = sys.argv[1:]
     sys.modules.pop("__main__", None)
+    from lego.base.harness import exit_cleanly
+    from stages.extend.settings import load_settings, write_params
+
+    exit_cleanly(lambda: write_params(load_settings()))
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
     finally:

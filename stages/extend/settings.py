@@ -10,10 +10,13 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+import yaml
 from pydantic import Field, model_validator
 
+from lego.base.artifacts import write_text
 from lego.base.outside import printable
 from lego.base.parameter_files import ParamsError, read_params
+from lego.base.params import Params
 from lego.base.sections import Count, CountOrZero, Positive, Section
 
 FILE = Path(__file__).with_name("extend.yaml")
@@ -51,6 +54,7 @@ class Settings(Section):
     retention: RetentionParams
     rivals: dict[str, RivalParams]
     latency_repeats: CountOrZero
+    root: Params
 
     @model_validator(mode="after")
     def _named(self) -> Settings:
@@ -65,6 +69,12 @@ class Settings(Section):
 def load_settings(path: str | Path = "extend.yaml") -> Settings:
     """The settings; see `read_params`."""
     return read_params(path, Settings)
+
+
+def write_params(settings: Settings, path: str | Path = "params.yaml") -> None:
+    """Writes what the root's stages read, into the folder that they run in."""
+    values = yaml.safe_dump(settings.root.model_dump(), sort_keys=False)
+    write_text(path, f"# Made from `root` of extend.yaml whenever a stage runs here; change it there.\n{values}")
 
 
 def main() -> int:

@@ -38,6 +38,7 @@ def run(tmp_path_factory) -> Path:
         "calibration": "risk",
         "epsilon": "0.2",
         "max_calibration_tokens": "24000",
+        "fit_share": "0.3",
         "otherwise": "always_deep",
     }.items():
         params, count = re.subn(rf"(?m)^(  {key}: )\S+", rf"\g<1>{value}", params)

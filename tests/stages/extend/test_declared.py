@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from lego.base.parameter_files import ParamsError
-from lego.base.params import Params, load_params
-from stages.extend.settings import FILE, load_settings
+from lego.base.params import load_params
+from stages.extend.settings import FILE, load_settings, write_params
 from tests.conftest import ROOT
 from tests.stages.conftest import ORDER, PIPELINE, code_lines, names
 
@@ -24,7 +24,7 @@ def entry_of(name: str) -> dict:
 
 def here(path: str) -> str:
     """A path of the root as this folder sees it."""
-    return f"../../{path}" if path.startswith(("lego/", "stages/")) else path
+    return f"../../{path}" if path.startswith(("lego/", "stages/")) else path.replace("${data", "${root.data")
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -34,7 +34,8 @@ def test_the_roots_stages_are_declared_as_there(name):
     if name in ("tokenize", "train_phase1"):
         deps.append("data/base")  # model.init_from, which the root's may take from anywhere
     assert sorted(mine["deps"]) == sorted(deps)
-    assert (mine["params"], names(mine["outs"]), mine["desc"]) == (root["params"], names(root["outs"]), root["desc"])
+    assert mine["params"] == [{"extend.yaml": [f"root.{key}" for key in root["params"]]}]
+    assert (names(mine["outs"]), mine["desc"]) == (names(root["outs"]), root["desc"])
     assert mine["cmd"] == f"python here.py stages.{name}"
 
 
@@ -67,11 +68,14 @@ def test_every_file_read_is_a_dep_and_every_file_written_an_out(name):
         assert any(path == one or path.startswith(one + "/") or one.startswith(path) for one in known), path
 
 
-def test_the_parameters_are_the_roots_for_a_given_model():
-    params = load_params(FOLDER / "params.yaml")
+def test_the_roots_stages_read_what_extend_yaml_gives_them(tmp_path):
+    settings = load_settings(FILE)
+    write_params(settings, tmp_path / "params.yaml")
+    params = load_params(tmp_path / "params.yaml")
+    assert params == settings.root
     assert params.model.init_from == "data/base"
     assert params.ashem.phase1_epochs == 0
-    assert set(yaml.safe_load((FOLDER / "params.yaml").read_text())) == set(Params.model_fields)
+    assert "extend.yaml" in (tmp_path / "params.yaml").read_text().splitlines()[0]
 
 
 def test_the_settings_name_the_rivals_that_are_asked_for():

@@ -24,7 +24,7 @@ from lego.model.checkpoint import load_model
 from lego.text.sources import stdlib_documents
 from lego.tokens.batches import split_batches
 from stages.extend import base, retention, rival
-from stages.extend.settings import load_settings
+from stages.extend.settings import load_settings, write_params
 from tests.conftest import ROOT, TINY, Clone, run_in_process, train_llama
 from tests.stages.conftest import ORDER
 
@@ -37,6 +37,7 @@ EXTEND = {
     "phase2_share": "0.9",
     "gain_width": "0",
     "fit_share": "0.5",
+    "warmup_steps": "1",
 }
 KEPT = ("max_train_tokens", "max_validation_tokens", "max_test_tokens", "seq_len", "tokens_per_epoch", "threads")
 
@@ -45,14 +46,12 @@ def tiny(clone: Clone) -> Path:
     """The folder of the pipeline in a clone, with a tiny Llama and as little of everything."""
     folder = clone.folder / "stages/extend"
     train_llama(folder / "llama")
-    text = (folder / "params.yaml").read_text()
+    text = (folder / "extend.yaml").read_text().replace("from: smollm2", "from: llama")
+    text = text.replace("  tokens: 6000", "  tokens: 1600").replace("size: 6", "size: 2")
     for key, value in ({key: TINY[key] for key in KEPT} | EXTEND).items():
-        text, count = re.subn(rf"(?m)^(  {key}: )\S+", rf"\g<1>{value}", text)
+        text, count = re.subn(rf"(?m)^(    {key}: )\S+", rf"\g<1>{value}", text)
         assert count == 1, key
-    (folder / "params.yaml").write_text(text.replace("warmup_steps: 5", "warmup_steps: 1"))
-    settings = (folder / "extend.yaml").read_text()
-    settings = settings.replace("from: smollm2", "from: llama").replace("  tokens: 6000", "  tokens: 1600")
-    (folder / "extend.yaml").write_text(re.sub(r"size: 6", "size: 2", settings))
+    (folder / "extend.yaml").write_text(text)
     return folder
 
 
@@ -62,6 +61,7 @@ def run(tmp_path_factory) -> Path:
     settings = yaml.safe_load((folder / "extend.yaml").read_text())
     settings["rivals"] = {name: settings["rivals"][name] for name in ("full", "lora_8", "new_layers")}
     (folder / "extend.yaml").write_text(yaml.safe_dump(settings))
+    write_params(load_settings(folder / "extend.yaml"), folder / "params.yaml")
     stages = ["extend.base", *ORDER, "extend.retention"]
     run_in_process(folder, stages)
     with pytest.MonkeyPatch.context() as patch:
