@@ -14,7 +14,6 @@ ROOT = Path(__file__).resolve().parents[2]
 def main(module: str) -> None:
     sys.path[0] = str(ROOT)  # in place of this folder
     sys.argv = sys.argv[1:]
-    sys.modules.pop("__main__", None)
     from lego.base.harness import exit_cleanly
     from stages.extend.settings import load_settings, write_params
 
