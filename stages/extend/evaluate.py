@@ -134,7 +134,8 @@ def main() -> None:
         }
         write_json("metrics/extend.json", {"models": models, "block": block})
         if repeats := load_settings().latency_repeats:
-            ids = PackedBlocks("data/tokens", "test").rows(torch.arange(max(BATCHES)))[:, :-1]
+            blocks = PackedBlocks("data/tokens", "test")
+            ids = blocks.rows(torch.arange(min(max(BATCHES), len(blocks))))[:, :-1]
             stage.record["latency"] = latencies(routed, ids, repeats)
         for key, one in models.items():
             print(
