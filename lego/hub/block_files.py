@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lego.base.digests import of_tensors
 from lego.hub.configuration import LegoConfig
 
 BLOCK = "block.safetensors"
@@ -29,7 +29,7 @@ def write_block(folder: Path, tensors: dict[str, Tensor], config: LegoConfig) ->
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     said = json.dumps(config.to_dict(), sort_keys=True)
     partial = folder / f".{BLOCK}.partial"
-    save_file(tensors, partial, {"format": "pt", "config": said, "sha256": _digest(tensors, said)})
+    save_file(tensors, partial, {"format": "pt", "config": said, "sha256": of_tensors(tensors, said)})
     os.replace(partial, folder / BLOCK)
 
 
@@ -45,21 +45,13 @@ def read_block(folder: Path) -> tuple[LegoConfig, dict[str, Tensor]]:
         with safe_open(file, "pt") as opened:
             said: dict[str, Any] = opened.metadata()
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
-        whole = said["sha256"] == _digest(tensors, said["config"])
+        whole = said["sha256"] == of_tensors(tensors, said["config"])
         config = LegoConfig.from_dict(json.loads(said["config"])) if whole else None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         config = None
     if config is None:
         raise ValueError(f"{file}: is not as save_block wrote it; take it again from where it came from")
     return config, tensors
-
-
-def _digest(tensors: dict[str, Tensor], text: str) -> str:
-    found = hashlib.sha256(text.encode())
-    for name, tensor in sorted(tensors.items()):
-        found.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
 
 
 def stored(key: str, tensor: Tensor, before: Tensor | None) -> dict[str, Tensor]:

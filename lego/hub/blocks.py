@@ -6,7 +6,6 @@ the block's configuration in its header; changes of low rank that branch layers 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,20 +126,12 @@ class ManyBlocks:
         if head is not None and len(head.weight) != len(weight):  # type: ignore[arg-type]
             self.deep_head = self._get_resized_lm_head(head, len(weight))  # type: ignore[attr-defined]
 
-    def _base(self) -> Iterator[tuple[str, Tensor]]:
-        """The base's weights, under the names that a Llama has for them."""
-        for name, tensor in self.model.embed_tokens.state_dict().items():
-            yield f"model.embed_tokens.{name}", tensor
-        for number, layer in enumerate(self.model.layers[: self.config.exit_layer]):
-            for name, tensor in layer.state_dict().items():
-                yield f"model.layers.{number}.{name}", tensor
-        yield "model.norm.weight", self.exit_norm.weight.detach()  # type: ignore[attr-defined]
-        yield "lm_head.weight", self.lm_head.weight.detach()  # type: ignore[attr-defined]
-
     def _known_by(self) -> Tensor:
         """A few values of each of the base's weights (n,), in the base's type, on the CPU."""
+        base = [self.model.embed_tokens, *self.model.layers[: self.config.exit_layer]]
+        base += [self.exit_norm, self.lm_head]  # type: ignore[attr-defined]
         dtype = self.model.embed_tokens.weight.dtype
-        return torch.cat([_spread(tensor).to(dtype) for _, tensor in self._base()])
+        return torch.cat([_spread(tensor).to(dtype) for part in base for tensor in part.state_dict().values()])
 
     def _require_merged(self) -> None:
         if any("base_layer" in name for name, _ in self.named_modules()):  # type: ignore[attr-defined]
@@ -189,14 +180,17 @@ class ManyBlocks:
         if name in self.blocks:
             raise ValueError(f"there is a block {name} already; delete it first, or choose another name")
         self._require_merged()
-        config, tensors = read_block(Path(folder))
+        self._take(*read_block(Path(folder)), Path(folder), name)
+
+    def _take(self, config: LegoConfig, tensors: dict[str, Tensor], folder: Path, name: str) -> None:
+        """Keeps a block that was read from a folder, if it is one of this base."""
         require_base(config, self.config, folder)
         if not same_base(tensors.pop("base_sample"), self._known_by()):
             raise ValueError(f"{folder}: is a block of another base, whose weights differ; give that base")
         with torch.device("meta"):  # of all the model only the block gets memory
             made = type(self)(config)  # type: ignore[call-arg]
         block = made._block()
-        self._fill(block, tensors, config, Path(folder) / BLOCK)
+        self._fill(block, tensors, config, folder / BLOCK)
         self._others()[name] = block
 
     def _fill(self, block: Block, tensors: dict[str, Tensor], config: LegoConfig, file: Path) -> None:
@@ -236,7 +230,7 @@ class ManyBlocks:
         Raises:
             ValueError: see `load_block`.
         """
-        config, _ = read_block(Path(folder))
+        config, tensors = read_block(Path(folder))
         given = AutoModelForCausalLM.from_pretrained(base, trust_remote_code=False, **kwargs)
         require_base(config, given.config, folder)
         alone = {"num_hidden_layers": config.exit_layer, "branch_layer": None, "own_head": False, "gated": False}
@@ -251,7 +245,7 @@ class ManyBlocks:
         model.model.rotary_emb = given.model.rotary_emb
         model.tie_weights()  # type: ignore[attr-defined]
         model.generation_config = given.generation_config  # type: ignore[attr-defined]
-        model.load_block(folder, "block")
+        model._take(config, tensors, Path(folder), "block")
         model.set_block("block")
         model.delete_block(FIRST)
         return model.eval()  # type: ignore[attr-defined]

@@ -28,6 +28,7 @@ PARTS: dict[str, tuple[str, ...]] = {  # what is taken of a source, in order; no
     "hub/llama_layers.py": (),
     "hub/backbone.py": (),
     "hub/calibration.py": (),
+    "base/digests.py": ("of_tensors",),
     "hub/block_files.py": (),
     "hub/blocks.py": (),
     "hub/modeling.py": (),

@@ -153,10 +153,8 @@ def not_current(name: str, asked: named.Suite) -> list[list[str]] | None:
 
 def build(params: Params, suites: dict[str, Suite], figures: dict[str, Figure], test: TokenTable) -> Page:
     """The page, part by part."""
-    ledger, asked = (
-        Ledger.of(load_model("data/phase2"), params.model.seq_len, params.routing.gate == "fitted"),
-        load_suites(),
-    )
+    ledger = Ledger.of(load_model("data/phase2"), params.model.seq_len, params.routing.gate == "fitted")
+    asked = load_suites()
     page = Page("When is ASHEM worth using?")
     findings(page, params, suites, figures)
     page.heading("Routing")

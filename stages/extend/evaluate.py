@@ -15,16 +15,16 @@ from lego.base.artifacts import read_json, read_number, write_csv, write_json
 from lego.base.harness import Stage, exit_cleanly, resolve_device
 from lego.base.params import load_params
 from lego.evaluation.latency import ratio_of_pairs
-from lego.evaluation.routed import TokenTable, perplexity, token_table
+from lego.evaluation.routed import TokenTable, token_table
 from lego.model.checkpoint import RoutedModel, load_routed
 from lego.model.cost import Ledger
 from lego.model.exit_criteria import Criterion, StateCriterion, max_prob
 from lego.routing.decoder import RoutedDecoder
 from lego.tokens.batches import split_batches
-from lego.tokens.blocks import PackedBlocks, bits_per_byte, corpus_facts, data_digests
+from lego.tokens.blocks import PackedBlocks, data_digests
 from stages.extend.settings import load_settings
+from stages.extend.texts import TEXTS, measured
 
-TEXTS = {"": ("data/tokens", "test"), "val_": ("data/tokens", "validation"), "other_": ("data/retention", "test")}
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 BATCHES = (1, 8)
 NEW_TOKENS = 16  # read one by one after a prompt
@@ -41,15 +41,9 @@ def tables_of(routed: RoutedModel, name: str, size: int, device: torch.device, g
 
 def figures(tables: dict[str, TokenTable], easy: Callable[[TokenTable], np.ndarray]) -> dict[str, float | None]:
     """Perplexity, bits per byte and share of deep tokens on each text, the tokens routed as `easy` says."""
-    found: dict[str, float | None] = {}
-    for name, table in tables.items():
-        leaves = easy(table)
-        ppl = perplexity(np.where(leaves, table.nll_shallow, table.nll_deep))
-        folder, split = TEXTS[name]
-        found[f"{name}ppl"] = ppl
-        found[f"{name}bits_per_byte"] = bits_per_byte(ppl, corpus_facts(folder)["splits"][split])
-        found[f"{name}deep_share"] = 1 - float(leaves.mean())
-    return found
+    leaves = {name: easy(table) for name, table in tables.items()}
+    answers = {name: np.where(leaves[name], table.nll_shallow, table.nll_deep) for name, table in tables.items()}
+    return measured(answers) | {f"{name}deep_share": 1 - float(leave.mean()) for name, leave in leaves.items()}
 
 
 def leaving(criterion: str, threshold: float, table: TokenTable) -> np.ndarray:

@@ -14,7 +14,7 @@ import torch
 from lego.base.artifacts import read_json, read_number, write_csv, write_json
 from lego.base.harness import Stage, StageError, exit_cleanly, resolve_device
 from lego.base.params import Params, load_params
-from lego.evaluation.routed import perplexity, token_table
+from lego.evaluation.routed import token_table
 from lego.growing.hard_batches import HardBlockBatches
 from lego.growing.phase2 import grown, hard_batches
 from lego.growing.selection import recompute
@@ -24,7 +24,7 @@ from lego.mining.hidden_states import HiddenStateStore
 from lego.model.checkpoint import load_model
 from lego.model.transformer import BaseTransformer
 from lego.tokens.batches import TrainingBatches, blocks_in_epoch, split_batches
-from lego.tokens.blocks import bits_per_byte, corpus_facts, data_digests, train_text
+from lego.tokens.blocks import data_digests, train_text
 from lego.training.budget import train_blocks
 from lego.training.epochs import epoch_rows
 from lego.training.search import Search, Trial, search_rates
@@ -32,8 +32,9 @@ from lego.training.setup import build_training
 from lego.training.trainer import Trainer, create_standard_config
 from stages.extend.rivals import macs_of, merged, seconds_of, start
 from stages.extend.settings import RivalParams, load_settings
+from stages.extend.texts import TEXTS, measured
 
-BLOCK1, TOKENS, OTHER = "data/phase1", "data/tokens", "data/retention"
+BLOCK1, TOKENS = "data/phase1", "data/tokens"
 
 
 def a_batch(params: Params) -> tuple[torch.Tensor, torch.Tensor]:
@@ -138,14 +139,10 @@ def search(
 
 
 def judged(model: BaseTransformer, params: Params) -> dict[str, float | None]:
-    """Perplexities and bits per byte of a model on test and validation text, and on text of another kind."""
-    device, found = resolve_device(params.train.device), dict[str, float | None]()
-    for name, folder, split in (("", TOKENS, "test"), ("val_", TOKENS, "validation"), ("other_", OTHER, "test")):
-        table = token_table(model, split_batches(folder, split, params.evaluation.batch_size), device)
-        ppl = perplexity(table.nll_deep)
-        found[f"{name}ppl"] = ppl
-        found[f"{name}bits_per_byte"] = bits_per_byte(ppl, corpus_facts(folder)["splits"][split])
-    return found
+    """What is said of a model on each text."""
+    device, size = resolve_device(params.train.device), params.evaluation.batch_size
+    texts = {prefix: split_batches(*place, size) for prefix, place in TEXTS.items()}
+    return measured({prefix: token_table(model, text, device).nll_deep for prefix, text in texts.items()})
 
 
 def main(*names: str) -> None:

@@ -6,7 +6,6 @@ Each kind is a model of ours whose trained weights require a gradient, so that a
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lego.base.harness import StageError
+from lego.evaluation.latency import seconds
 from lego.model.checkpoint import load_model
 from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
 from stages.extend.settings import RivalParams
@@ -78,23 +78,17 @@ def interleaved(model: BaseTransformer, count: int) -> DeepSupervisionTransforme
 
     LLaMA-Pro (Wu et al. 2024, arXiv 2401.02415): layers are cut into `count` groups, and the last of each is copied.
     """
-    depth, deeper = model.num_layers, model.sizes | {"num_layers": model.num_layers + count}
-    grown = DeepSupervisionTransformer(**deeper, exit_layer=depth + count)
-    state, behind = model.state_dict(), [round(depth * (n + 1) / count) for n in range(count)]
-    own: dict[str, torch.Tensor] = {name: tensor for name, tensor in state.items() if not name.startswith("layers.")}
-    new, place = [], 0
-    for layer in range(depth):
-        for copy in (False, True)[: 1 + behind.count(layer + 1)]:
-            prefix = f"layers.{layer}."
-            values = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-            if copy:
-                new.append(place)
-                values |= {
-                    name: torch.zeros_like(t) for name, t in values.items() if "o_proj" in name or "down" in name
-                }
-            own |= {f"layers.{place}.{name}": tensor.clone() for name, tensor in values.items()}
-            place += 1
-    grown.load_state_dict(own)
+    depth = model.num_layers
+    behind = {round(depth * (n + 1) / count) - 1 for n in range(count)}
+    order = [layer for layer in range(depth) for _ in range(1 + (layer in behind))]  # of what each new place holds
+    new = [place for place in range(1, len(order)) if order[place] == order[place - 1]]
+    grown = DeepSupervisionTransformer(**model.sizes | {"num_layers": len(order)}, exit_layer=len(order))
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("layers.")}
+    for place, layer in enumerate(order):
+        for name, tensor in model.layers[layer].state_dict().items():
+            nothing = place in new and name.startswith(("self_attn.o_proj", "mlp.down_proj"))
+            state[f"layers.{place}.{name}"] = torch.zeros_like(tensor) if nothing else tensor
+    grown.load_state_dict(state)
     grown.requires_grad_(False)
     for place in new:
         grown.layers[place].requires_grad_(True)
@@ -113,7 +107,5 @@ def seconds_of(runs: Sequence[Callable[[], object]], rounds: int = 3) -> list[fl
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds + 1):
         for run, taken in zip(runs, times, strict=True):
-            begun = time.perf_counter()
-            run()
-            taken.append(time.perf_counter() - begun)
+            taken.append(seconds(run))
     return [statistics.median(taken[1:]) for taken in times]
