@@ -21,6 +21,7 @@ ORIGINAL = {
     "exits.fit_share": 0.3,
     "model.dim": 64,
     "model.ffn_dim": 192,
+    "train.threads": 1,  # another worker has the other core
     "train.optimizer": "adamw",
     "train.tokens_per_epoch": 200_000,
     "ashem.phase1_lr": 6e-3,
