@@ -5,17 +5,19 @@ dvc repro stages/extend/dvc.yaml:evaluate
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lego.base.artifacts import read_json, read_number, write_csv, write_json
+from lego.base.artifacts import atomic_folder, read_json, read_number, write_csv, write_json
 from lego.base.harness import Stage, exit_cleanly, resolve_device
 from lego.base.params import load_params
 from lego.evaluation.latency import ratio_of_pairs
 from lego.evaluation.routed import TokenTable, token_table
+from lego.hub.modeling import LegoForCausalLM
 from lego.model.checkpoint import RoutedModel, load_routed
 from lego.model.cost import Ledger
 from lego.model.exit_criteria import Criterion, StateCriterion, max_prob
@@ -28,7 +30,6 @@ from stages.extend.texts import TEXTS, measured
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 BATCHES = (1, 8)
 NEW_TOKENS = 16  # read one by one after a prompt
-WEIGHT_BYTES = 4
 
 
 def tables_of(routed: RoutedModel, name: str, size: int, device: torch.device, gated: bool) -> dict[str, TokenTable]:
@@ -94,6 +95,13 @@ def fitting(ledger: Ledger) -> int:
     return ledger.always_deep * (2 * exits["fit_tokens"] + calibration)
 
 
+def write_block(place: str) -> int:
+    """Writes the block, without the base, as `LegoForCausalLM.load_block` takes it; returns its bytes."""
+    with atomic_folder(place) as folder:
+        LegoForCausalLM.from_pretrained("data/routed").save_block(folder)
+    return sum(file.stat().st_size for file in Path(place).glob("*.safetensors"))
+
+
 @torch.no_grad()
 def main() -> None:
     params = load_params()
@@ -119,14 +127,13 @@ def main() -> None:
         }
         models["routed"]["macs"] = ledger.routed(1 - (models["routed"]["deep_share"] or 0.0), scorer) / base
         models["deep"]["macs"], models["deep_without_gate"]["macs"] = ledger.always_deep / base, ledger.full / base
-        trained = read_json("data/facts/train_phase2.json")["trainable_parameters"]
         block = {
-            "trainable_parameters": trained,
-            "megabytes": trained * WEIGHT_BYTES / 1e6,
+            "trainable_parameters": read_json("data/facts/train_phase2.json")["trainable_parameters"],
+            "megabytes": write_block("data/blocks/default") / 1e6,
             "added_macs": read_number("data/facts/added_macs.json", "added_macs"),
             "fit_macs": fitting(ledger),
         }
-        write_json("metrics/extend.json", {"models": models, "block": block})
+        write_json("metrics/blocks/default.json", {"models": models, "block": block})
         if repeats := load_settings().latency_repeats:
             blocks = PackedBlocks("data/tokens", "test")
             ids = blocks.rows(torch.arange(min(max(BATCHES), len(blocks))))[:, :-1]

@@ -4,6 +4,7 @@ dvc repro stages/extend/dvc.yaml
 """
 
 import csv
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ from lego.base.harness import Stage, exit_cleanly
 from lego.base.params import load_params
 from lego.report.page import Figure, Page, drawn, versions
 from lego.report.pictures import COLOURS, picture
-from stages.extend.settings import RivalParams, load_settings
+from stages.extend.settings import RivalParams, Settings, load_settings
+
+Found = dict[str, dict[str, Any]]
 
 FOLDER = Path("metrics")
 OURS = {
     "base": "the given model",
     "routed": "extended, routed",
     "deep": "extended, always deep",
-    "deep_without_gate": "the same without gate",
+    "deep_without_gate": "extended, always deep, no gate",
 }
 PHASES = ("compute_threshold", "collect_hard", "train_phase2")
 HOW = ("prefill_batch_1", "prefill_batch_8", "decode_batch_1", "decode_batch_8")
@@ -39,28 +42,45 @@ def what(rival: RivalParams) -> str:
     return "all weights" if rival.trains == "all" else f"LoRA, rank {rival.size}"
 
 
+def millions(numbers: int) -> str:
+    return f"{numbers / 1e6:.3g} M"
+
+
 def row(name: str, trains: str, one: dict[str, Any], base: dict[str, Any], told: list[str]) -> list[str]:
     changed = [f"{100 * (one[key] / base[key] - 1):+.1f} %" for key in ("ppl", "other_ppl")]
     return [name, trains, f"{one['ppl']:.2f}", changed[0], f"{one['other_ppl']:.2f}", changed[1], *told]
 
 
-def quality(
-    page: Page, found: dict[str, Any], rivals: dict[str, RivalParams], results: dict[str, dict[str, Any]]
-) -> None:
-    models, base, block = found["models"], found["models"]["base"], found["block"]
-    rows = []
-    for key, name in OURS.items():
-        one = models[key]
-        trained = "" if key == "base" else f"{block['trainable_parameters'] / 1e6:.2f} M"
-        macs = "" if key == "base" else "1.00"
-        same = f"{100 * (1 - one['other_deep_share']):.0f} %"
-        rows.append(
-            row(f"**{name}**", "block 2" if trained else "", one, base, [same, trained, macs, f"{one['macs']:.2f}"])
-        )
+def of_block(name: str, found: dict[str, Any], changes: str, budget: float) -> list[list[str]]:
+    """Rows of a block, with and without what routes its tokens.
+
+    Args:
+        name: of the block.
+        found: its metrics.
+        changes: what it changes under root.
+        budget: MACs that the default block's training took.
+    """
+    models, block, rows = found["models"], found["block"], list[list[str]]()
+    for key in ("routed", "deep", "deep_without_gate"):
+        one, title = models[key], OURS[key] if name == "default" else f"{name}, {OURS[key].partition(', ')[2]}"
+        trained, macs = millions(block["trainable_parameters"]), f"{block['added_macs'] / budget:.2f}"
+        told = [f"{100 * (1 - one['other_deep_share']):.0f} %", trained, macs, f"{one['macs']:.2f}"]
+        rows.append(row(f"**{title}**", "" if rows else changes, one, models["base"], told))
+    return rows
+
+
+def quality(page: Page, blocks: Found, settings: Settings, results: Found) -> None:
+    found, rivals = blocks["default"], settings.rivals
+    base, block = found["models"]["base"], found["block"]
+    rows = [row(f"**{OURS['base']}**", "", base, base, ["100 %", "", "", f"{base['macs']:.2f}"])]
+    for name, one in blocks.items():
+        changes = settings.blocks.get(name, {})
+        told = ", ".join(f"{key.rpartition('.')[2]} {json.dumps(value)}" for key, value in changes.items())
+        rows += of_block(name, one, told or "block 2", block["added_macs"])
     for name, one in results.items():
-        trained, macs = one["trainable_parameters"], one["added_macs"] / block["added_macs"]
-        told = ["0 %", f"{trained / 1e6:.2f} M", f"{macs:.2f}", "1.00" if rivals[name].trains != "new_layers" else ""]
-        rows.append(row(name, what(rivals[name]), one, base, told))
+        macs, inference = one["added_macs"] / block["added_macs"], "" if rivals[name].trains == "new_layers" else "1.00"
+        more = ["0 %", millions(one["trainable_parameters"]), f"{macs:.2f}", inference]
+        rows.append(row(name, what(rivals[name]), one, base, more))
     header = [
         "model",
         "trains",
@@ -84,7 +104,7 @@ def quality(
     )
 
 
-def costs(page: Page, found: dict[str, Any], rivals: dict[str, RivalParams]) -> None:
+def costs(page: Page, blocks: Found, rivals: dict[str, RivalParams]) -> None:
     rows = []
     mining, memory = measured("timing", *PHASES), measured("memory", *PHASES)
     if len(mining) == len(memory) == len(PHASES):
@@ -92,6 +112,10 @@ def costs(page: Page, found: dict[str, Any], rivals: dict[str, RivalParams]) -> 
         rows.append(
             ["block 2: threshold, mining, phase 2", " + ".join(parts), f"{max(one['peak_mib'] for one in memory):.0f}"]
         )
+    for name in blocks:
+        for one in measured("timing/extend", name):
+            seconds = "-" if one["continued"] else f"{one['training_seconds']:.0f} s"
+            rows.append([f"{name}: the same", seconds, f"{one['peak_mib']:.0f}"])
     for name in rivals:
         for one, peak in zip(measured("timing/extend", name), measured("memory", name), strict=False):
             seconds = f"{one['train_seconds']:.0f} s" if "train_seconds" in one else "-"
@@ -107,7 +131,8 @@ def costs(page: Page, found: dict[str, Any], rivals: dict[str, RivalParams]) -> 
             rows,
             "Median time as a multiple of the given model's, pairs taken in turn.",
         )
-    page.text(f"Block 2 weighs {found['block']['megabytes']:.1f} MB in float32; the given model stays as it is.")
+    weights = ", ".join(f"{name} {found['block']['megabytes']:.1f} MB" for name, found in blocks.items())
+    page.text(f"Files of blocks, as `load_block` takes them: {weights}. The given model stays as it is.")
 
 
 def shares(folder: Path, rows: list[dict[str, str]], results: dict[str, dict[str, Any]]) -> Figure:
@@ -132,18 +157,18 @@ def shares(folder: Path, rows: list[dict[str, str]], results: dict[str, dict[str
 def main() -> None:
     params, settings = load_params(), load_settings()
     with Stage("extend/report"):
-        found = read_json("metrics/extend.json")
+        blocks = {name: read_json(f"metrics/blocks/{name}.json") for name in ("default", *settings.blocks)}
         results = {name: read_json(f"metrics/rivals/{name}.json") for name in settings.rivals}
         with Path("data/curves/extend.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))
         figures = drawn(FOLDER / "pictures", lambda folder: {"shares": shares(folder, rows, results)})
         page = Page("Extending a given model")
-        page.text(answer(found, results), lead=True)
+        page.text(answer(blocks["default"], results), lead=True)
         page.heading("Quality and retention")
-        quality(page, found, settings.rivals, results)
+        quality(page, blocks, settings, results)
         page.figure(figures["shares"], FOLDER)
         page.heading("Time, memory, weight")
-        costs(page, found, settings.rivals)
+        costs(page, blocks, settings.rivals)
         page.heading("Made with")
         facts = read_json("data/facts/tokenize.json")
         learned = f"{facts['train_tokens']:,} train tokens, {facts['test_tokens']:,} of test; seed {params.seed}"

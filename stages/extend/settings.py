@@ -1,4 +1,4 @@
-"""The settings of stages/extend: which model is extended, what it should keep, and what users would do instead.
+"""The settings of stages/extend: which model is extended, by which blocks, and what users would do instead.
 
 python -m stages.extend.settings            checks extend.yaml and says what is wrong with it
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, model_validator
@@ -17,10 +17,13 @@ from lego.base.artifacts import write_text
 from lego.base.outside import printable
 from lego.base.parameter_files import ParamsError, read_params
 from lego.base.params import Params
+from lego.base.profiles import changed
 from lego.base.sections import Count, CountOrZero, Positive, Section
 
 FILE = Path(__file__).with_name("extend.yaml")
-STAGES = ("base", "retention", "evaluate", "report")  # whose times lie beside those of rivals
+STAGES = ("base", "retention", "evaluate", "report", "default")  # whose times and metrics lie beside those of rivals
+OF_BASE = ("data", "model", "yardstick", "baselines", "ashem.phase1_", "ashem.phase2_share", "ashem.phase2_split")
+"""Keys under `root` that begin so decide what is the same for all blocks."""
 
 
 class BaseParams(Section):
@@ -53,6 +56,7 @@ class Settings(Section):
     base: BaseParams
     retention: RetentionParams
     rivals: dict[str, RivalParams]
+    blocks: dict[str, dict[str, Any]]
     latency_repeats: CountOrZero
     root: Params
 
@@ -60,15 +64,37 @@ class Settings(Section):
     def _named(self) -> Settings:
         if not self.rivals:
             raise ValueError("rivals must name at least one, got none")
-        for name in self.rivals:
-            if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in STAGES:
-                raise ValueError(f"rivals must have names of letters a-z, digits and _, none a stage's, got {name!r}")
+        for section, names in (("rivals", self.rivals), ("blocks", self.blocks)):
+            for name in names:
+                if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in STAGES:
+                    raise ValueError(
+                        f"{section} must have names of letters a-z, digits and _, none a stage's, got {name!r}"
+                    )
+        if both := sorted(set(self.rivals) & set(self.blocks)):
+            raise ValueError(f"blocks and rivals must have different names, both have {both[0]!r}")
         return self
+
+    def of_block(self, name: str) -> Params:
+        """What the root's stages read for another block on the same base.
+
+        Raises:
+            ParamsError: it changes what all blocks share, or to what is not valid.
+        """
+        changes = self.blocks[name]
+        for key in changes:
+            if key.startswith(OF_BASE):
+                raise ParamsError(
+                    f"extend.yaml: blocks.{name}: {key} decides what all blocks share; change it under root instead"
+                )
+        return changed(self.root, changes, f"extend.yaml: blocks.{name}", "extend.yaml's root")
 
 
 def load_settings(path: str | Path = "extend.yaml") -> Settings:
-    """The settings; see `read_params`."""
-    return read_params(path, Settings)
+    """The settings; see `read_params` and `Settings.of_block`."""
+    settings = read_params(path, Settings)
+    for name in settings.blocks:
+        settings.of_block(name)
+    return settings
 
 
 def write_params(settings: Settings, path: str | Path = "params.yaml") -> None:

@@ -1,4 +1,4 @@
-"""Suites through real dvc, with tiny parameters: the queue, a kill, two clones, text outside of git."""
+"""A suite through real dvc, with tiny parameters: the queue, a kill, two clones, text outside of git."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import yaml
 
 from stages.evidence.records import results
 from stages.evidence.suites import Suite, changed, changes_of
-from tests.conftest import Clone, run_in_process
+from tests.conftest import SOURCE, Clone, run_in_process
 from tests.kills import started, waited, workers
 from tests.stages.conftest import ORDER
 
@@ -27,9 +27,8 @@ small:
   seeds: 2
   search: [0.5, 1.0]
   settings:
-    half: {}
+    half: {data.source: text, data.path: ../outside}
     third: {ashem.hard_example_ratio: 0.3, data.split_on: ' = [^=]'}
-    file: {data.source: text, data.path: ../outside}
   models: [ashem, random]
 """
 
@@ -70,8 +69,11 @@ def directly(clone: Clone, folder: Path, changes: dict) -> dict:
 @pytest.mark.slow
 def test_a_suite_goes_through_the_queue_and_a_kill_and_two_clones(tmp_path, monkeypatch):
     (tmp_path / "clone").mkdir()
+    (tmp_path / "outside").mkdir()  # of git, and of the folders of experiments
+    for number in range(60):
+        (tmp_path / f"outside/{number}.txt").write_text(SOURCE[1500 * number : 1500 * (number + 1)])
     clone = Clone.of_this_tree(tmp_path / "clone")
-    ask = (sys.executable, "-m", "stages.evidence.queue", "--suite", "small", "--setting", "half", "third")
+    ask = (sys.executable, "-m", "stages.evidence.queue", "--suite", "small")
     (clone.folder / "stages/evidence/suites.yaml").write_text(TINY_SUITE)
     assert "stages/evidence/suites.yaml is not committed; commit it first" in clone.run(*ask, fails=True)
     clone.commit("a suite")
@@ -90,13 +92,13 @@ def test_a_suite_goes_through_the_queue_and_a_kill_and_two_clones(tmp_path, monk
     assert "is cached" in clone.run("dvc", "queue", "logs", "small-third-s0")  # what was made before the kill
     gathered = clone.run(sys.executable, "-m", "stages.evidence.gather")
     assert gathered.count(": ashem, random") == 2
-    said = clone.run(*ask)
-    assert "4 of 8 models are current" in said
-    assert "2 queued" in said
+    said = clone.run(*ask, "--setting", "half")
+    assert "2 of 4 models are current" in said
+    assert "1 queued" in said
     started(clone, "dvc", "queue", "start", "-j", "2").wait()
     waited(clone)
     clone.run(sys.executable, "-m", "stages.evidence.gather")
-    assert "8 of 8 models are current" in clone.run(*ask)
+    assert "6 of 8 models are current" in clone.run(*ask, "--dry-run")
 
     monkeypatch.chdir(clone.folder)
     found = results("small")
@@ -129,32 +131,12 @@ def test_a_suite_goes_through_the_queue_and_a_kill_and_two_clones(tmp_path, monk
     after = re.sub(r',"tried":\{[^}]*\}', "", (other.folder / "metrics/evidence/small.json").read_text())
     assert after == re.sub(r',"tried":\{[^}]*\}', "", before)  # printed where it ran
 
+    (tmp_path / "outside/0.txt").write_text("Other text. " * 500)
+    changed_since = r"small-{}-s0 lacks: ashem, random \(computed at revision \w{{8}}; since then {} changed"
+    assert re.search(changed_since.format("half", "text"), clone.run(*ask, "--dry-run"))
     with (clone.folder / "lego/model/cost.py").open("a") as file:
         file.write("# changed\n")
-    assert re.search(
-        r"small-half-s0 lacks: ashem, random \(computed at revision \w{8}; since then lego/model changed",
-        (clone.run(*ask, "--dry-run")),
-    )
-
-
-@pytest.mark.slow
-def test_text_outside_of_git_is_read_in_the_folder_of_an_experiment(tmp_path):
-    (tmp_path / "clone").mkdir()
-    (tmp_path / "outside").mkdir()
-    for number in range(60):
-        (tmp_path / f"outside/{number}.txt").write_text(f"Text {number} has some words, and here are more. " * 200)
-    clone = Clone.of_this_tree(tmp_path / "clone")
-    (clone.folder / "stages/evidence/suites.yaml").write_text(TINY_SUITE.replace("random", "shallow_continued"))
-    clone.commit("a suite")
-    ask = (sys.executable, "-m", "stages.evidence.queue", "--suite", "small", "--setting", "file", "--seeds", "1")
-    clone.run(*ask)
-    (clone.folder / ".scratch").mkdir(exist_ok=True)
-    started(clone, "dvc", "queue", "start", "-j", "1").wait()
-    waited(clone)
-    assert "small-file-s0: ashem, shallow_continued" in clone.run(sys.executable, "-m", "stages.evidence.gather")
-    assert "2 of 2 models are current" in clone.run(*ask)
-    (tmp_path / "outside/0.txt").write_text("Other text. " * 500)
-    assert "since then text changed" in clone.run(*ask, "--dry-run")
+    assert re.search(changed_since.format("third", "lego/model"), clone.run(*ask, "--dry-run"))
 
 
 def load_suites_of(clone: Clone) -> dict[str, Suite]:

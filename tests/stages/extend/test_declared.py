@@ -15,7 +15,7 @@ from tests.stages.conftest import ORDER, PIPELINE, code_lines, names
 
 FOLDER = ROOT / "stages/extend"
 ENTRIES = yaml.safe_load((FOLDER / "dvc.yaml").read_text())["stages"]
-OWN = ["base", "retention", "rival", "evaluate", "report"]
+OWN = ["base", "retention", "rival", "evaluate", "block", "report"]
 
 
 def entry_of(name: str) -> dict:
@@ -60,7 +60,7 @@ def test_deps_are_the_code_that_runs(name):
 @pytest.mark.parametrize("name", OWN)
 def test_every_file_read_is_a_dep_and_every_file_written_an_out(name):
     source = (FOLDER / f"{name}.py").read_text()
-    found = re.findall(r'f?"((?:data|metrics)/[\w./{}]+)"', source)
+    found = re.findall(r'(?<!work / )(?<!work / f)"((?:data|metrics)/[\w./{}]+)"', source)  # work: a folder of its own
     mentioned = {path.replace("{name}", "${key}") for path in found} - {"data/timing", "data/memory"}
     entry = entry_of(name)
     known = {*entry["deps"], *names(entry["outs"])}
@@ -96,3 +96,35 @@ def test_rivals_have_names_that_files_can_have(rivals, said, tmp_path):
     (tmp_path / "extend.yaml").write_text(yaml.safe_dump(settings))
     with pytest.raises(ParamsError, match=re.escape(said)):
         load_settings(tmp_path / "extend.yaml")
+
+
+@pytest.mark.parametrize(
+    ("blocks", "said"),
+    [
+        (
+            {"wide": {"model.dim": 64}},
+            "blocks.wide: model.dim decides what all blocks share; change it under root instead",
+        ),
+        ({"deep": {"ashem.phase3_layers": 3}}, "blocks.deep: ashem.phase3_layers is no key of extend.yaml's root"),
+        ({"deep": {"ashem.branch": "half"}}, "blocks.deep: ashem.branch"),
+        ({"full": {"seed": 1}}, "blocks and rivals must have different names, both have 'full'"),
+        (
+            {"default": {"seed": 1}},
+            "blocks must have names of letters a-z, digits and _, none a stage's, got 'default'",
+        ),
+    ],
+)
+def test_a_block_changes_what_is_its_own(blocks, said, tmp_path):
+    settings = yaml.safe_load(FILE.read_text()) | {"blocks": blocks}
+    (tmp_path / "extend.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ParamsError, match=re.escape(said)):
+        load_settings(tmp_path / "extend.yaml")
+
+
+def test_a_blocks_parameters_are_roots_but_for_its_changes(tmp_path):
+    settings = yaml.safe_load(FILE.read_text()) | {"blocks": {"one": {"seed": 3, "ashem.branch": "lora"}}}
+    (tmp_path / "extend.yaml").write_text(yaml.safe_dump(settings))
+    found = load_settings(tmp_path / "extend.yaml")
+    expected = found.root.model_dump() | {"seed": 3}
+    expected["ashem"]["branch"] = "lora"
+    assert found.of_block("one").model_dump() == expected

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import io
 import re
 import shlex
 import shutil
@@ -16,14 +18,15 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from lego.base.artifacts import read_json
+from lego.base.artifacts import read_json, write_json
 from lego.base.harness import StageError, exit_cleanly
 from lego.base.params import load_params
 from lego.base.scratch import fingerprint
+from lego.hub.modeling import LegoForCausalLM
 from lego.model.checkpoint import load_model
 from lego.text.sources import stdlib_documents
 from lego.tokens.batches import split_batches
-from stages.extend import base, retention, rival
+from stages.extend import base, block, retention, rival
 from stages.extend.settings import load_settings, write_params
 from tests.conftest import ROOT, TINY, Clone, run_in_process, train_llama
 from tests.stages.conftest import ORDER
@@ -39,6 +42,7 @@ EXTEND = {
     "fit_share": "0.5",
     "warmup_steps": "1",
 }
+SECOND_PASS = {"ashem.branch_layer": 0, "ashem.branch": "lora", "ashem.branch_rank": 2, "ashem.phase2_lr": 2e-2}
 KEPT = ("max_train_tokens", "max_validation_tokens", "max_test_tokens", "seq_len", "tokens_per_epoch", "threads")
 
 
@@ -55,11 +59,26 @@ def tiny(clone: Clone) -> Path:
     return folder
 
 
+def in_process(module: str, work: Path, name: str) -> None:
+    """What block.run does in a process of its own."""
+    with contextlib.chdir(work):
+        write_params(load_settings())
+        import_module(module).main()
+        write_json(f"data/memory/{module.rpartition('.')[2]}.json", {"peak_mib": 1.0})
+
+
+def up_to_phase_2(module: str, work: Path, name: str) -> None:
+    if module.endswith("train_phase2"):
+        raise StageError("killed")
+    in_process(module, work, name)
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tiny(Clone.of_this_tree(tmp_path_factory.mktemp("extend")))
     settings = yaml.safe_load((folder / "extend.yaml").read_text())
     settings["rivals"] = {name: settings["rivals"][name] for name in ("full", "lora_8", "new_layers")}
+    settings["blocks"] = {"same": {}, "second_pass": SECOND_PASS}
     (folder / "extend.yaml").write_text(yaml.safe_dump(settings))
     write_params(load_settings(folder / "extend.yaml"), folder / "params.yaml")
     stages = ["extend.base", *ORDER, "extend.retention"]
@@ -68,8 +87,17 @@ def run(tmp_path_factory) -> Path:
         patch.chdir(folder)
         for name in load_settings().rivals:
             rival.main(name)
-        for name in ("evaluate", "report"):
-            import_module(f"stages.extend.{name}").main()
+        import_module("stages.extend.evaluate").main()
+        patch.setattr(block, "run", in_process)
+        block.main("same")
+        patch.setattr(block, "run", up_to_phase_2)
+        with pytest.raises(StageError, match="killed"):
+            block.main("second_pass")
+        patch.setattr(block, "run", in_process)
+        with (run_out := io.StringIO()), contextlib.redirect_stdout(run_out):
+            block.main("second_pass")
+            (folder / "said.txt").write_text(run_out.getvalue())
+        import_module("stages.extend.report").main()
     return folder
 
 
@@ -85,7 +113,7 @@ def test_the_base_is_the_given_model(run):
 def test_at_no_share_it_is_the_given_model_and_at_all_it_is_always_deep(run):
     with (run / "data/curves/extend.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if (row["criterion"], row["gated"]) == ("gain", "1")]
-    models = read_json(run / "metrics/extend.json")["models"]
+    models = read_json(run / "metrics/blocks/default.json")["models"]
     for key in ("ppl", "val_ppl", "other_ppl"):
         assert float(rows[0][key]) == pytest.approx(models["base"][key], rel=0.02)
         assert float(rows[-1][key]) == pytest.approx(models["deep"][key], rel=1e-4)
@@ -107,7 +135,7 @@ def test_rivals_cost_what_mining_and_phase_2_cost(run):
         if entry.equal == "macs":
             step = found["added_macs"] / found["trained_tokens"] * 32
             assert abs(found["added_macs"] - found["budget_macs"]) <= step
-        assert found["val_ppl"] <= read_json(run / "metrics/extend.json")["models"]["base"]["val_ppl"] + 1e-6
+        assert found["val_ppl"] <= read_json(run / "metrics/blocks/default.json")["models"]["base"]["val_ppl"] + 1e-6
         assert found["lr"] == entry.lr
     trained = {
         name: read_json(run / f"metrics/rivals/{name}.json")["trainable_parameters"] for name in ("lora_8", "full")
@@ -141,12 +169,51 @@ def test_another_base_in_the_same_folder_is_noticed_and_bytecode_is_not(run, mon
     assert [a == b for a, b in zip(before, after, strict=True)] == [False, False, True]
 
 
+def test_a_block_of_the_same_parameters_is_the_same_and_another_is_not(run):
+    first, same, other = (read_json(run / f"metrics/blocks/{name}.json") for name in ("default", "same", "second_pass"))
+    assert {key: same[key] for key in first} == first
+    assert other["models"]["base"] == first["models"]["base"]
+    assert other["models"]["deep"]["ppl"] != first["models"]["deep"]["ppl"]
+    assert other["block"]["trainable_parameters"] < first["block"]["trainable_parameters"]
+    assert not list((run / ".scratch/extend").glob("block@*"))  # its stages' outs are not kept twice
+
+
+@torch.no_grad()
+def test_the_file_of_a_block_answers_as_its_metrics_say(run):
+    model = LegoForCausalLM.from_pretrained(run / "data/routed")
+    model.load_block(run / "data/blocks/second_pass", "second_pass")
+    for name in ("default", "second_pass"):
+        model.set_block(name)
+        model.config.exit_threshold = None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(run)
+            losses = [
+                torch.nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten(), reduction="none")
+                for x, y in split_batches("data/tokens", "test", 8)
+            ]
+        expected = read_json(run / f"metrics/blocks/{name}.json")["models"]["deep"]["ppl"]
+        assert torch.cat(losses).mean().exp().item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_killed_block_does_not_repeat_what_had_finished(run):
+    ran = re.findall(r"^block second_pass: stages\.(\w+)", (run / "said.txt").read_text(), re.M)
+    assert ran == ["train_phase2", "evaluate_routing", "extend"]
+
+
+def test_a_stage_of_a_block_that_fails_is_named(run, capfd):
+    with pytest.raises(StageError, match=r"block second_pass: stages\.nowhere failed, and says why above"):
+        block.run("stages.nowhere", run, "second_pass")
+    assert "nowhere" in capfd.readouterr().err
+
+
 def test_the_page_has_every_model_and_its_times(run):
     page = (run / "metrics/report.md").read_text()
     for name in (
         "the given model",
         "extended, routed",
         "extended, always deep",
+        "second_pass, routed",
+        'branch "lora", branch_layer 0, branch_rank 2',
         *load_settings(run / "extend.yaml").rivals,
     ):
         assert name in page
@@ -166,6 +233,8 @@ def test_what_is_missing_is_said(run, monkeypatch, capsys):
     monkeypatch.setattr(base, "PACKAGE", "no_such_package")
     with pytest.raises(StageError, match=r"extend\.yaml: base\.from smollm2 needs a package: pip install"):
         base.place_of("smollm2")
+    with pytest.raises(StageError, match=r"extend\.yaml: blocks must have 'nobody', it has same, second_pass"):
+        block.main("nobody")
     with pytest.raises(SystemExit):
         exit_cleanly(lambda: rival.main("nobody"))
     assert "error: extend.yaml: rivals must have 'nobody', it has full, lora_8" in capsys.readouterr().err
@@ -178,7 +247,11 @@ def test_the_commands_of_the_page_run_as_they_are_typed(tmp_path):
     commands = page.partition("```bash\n")[2].partition("```")[0].splitlines()
     assert [command.split()[0] for command in commands] == ["pip", "dvc", "python"]
     clone = Clone.of_this_tree(tmp_path)
-    tiny(clone)
+    folder = tiny(clone)
+    settings = yaml.safe_load((folder / "extend.yaml").read_text())
+    settings["rivals"] = {name: settings["rivals"][name] for name in ("lora_8", "lora_32_seconds")}
+    settings["blocks"] = {"second_pass": SECOND_PASS}
+    (folder / "extend.yaml").write_text(yaml.safe_dump(settings))
     clone.run(*shlex.split(commands[1]))
     said = clone.run(*shlex.split(commands[2]), "--max-new-tokens", "8")
     assert "The capital of France is" in said
