@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import sys
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from lego.base.outside import printable
 from lego.base.sections import Section
 from lego.base.yaml_files import YamlError, read_yaml
 
@@ -96,3 +99,13 @@ def read_params(path: str | Path, shape: type[P], given: dict[str, dict[str, Any
         return shape.model_validate(raw)
     except ValidationError as error:
         raise ParamsError("; ".join(f"{path}: {_sentence(e, shape)}" for e in error.errors())) from None
+
+
+def check(load: Callable[[], BaseModel]) -> int:
+    """Prints parameters as JSON, or in one sentence what is wrong with their file; returns the exit code."""
+    try:
+        print(load().model_dump_json(indent=2, by_alias=True))
+    except ParamsError as error:
+        print(printable(str(error)), file=sys.stderr)
+        return 1
+    return 0

@@ -5,7 +5,6 @@ python -m lego.params            checks params.yaml and says what is wrong with 
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,8 +19,7 @@ from lego.base.ashem_sections import (
     SearchParams,
     YardstickParams,
 )
-from lego.base.outside import printable
-from lego.base.parameter_files import ParamsError, read_params
+from lego.base.parameter_files import ParamsError, check, read_params
 from lego.base.sections import DataParams, ModelParams, Section, TrainParams, pretrained_tokenizer
 
 
@@ -64,9 +62,4 @@ def load_params(path: str | Path = "params.yaml") -> Params:
 
 
 def main() -> int:
-    try:
-        print(load_params().model_dump_json(indent=2))
-    except ParamsError as error:
-        print(printable(str(error)), file=sys.stderr)
-        return 1
-    return 0
+    return check(load_params)

@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import ValidationError
 
 from lego.base.outside import printable
-from lego.base.parameter_files import ParamsError
+from lego.base.parameter_files import ParamsError, check
 from lego.base.sections import Section
 from lego.base.yaml_files import YamlError, read_yaml
 
@@ -133,17 +133,20 @@ class Sibling(Generic[P]):
         """The parameters with some keys set to other values; see `lego.base.profiles.changed`."""
         return changed(params, changes, where, self.params)
 
+    def checked(self) -> P:
+        """The parameters, with which each profile is valid.
+
+        Raises:
+            ParamsError: see `with_profile`.
+        """
+        params = self.load()
+        for name in self.profiles():
+            self.with_profile(params, name)
+        return params
+
     def main(self) -> int:
-        """Checks both files: prints the parameters, or what is wrong; returns the exit code."""
-        try:
-            params = self.load()
-            for name in self.profiles():
-                self.with_profile(params, name)
-        except ParamsError as error:
-            print(printable(str(error)), file=sys.stderr)
-            return 1
-        print(params.model_dump_json(indent=2))
-        return 0
+        """Checks both files; see `lego.base.parameter_files.check`."""
+        return check(self.checked)
 
     def print_options(self, arguments: list[str]) -> int:
         """Prints the one profile that is named as options of `dvc exp run`, or what is wrong; returns the exit code."""

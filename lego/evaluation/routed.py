@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lego.base.artifacts import write_tensors
+from lego.base.artifacts import read_tensors, write_tensors
 from lego.model.cost import Ledger
 from lego.model.exit_criteria import Criterion
 from lego.model.gate import Gate
@@ -148,6 +148,17 @@ def save_tables(folder: str | Path, **tables: TokenTable) -> None:
         tensors = {key: torch.from_numpy(array) for key, array in arrays.items()}
         small = {key: t.float() if t.is_floating_point() else t for key, t in tensors.items()}
         write_tensors(Path(folder) / f"{name}.safetensors", small)
+
+
+def load_table(file: str | Path) -> TokenTable:
+    """A table that `save_tables` wrote.
+
+    Raises:
+        ArtifactError: see `read_tensors`.
+    """
+    arrays = {key: tensor.numpy() for key, tensor in read_tensors(file).items()}
+    scores = {key.removeprefix("score_"): arrays.pop(key) for key in list(arrays) if key.startswith("score_")}
+    return TokenTable(**arrays, scores=scores)
 
 
 def threshold_sweep(

@@ -156,7 +156,7 @@ class Ledger:
 
     def train_joint(self, tokens: int, exits: int = 1) -> int:
         """Training all layers on `tokens` tokens, with the loss at this many exits."""
-        layers = self.num_layers * self.layer - self.branches * self.keys_values
+        layers = self.num_layers * self.layer + self.branches * (self.low_rank - self.keys_values)
         return FORWARD_BACKWARD * (layers + exits * self.head) * tokens
 
     def mine(self, tokens: int) -> int:
@@ -199,11 +199,15 @@ class Ledger:
         """Training the branch layers on a hard token; of keys and values, which do not train, no gradient is formed."""
         matrices = self.layer - self.keys_values - self.attention
         if self.branch_rank:
-            low = self.branch_rank * (4 * self.dim + 3 * (self.dim + self.ffn_dim))  # queries, output, three of the MLP
-            one = FROZEN_BACKWARD * matrices + FORWARD_BACKWARD * low
+            one = FROZEN_BACKWARD * matrices + FORWARD_BACKWARD * self.low_rank
         else:
             one = FORWARD_BACKWARD * matrices
         return self.branches * (one + FROZEN_BACKWARD * self.attention)
+
+    @property
+    def low_rank(self) -> int:
+        """Changes of low rank beside a branch layer's matrices: queries, output, three of the MLP."""
+        return self.branch_rank * (4 * self.dim + 3 * (self.dim + self.ffn_dim))
 
     @property
     def above_the_branch(self) -> int:

@@ -6,8 +6,8 @@ Shapes: B sequences, T tokens, D width, N layers. Layers are numbered from 1.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,17 @@ from lego.model.layers import Rows, TransformerLayer, rotary_frequencies
 
 BLOCK2_CONTEXTS = ("full", "token", "sequence")
 CONTEXT_AT_INFERENCE = {"token": "token", "sequence": "sequence", "historic": "full"}  # by ashem.phase2_context
+
+
+class Reached(NamedTuple):
+    """What block 2 reads of all tokens in `sequence` context.
+
+    `states` are outputs (B, T, D) of block 1's layers from the one that block 2 begins at, `keys_values` those
+    (B, G, T, d) of the layers after it.
+    """
+
+    states: list[Tensor]
+    keys_values: list[tuple[Tensor, Tensor]]
 
 
 class LayerStack(nn.Module):
@@ -171,16 +182,33 @@ class LayerStack(nn.Module):
 
     def outputs(self, x: Tensor, layers: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
         """Number and un-normed output (B, T, D) of each of the layers, in ascending order, for token ids (B, T)."""
-        h, done, above = self.embedding(x), 0, self.exit_layer + 1
-        for layer in layers:
-            if self.block2_context == "sequence" and layer >= above:  # each is reached anew from the same states
-                if done > self.branch_layer:
-                    h, done = self.embedding(x), 0
-                h, done = self.run_layers(h, done + 1, self.branch_layer), self.branch_layer
-                yield layer, self.run_layers(h, done + 1, layer)
-            else:
+        wanted, h, done = [*layers], self.embedding(x), 0
+        above = self.block2_context == "sequence" and max(wanted, default=0) > self.exit_layer
+        first = self.branch_layer if above else self.num_layers  # up to it each layer reads the one below
+        for layer in wanted:
+            if layer <= first:
                 h, done = self.run_layers(h, done + 1, layer), layer
                 yield layer, h
+        if above:
+            h = self.run_layers(h, done + 1, first)
+            yield from self._outputs_above(h, [layer for layer in wanted if layer > first])
+
+    def _outputs_above(self, h: Tensor, wanted: list[int]) -> Iterator[tuple[int, Tensor]]:
+        """`outputs` from outputs h (B, T, D) of the layer that block 2 begins at, in `sequence` context."""
+        if not self.branches:
+            source = h
+            for number in range(self.exit_layer + 1, wanted[-1] + 1):
+                h = self.layer(number)(h, source)
+                if number in wanted:
+                    yield number, h
+            return
+        reached, every = self.reach(h), torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+        for number, state in enumerate(reached.states, self.branch_layer):
+            if number in wanted:
+                yield number, state
+        for number, x in self._above_exit(reached, every, wanted[-1]):
+            if number in wanted:
+                yield number, x.view_as(h)
 
     def states_at(self, x: Tensor, layer: int) -> Tensor:
         """Un-normed output (B, T, D) of a layer for token ids (B, T).
@@ -188,9 +216,12 @@ class LayerStack(nn.Module):
         Raises:
             ValueError: the model has no such layer.
         """
+        return self.run_layers(self.embedding(x), 1, self._known(layer))
+
+    def _known(self, layer: int) -> int:
         if not 1 <= layer <= self.num_layers:
             raise ValueError(f"exit_layer must be in 1..num_layers = {self.num_layers}, got {layer}")
-        return self.run_layers(self.embedding(x), 1, layer)
+        return layer
 
     def forward_to_hidden(self, x: Tensor) -> Tensor:
         """Un-normed output (B, T, D) of the exit layer; StandardTransformer exits at its last layer."""
@@ -206,28 +237,62 @@ class LayerStack(nn.Module):
         x = h[mask]  # (n, D)
         if not len(x):
             return x
-        rows, attention = Rows.of(mask), self.layer(last).self_attn
-        own = attention.rotary(rows.positions.unsqueeze(1))  # (B, 1, Q, d/2)
-        every = attention.rotary(torch.arange(h.shape[1], device=h.device))  # (T, d/2)
         deepest = min(self.exit_layer, self.branch_layer + last - self.exit_layer)  # of block 1, that `last` needs
-        for number in range(self.branch_layer + 1, deepest + 1):
-            frozen = self.layer(number)
-            keys_values = frozen.keys_values(h, every)
-            x = self.layer(number + self.branches).over(x, rows, *keys_values, own)
-            if number < deepest or last >= self.own_layers.start:
-                h = frozen.over_all(h, *keys_values, every)
-        for number in range(self.own_layers.start, last + 1):
-            layer = self.layer(number)
-            x = layer.over(x, rows, *layer.keys_values(h, every), own)
+        reached = self.reach(h, deepest, whole=last >= self.own_layers.start)
+        for _, x in self._above_exit(reached, mask, last):  # noqa: B007, the last one is asked for
+            pass
         return x
 
-    def deepen(self, h: Tensor, hard: Tensor, layer: int) -> Tensor:
+    def reach(self, h: Tensor, deepest: int | None = None, whole: bool = True) -> Reached:
+        """Block 1 from outputs h (B, T, D) of the layer that block 2 begins at, with what branch layers read of it.
+
+        Args:
+            h: outputs of that layer.
+            deepest: layer to go to; default the exit.
+            whole: whether the deepest layer's own output is wanted too, not its keys and values alone.
+        """
+        deepest = self.exit_layer if deepest is None else deepest
+        every = self.layer(1).self_attn.rotary(torch.arange(h.shape[1], device=h.device))  # (T, d/2)
+        states, keys_values = [h], list[tuple[Tensor, Tensor]]()
+        for number in range(self.branch_layer + 1, deepest + 1):
+            layer = self.layer(number)
+            keys_values.append(layer.keys_values(states[-1], every))
+            if whole or number < deepest:
+                states.append(layer.over_all(states[-1], *keys_values[-1], every))
+        return Reached(states, keys_values)
+
+    def _above_exit(self, reached: Reached, mask: Tensor, last: int) -> Iterator[tuple[int, Tensor]]:
+        """Number and output (n, D) of each layer above the exit up to `last`, of the tokens true in mask (B, T)."""
+        x, exits = reached.states[0][mask], reached.states[-1]
+        rows, attention = Rows.of(mask), self.layer(last).self_attn
+        own = attention.rotary(rows.positions.unsqueeze(1))  # (B, 1, Q, d/2)
+        every = attention.rotary(torch.arange(mask.shape[1], device=x.device))  # (T, d/2)
+        for number, keys_values in enumerate(reached.keys_values, self.exit_layer + 1):
+            x = self.layer(number).over(x, rows, *keys_values, own)
+            yield number, x
+        for number in range(self.own_layers.start, last + 1):
+            layer = self.layer(number)
+            x = layer.over(x, rows, *layer.keys_values(exits, every), own)
+            yield number, x
+
+    def exit_at(self, x: Tensor, layer: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """`states_at`, and a function that takes the tokens marked in (B, T) from there to the last layer (n, D)."""
+        first = min(self._known(layer), self.branch_layer) if self.branches else self._known(layer)
+        start = self.run_layers(self.embedding(x), 1, first)
+        reached = self.reach(start) if first < layer == self.exit_layer else None
+        h = self.run_layers(start, first + 1, layer) if reached is None else reached.states[-1]
+        return h, lambda hard: self.deepen(start, hard, first, reached)
+
+    def deepen(self, h: Tensor, hard: Tensor, layer: int, reached: Reached | None = None) -> Tensor:
         """Full-depth states (n_hard, D) of the tokens marked in hard (B, T), from outputs h (B, T, D) of a layer.
 
-        That is the exit, or where block 2 begins below it the layer that it begins at.
+        That is the exit, or where block 2 begins below it the layer that it begins at; what is `reached` from there
+        need not be computed again.
         """
         if self.block2_context == "sequence" and layer == self.branch_layer:
-            return self.gathered(h, hard, self.num_layers)
+            if reached is None or not hard.any():
+                return self.gathered(h, hard, self.num_layers)
+            return [x for _, x in self._above_exit(reached, hard, self.num_layers)][-1]
         if self.block2_context == "token" and layer >= self.exit_layer:  # the hard tokens need no other token
             return self.run_layers(h[hard].unsqueeze(1), layer + 1, self.num_layers).squeeze(1)
         return self.run_layers(h, layer + 1, self.num_layers)[hard]

@@ -94,17 +94,14 @@ class BaseTransformer(LayerStack):
         Raises:
             ValueError: exit_layer is none of the model's layers.
         """
-        if not 1 <= exit_layer <= self.num_layers:
-            raise ValueError(f"exit_layer must be in 1..num_layers = {self.num_layers}, got {exit_layer}")
-        first = min(exit_layer, self.branch_layer) if self.branches else exit_layer  # that the full depth begins at
-        start = self.run_layers(self.embedding(x), 1, first)
-        h = self.run_layers(start, first + 1, exit_layer)
+        h, deepen = self.exit_at(x, exit_layer)
         both = self.scored_logits_at(h.flatten(0, 1), exit_layer, lambda _, logits: max_probability(logits))
         logits, confidence = both[0].view(*x.shape, -1), both[1].view(x.shape)  # (B, T, V), (B, T)
         if threshold == 0.0:
-            return self.logits_at(self.run_layers(start, first + 1, self.num_layers), self.num_layers), confidence
+            every = torch.ones_like(confidence, dtype=torch.bool)
+            return self.logits_at(deepen(every).view_as(h), self.num_layers), confidence
         hard = confidence < threshold
-        logits[hard] = self.logits_at(self.deepen(start, hard, first), self.num_layers).to(logits.dtype)
+        logits[hard] = self.logits_at(deepen(hard), self.num_layers).to(logits.dtype)
         return logits, confidence
 
 
@@ -163,14 +160,12 @@ class DeepSupervisionTransformer(BaseTransformer):
 
     def forward_train(self, x: Tensor) -> dict[str, Any]:
         """Both exits' logits (B, T, V) of all tokens, their confidence (B, T), and the share that would leave early."""
-        start = self.trunk(x)
-        h = self.run_layers(start, self.branch_layer + 1, self.exit_layer)
-        shallow = self.logits_at(h, self.exit_layer)
-        deep = self.run_layers(start, self.branch_layer + 1, self.num_layers)
+        states = dict(self.outputs(x, sorted({self.exit_layer, self.num_layers})))
+        shallow = self.logits_at(states[self.exit_layer], self.exit_layer)
         confidence = max_probability(shallow)
         return {
             "shallow_logits": shallow,
-            "deep_logits": self.logits_at(deep, self.num_layers),
+            "deep_logits": self.logits_at(states[self.num_layers], self.num_layers),
             "confidence": confidence,
             "shallow_ratio": shallow_ratio(confidence, self.routing_threshold),
         }

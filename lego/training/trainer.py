@@ -121,14 +121,11 @@ class Trainer:
         for x, y in batches:
             x, y = x.to(self.device), y.to(self.device)
             read = k if threshold else model.num_layers
-            first = model.branch_layer if threshold and model.branches else read  # that hard tokens go on from
-            h = start = model.trunk(x) if first < read else model.states_at(x, read)
-            if first < read:
-                h = model.run_layers(start, first + 1, read)
+            h, deepen = model.exit_at(x, read)
             losses, correct, confidence = model.read_at(h, read, y)
             if threshold:
                 hard = confidence.view_as(y) < threshold  # (B, T)
-                deep = model.read_at(model.deepen(start, hard, first), model.num_layers, y[hard])
+                deep = model.read_at(deepen(hard), model.num_layers, y[hard])
                 losses[hard.flatten()], correct[hard.flatten()] = deep[:2]
                 shallow += int((~hard).sum())
             nll += losses.cpu().double().sum().item()  # not every device has float64

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lego.base.artifacts import read_tensors
 from lego.evaluation.routed import TokenTable, threshold_sweep
 from lego.model.cost import Ledger
 from lego.report.stats import calibration_error, fit_temperature, with_temperature
 
 POINTS = 101
-
-
-def load_table(file: Path) -> TokenTable:
-    """A token table that evaluate_routing wrote."""
-    arrays = {key: tensor.numpy() for key, tensor in read_tensors(file).items()}
-    scores = {key.removeprefix("score_"): arrays.pop(key) for key in list(arrays) if key.startswith("score_")}
-    return TokenTable(**arrays, scores=scores)
 
 
 def mean_ppl_over_cost(table: TokenTable, ledger: Ledger, criterion: str, macs: int | None) -> float:

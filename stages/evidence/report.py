@@ -12,7 +12,7 @@ from lego.base.artifacts import read_json
 from lego.base.harness import Stage, StageError, exit_cleanly
 from lego.base.params import Params, load_params
 from lego.evaluation.calibration import score_macs
-from lego.evaluation.routed import TokenTable
+from lego.evaluation.routed import TokenTable, load_table
 from lego.model.checkpoint import load_model
 from lego.model.cost import Ledger
 from lego.model.exit_criteria import STATE_CRITERIA
@@ -22,7 +22,7 @@ from stages.evidence import routing_tables, tables, wording
 from stages.evidence import suites as named
 from stages.evidence.current import outdated
 from stages.evidence.pictures import hard_against_random, regime_map, routed_against_cost, training_curves
-from stages.evidence.quality import criterion_rows, load_table
+from stages.evidence.quality import criterion_rows
 from stages.evidence.records import results
 from stages.evidence.suites import FULL, load_suites
 from stages.evidence.summary import Suite, by_regime
@@ -58,7 +58,7 @@ def draw(folder: Path, suites: dict[str, Suite], table: TokenTable, criterion: s
 
 def router_rows(params: Params, ledger: Ledger, test: TokenTable) -> list[dict[str, Any]]:
     """How the exit criteria of the root pipeline's model route."""
-    validation = load_table(Path("data/evaluation/validation.safetensors"))
+    validation = load_table("data/evaluation/validation.safetensors")
     routing = params.routing
     shallow = 1 - routing.deep_share(params.ashem.hard_example_ratio)
     promised = shallow if routing.calibration == "quantile" else None
@@ -185,7 +185,7 @@ def main() -> None:
             suites["core"] = Suite.load("quick")
             if "ashem" not in suites["core"].models(SETTING):
                 raise StageError("metrics/evidence/core.json: has no ASHEM; run python -m stages.evidence.queue first")
-        test = load_table(Path("data/evaluation/test.safetensors"))
+        test = load_table("data/evaluation/test.safetensors")
         figures = drawn(PICTURES, lambda folder: draw(folder, suites, test, params.routing.criterion))
         build(params, suites, figures, test).write("metrics")
         print(f"metrics/report.html: {len(figures)} pictures")

@@ -16,11 +16,12 @@ from lego.base.artifacts import atomic_folder, read_json, read_number, write_csv
 from lego.base.harness import Stage, exit_cleanly, resolve_device
 from lego.base.params import load_params
 from lego.evaluation.latency import ratio_of_pairs
-from lego.evaluation.routed import TokenTable, token_table
+from lego.evaluation.routed import TokenTable, load_table, token_table
 from lego.hub.modeling import LegoForCausalLM
 from lego.model.checkpoint import RoutedModel, load_routed
 from lego.model.cost import Ledger
 from lego.model.exit_criteria import Criterion, StateCriterion, max_prob
+from lego.model.gate import Gate
 from lego.routing.decoder import RoutedDecoder
 from lego.tokens.batches import split_batches
 from lego.tokens.blocks import PackedBlocks, data_digests
@@ -32,12 +33,28 @@ BATCHES = (1, 8)
 NEW_TOKENS = 16  # read one by one after a prompt
 
 
-def tables_of(routed: RoutedModel, name: str, size: int, device: torch.device, gated: bool) -> dict[str, TokenTable]:
-    """What both exits said of each text, with the gate or without; `name` is that of the model's criterion."""
+def tables_of(
+    routed: RoutedModel, name: str, size: int, device: torch.device
+) -> tuple[dict[str, TokenTable], dict[str, TokenTable]]:
+    """What both exits said of each text, with the gate, if there is one, and without.
+
+    Args:
+        routed: the model with its routing.
+        name: of its criterion.
+        size: blocks at a time.
+        device: where it runs.
+    """
     scored: dict[str, Criterion] = {} if name == "max_prob" else {name: routed.criterion or max_prob}
-    gate = routed.gate if gated else None
-    texts = {name: split_batches(*place, size) for name, place in TEXTS.items()}
-    return {name: token_table(routed.model, text, device, scored, gate=gate) for name, text in texts.items()}
+
+    def table(prefix: str, gate: Gate | None) -> TokenTable:
+        return token_table(routed.model, split_batches(*TEXTS[prefix], size), device, scored, gate=gate)
+
+    gated = {
+        "": load_table("data/evaluation/test.safetensors"),
+        "val_": load_table("data/evaluation/validation.safetensors"),
+    }
+    gated["other_"] = table("other_", routed.gate)
+    return gated, gated if routed.gate is None else {prefix: table(prefix, None) for prefix in TEXTS}
 
 
 def figures(tables: dict[str, TokenTable], easy: Callable[[TokenTable], np.ndarray]) -> dict[str, float | None]:
@@ -110,8 +127,7 @@ def main() -> None:
         routed = load_routed("data/routed")
         assert routed.threshold is not None
         name = read_json("data/routed/config.json")["exit_criterion"]
-        plain = tables_of(routed, name, size, device, gated=False)
-        gated = plain if routed.gate is None else tables_of(routed, name, size, device, gated=True)
+        gated, plain = tables_of(routed, name, size, device)
         kinds = {False: plain} | ({} if routed.gate is None else {True: gated})
         rows = [row for gate, one in kinds.items() for by in {name, "max_prob"} for row in by_share(one, by, gate)]
         rows.sort(key=lambda row: (row["criterion"], row["gated"], row["share"]))

@@ -6,7 +6,6 @@ python -m stages.extend.settings            checks extend.yaml and says what is 
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +13,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from lego.base.artifacts import write_text
-from lego.base.outside import printable
-from lego.base.parameter_files import ParamsError, read_params
+from lego.base.parameter_files import ParamsError, check, read_params
 from lego.base.params import Params
 from lego.base.profiles import changed
 from lego.base.sections import Count, CountOrZero, Positive, Section
@@ -103,14 +101,5 @@ def write_params(settings: Settings, path: str | Path = "params.yaml") -> None:
     write_text(path, f"# Made from `root` of extend.yaml whenever a stage runs here; change it there.\n{values}")
 
 
-def main() -> int:
-    try:
-        print(load_settings(FILE).model_dump_json(indent=2))
-    except ParamsError as error:
-        print(printable(str(error)), file=sys.stderr)
-        return 1
-    return 0
-
-
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(check(lambda: load_settings(FILE)))

@@ -153,6 +153,45 @@ def test_inference_costs_what_the_ledger_says(b, new):
     assert counted_macs(lambda: RoutedDecoder(model, 0.0, 3).read(x)) == ledger.shallow() * x.numel()
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize(("b", "new"), SHAPES)
+def test_block_1_runs_once_where_both_exits_are_asked_for(b, new, rank):
+    model, x = branched(b, new, branch_rank=rank, trained=rank == 0), torch.randint(0, VOCAB, (3, 12))
+    ledger = Ledger.of(model, 12)
+    if not rank:
+        model.routing_threshold = ALWAYS_DEEP
+        assert counted_macs(lambda: model.forward_inference(x)) == ledger.routed(0.0) * x.numel()
+        with torch.no_grad():
+            assert counted_macs(lambda: model.forward_train(x)) == (ledger.full + ledger.head) * x.numel()
+    trainer = Trainer(TrainingConfig([StageConfig((layer, layer), 0.5) for layer in (3, model.num_layers)]), VOCAB)
+    model.requires_grad_(True)
+    counted = counted_macs(lambda: trainer.compute_loss(model, x, x).backward())
+    assert counted == ledger.train_joint(x.numel(), exits=2)
+
+
+@pytest.mark.parametrize(("b", "new"), SHAPES)
+@torch.no_grad()
+def test_every_layer_is_read_as_it_is_reached_alone(b, new):
+    model, x = branched(b, new), torch.randint(0, VOCAB, (2, 9))
+    for number, state in model.outputs(x, range(1, model.num_layers + 1)):
+        logits_close(state, model.run_layers(model.embedding(x), 1, number))
+    for layer in range(1, model.num_layers + 1):
+        logits, _ = model.route(x, layer, 0.0)
+        logits_close(logits, model(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context", ["full", "token", "sequence"])
+def test_a_branch_at_the_exit_is_none(context):
+    grown = []
+    for layer in (3, None):
+        torch.manual_seed(0)
+        grown.append(grow_model(block1_of(), 5, block2_context=context, branch_layer=layer).eval())
+    x = torch.randint(0, VOCAB, (2, 9))
+    assert [model.num_layers for model in grown] == [5, 5]
+    assert torch.equal(grown[0](x), grown[1](x))
+
+
 @pytest.mark.parametrize(("b", "new"), SHAPES)
 def test_nothing_is_remembered_for_branch_layers(b, new):
     decoder = RoutedDecoder(branched(b, new), ALWAYS_DEEP)
