@@ -54,16 +54,21 @@ class AshemParams(Section):
         """Layer whose output block 2 begins at, of a block 1 of this depth, from 0; None = its last.
 
         Raises:
-            ParamsError: block 1 has no such layer below its last.
+            ParamsError: block 1 has no such layer, or block 2 would have none.
         """
         if self.branch_layer is None:
             return None
-        if not -depth <= self.branch_layer < depth:
+        if not -depth <= self.branch_layer <= depth:
             raise ParamsError(
-                f"params.yaml: ashem.branch_layer must be in {-depth}..{depth - 1} for block 1's {depth} layers, got "
-                f"{self.branch_layer}; null lets block 2 begin at the last"
+                f"params.yaml: ashem.branch_layer must be in {-depth}..{depth} for block 1's {depth} layers, got "
+                f"{self.branch_layer}; {depth} or null lets block 2 begin at the last"
             )
-        return self.branch_layer % depth
+        if self.branch_layer < depth:
+            return self.branch_layer % depth
+        if not self.new_layers or self.branch == "lora":
+            lacks = "branch lora needs one" if self.new_layers else "phase2_layers adds none"
+            raise ParamsError(f"params.yaml: ashem.branch_layer {depth} repeats no layer, and ashem.{lacks}; lower it")
+        return None
 
     def rank_of(self, dim: int) -> int:
         """Rank of what branch layers learn beside matrices of a width; 0 = whole matrices.

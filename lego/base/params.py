@@ -5,6 +5,7 @@ python -m lego.params            checks params.yaml and says what is wrong with 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -46,14 +47,26 @@ class Params(Section):
             raise ValueError(
                 "ashem.phase1_epochs must be at least 1 unless model.init_from names a trained model, got 0"
             )
-        if self.model.init_from is None or self.model.init_layers == "phase1_layers":  # else its depth is not known yet
-            try:
-                self.ashem.branch_of(self.ashem.phase1_layers)
-                if self.model.init_from is None:
-                    self.ashem.rank_of(self.model.dim)
-            except ParamsError as error:
-                raise ValueError(str(error).removeprefix("params.yaml: ")) from None
+        depth, dim = self._block1()
+        try:
+            if depth is not None:
+                self.ashem.branch_of(depth)
+            if dim is not None:
+                self.ashem.rank_of(dim)
+        except ParamsError as error:
+            raise ValueError(str(error).removeprefix("params.yaml: ")) from None
         return self
+
+    def _block1(self) -> tuple[int | None, int | None]:
+        """Depth and width of block 1; None where the given model is in no folder here: its stage will say."""
+        if self.model.init_from is None:
+            return self.ashem.phase1_layers, self.model.dim
+        try:
+            config = json.loads((Path(self.model.init_from) / "config.json").read_text(encoding="utf-8"))
+            depth, dim = int(config["num_hidden_layers"]), int(config["hidden_size"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return (self.ashem.phase1_layers if self.model.init_layers == "phase1_layers" else None), None
+        return (self.ashem.phase1_layers if self.model.init_layers == "phase1_layers" else depth), dim
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:

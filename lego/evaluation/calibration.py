@@ -40,6 +40,9 @@ def score_macs(criterion: str, dim: int, routing: RoutingParams) -> int | None:
     return dim if criterion == "probe" else None
 
 
+MOST_GAIN = 3.0  # nats that a token's realised gain counts for: more is the luck of its one next token
+
+
 class GainFit:
     """Learns from exit states what block 2 will spare them; the score is high where that is little.
 
@@ -80,6 +83,7 @@ def fitted_gain(
     """The criterion `gain` of a model with two exits, fitted on a text.
 
     A gate needs the exit's logits of every token, so the criterion reads them too, which costs next to nothing then.
+    What the mixture expects to spare is learned; without a gate what full depth did spare, whose outliers are cut.
 
     Args:
         model: with two blocks.
@@ -90,7 +94,11 @@ def fitted_gain(
         device: where the model runs, and the criterion then lies.
     """
     fit = GainFit(model.sizes["dim"], routing.gain_width, reads_logits=gate is not None)
-    token_table(model, batches, device, on_states=fit.add, gate=gate)
+
+    def add(states: Tensor, gain: Tensor, largest: Tensor) -> None:
+        fit.add(states, gain if gate is not None else gain.clamp(-MOST_GAIN, MOST_GAIN), largest)
+
+    token_table(model, batches, device, on_states=add, gate=gate)
     return fit.solve(routing.gain_l2, seed).to(device)
 
 

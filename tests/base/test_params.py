@@ -143,8 +143,33 @@ def test_another_systems_parameters_are_read_by_their_own_sections(tmp_path):
 
 def test_a_negative_branch_layer_counts_from_block_1s_last():
     ashem = load_params(ROOT / "params.yaml").ashem
-    for number, depth, found in ((-1, 2, 1), (-1, 30, 29), (-30, 30, 0), (24, 30, 24), (None, 30, None)):
+    for number, depth, found in ((-1, 2, 1), (-1, 30, 29), (-30, 30, 0), (24, 30, 24), (None, 30, None), (2, 2, None)):
         assert ashem.model_copy(update={"branch_layer": number}).branch_of(depth) == found
-    for number in (2, -3):
-        with pytest.raises(ParamsError, match=r"ashem\.branch_layer must be in -2\.\.1 for block 1's 2 layers, got"):
+    for number in (3, -3):
+        with pytest.raises(ParamsError, match=r"ashem\.branch_layer must be in -2\.\.2 for block 1's 2 layers, got"):
             ashem.model_copy(update={"branch_layer": number}).branch_of(2)
+    for changes, lacks in (
+        ({"phase2_layers": 2}, "phase2_layers adds none"),
+        ({"branch": "lora"}, "branch lora needs"),
+    ):
+        with pytest.raises(ParamsError, match=rf"ashem\.branch_layer 2 repeats no layer, and ashem\.{lacks}"):
+            ashem.model_copy(update={"branch_layer": 2} | changes).branch_of(2)
+
+
+def test_a_given_model_in_a_folder_is_asked_before_anything_runs(tmp_path):
+    """Its depth and width, which else mining would find out; without them the stage that reads it will say."""
+    values = yaml.safe_load((ROOT / "params.yaml").read_text())
+    values["model"]["init_from"], file = str(tmp_path / "given"), tmp_path / "params.yaml"
+    (tmp_path / "given").mkdir()
+    wrong = [({"branch_layer": 31}, r"branch_layer must be in -30\.\.30"), ({"branch_layer": 24}, None)]
+    wrong += [({"branch": "lora", "branch_rank": 576}, "branch_rank must be less than block 1's width 576")]
+    for told in (None, "[]", '{"num_hidden_layers": 30, "hidden_size": 576}'):
+        if told is not None:
+            (tmp_path / "given/config.json").write_text(told)
+        for changes, said in wrong:
+            file.write_text(yaml.safe_dump(values | {"ashem": values["ashem"] | changes}))
+            if said is None or told in (None, "[]"):
+                load_params(file)
+                continue
+            with pytest.raises(ParamsError, match=said):
+                load_params(file)

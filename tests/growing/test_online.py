@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,21 +12,26 @@ from lego.base.artifacts import ArtifactError
 from lego.growing import selection
 from lego.growing.hard_batches import HardBlockBatches, HardTokenBatches
 from lego.growing.upper_layers import train_gathered
+from lego.mining.hidden_states import HiddenStateStore
 from tests.conftest import VOCAB, logits_close
 from tests.mining.test_hidden_states import random_block1, write
 
 DEVICE = torch.device("cpu")
 
 
-@pytest.fixture
-def stores(tmp_path):
-    """One with states in float32 and one that makes them anew, of the same text and model."""
+def stores_of(folder: Path, layer: int | None = None) -> list[HiddenStateStore]:
+    """One with states of a layer in float32 and one that makes them anew, of the same text and model."""
     model, found = random_block1(), []
     for dtype in ("float32", None):
-        (tmp_path / str(dtype)).mkdir()
-        found.append(write(tmp_path / str(dtype), model, dtype)[0])
-    selection.recompute(found[1], model, DEVICE)
+        (folder / str(dtype)).mkdir()
+        found.append(write(folder / str(dtype), model, dtype, layer=layer)[0])
+    selection.recompute(found[1], model, DEVICE, layer)
     return found
+
+
+@pytest.fixture
+def stores(tmp_path):
+    return stores_of(tmp_path)
 
 
 def test_a_store_without_states_is_smaller_by_them_alone(stores):
@@ -52,11 +59,12 @@ def test_batches_are_those_of_stored_states(stores):
     logits_close(*(store.hard_examples(1)["hidden_states"] for store in stores))
 
 
-def test_block_2_takes_the_same_steps(stores):
+@pytest.mark.parametrize(("layer", "rank"), [(None, 0), (1, 0), (0, 0), (0, 3)])
+def test_block_2_takes_the_same_steps(tmp_path, layer, rank):
     weights = []
-    for store in stores:
+    for store in stores_of(tmp_path, layer):
         torch.manual_seed(1)
-        grown = grow_model(random_block1(), 4, block2_context="sequence")
+        grown = grow_model(random_block1(), 4, block2_context="sequence", branch_layer=layer, branch_rank=rank)
         optimizer = Trainer(create_standard_config(4), VOCAB).create_optimizer(grown, 1e-3)
         batches = HardBlockBatches(store, batch_size=30, tokens_per_epoch=60, seed=3)
         loss = train_gathered(grown, batches, optimizer, DEVICE)

@@ -28,12 +28,13 @@ def model() -> DeepSupervisionTransformer:
 DATA = random_batches(10, seed=4)  # 10 batches of 4 blocks of 12 tokens
 
 
-def write(folder, model, dtype="float32", shard_tokens=100, ratio=0.5):
+def write(folder, model, dtype="float32", shard_tokens=100, ratio=0.5, layer=None):
     threshold = compute_confidence_threshold(model, DATA, ratio, "cpu")
     writer = StoreWriter(folder, threshold, dtype, shard_tokens)
-    for batch in exit_states(model, DATA, "cpu"):
+    for batch in exit_states(model, DATA, "cpu", layer):
         writer.add(*batch)
-    writer.close(split="train", block1_sha256="b", tokenizer_sha256="t", macs=1)
+    facts = {} if layer is None else {"layer": layer}
+    writer.close(split="train", block1_sha256="b", tokenizer_sha256="t", macs=1, **facts)
     return HiddenStateStore(folder), threshold
 
 

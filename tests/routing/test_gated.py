@@ -52,11 +52,15 @@ def test_teacher_forced_mixtures_equal_cached_reading_in_pieces(case):
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-@pytest.mark.parametrize(("criterion", "reads"), [("entropy", False), ("gain", False), ("gain", True)])
+@pytest.mark.parametrize(
+    ("criterion", "reads"),
+    [("margin", False), ("entropy", False), ("probe", False), ("gain", False), ("gain", True)],
+)
 @torch.no_grad()
 def test_every_criterion_and_no_routing_answer_with_the_same_mixtures(context, criterion, reads):
     model, gate, x = MODELS[context, 2], gate_of(), torch.randint(0, VOCAB, (3, 8))
-    chosen = LOGIT_CRITERIA.get(criterion) or StateCriterion(32, 5, reads).requires_grad_(False)
+    width = 0 if criterion == "probe" else 5
+    chosen = LOGIT_CRITERIA.get(criterion) or StateCriterion(32, width, reads).requires_grad_(False)
     k = model.exit_layer
     h = model.states_at(x, k)
     shallow, full = model.logits_at(h, k).flatten(0, 1), model(x).flatten(0, 1)

@@ -6,6 +6,7 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -13,9 +14,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lego.hf  # noqa: F401 - registers the classes
 from lego.base.artifacts import ArtifactError, read_json
 from lego.base.harness import exit_cleanly
+from lego.evaluation.routed import load_table
 from lego.model.checkpoint import load_routed
 from stages import evaluate_routing
 from tests.conftest import Clone, run_in_process, train_llama
+from tests.routing.test_gated import gate_of
 from tests.stages.conftest import ORDER
 
 
@@ -71,6 +74,24 @@ def test_easy_tokens_keep_the_given_models_answers(run):
         routed.generate(x[:2], max_new_tokens=8, do_sample=False),
         llama.generate(x[:2], max_new_tokens=8, do_sample=False),
     )
+
+
+def test_a_promise_is_of_the_mixtures_where_there_is_a_gate(run, tmp_path, monkeypatch):
+    """Routed less always deep, both answered through the gate; one that mixes more than so little text has it learn."""
+    folder = tmp_path / "gated"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns(".git", "lego", "stages", "llama"))
+    text = (folder / "params.yaml").read_text()
+    (folder / "params.yaml").write_text(text.replace("  gate: none", "  gate: fitted"))
+    monkeypatch.setattr(evaluate_routing, "gate_for", lambda *_: (gate_of(), {}))
+    run_in_process(folder, ["evaluate_routing"])
+    before, risk = (read_json(place / "metrics/details/criteria.json")["risk"] for place in (run, folder))
+    table = load_table(folder / "data/evaluation/test.safetensors")
+    threshold = read_json(folder / "metrics/details/ashem.json")["threshold"]
+    answers = np.where(table.score("probe") >= threshold, table.nll_shallow, table.nll_deep)
+    assert risk["realised_increase_nats"] == pytest.approx(float((answers - table.nll_deep).mean()), abs=1e-6)
+    assert risk["units"] == before["units"]
+    assert risk["smallest_epsilon"] < before["smallest_epsilon"]  # a mixture is nearer to what leaving answers
+    assert load_routed(folder / "data/routed").gate is not None
 
 
 def test_the_promise_stands_beside_what_came_of_it(run):

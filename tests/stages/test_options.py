@@ -123,13 +123,14 @@ def test_the_historical_protocol_knows_no_branch(run, monkeypatch):
     ("changes", "stage", "sentence"),
     [
         (
-            {"branch_layer": "2"},
+            {"branch_layer": "3"},
             collect_hard,
-            "ashem.branch_layer must be in -2..1 for block 1's 2 layers, got 2",
+            "ashem.branch_layer must be in -2..2 for block 1's 2 layers, got 3",
         ),
         ({"branch_layer": "null"}, collect_hard, "branch lora needs a branch_layer"),
         ({"branch_rank": "64"}, train_phase2, "ashem.branch_rank must be less than block 1's width"),
-        ({"branch_layer": "-3"}, collect_hard, "ashem.branch_layer must be in -2..1 for block 1's 2 layers, got -3"),
+        ({"branch_layer": "2"}, collect_hard, "ashem.branch_layer 2 repeats no layer, and ashem.branch lora needs one"),
+        ({"branch_layer": "-3"}, collect_hard, "ashem.branch_layer must be in -2..2 for block 1's 2 layers, got -3"),
         (
             {"branch_layer": "null", "branch": "full", "phase2_layers": "2"},
             collect_hard,

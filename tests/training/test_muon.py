@@ -76,6 +76,25 @@ def test_every_trained_weight_has_one_optimizer_and_heads_are_not_hidden(head, t
     assert len(hidden_matrices(grown)) == 4 * 7
 
 
+def test_low_rank_changes_are_hidden_matrices_and_what_they_change_stays():
+    grown = grow_model(model_of(), 3, branch_layer=0, branch_rank=4, block2_context="sequence")
+    optimizer = build_muon(grown, 0.02, 0.01, 0.1, (0.9, 0.95))
+    names = {id(p): name for name, p in grown.named_parameters()}
+    by_muon = {names[id(p)] for p in optimizer.param_groups[0]["params"]}
+    low = {f"{part}.weight" for part in ("down", "up")}
+    assert len(by_muon) == 2 * 2 * 5 + 7  # of two branch layers five matrices each, and a new layer
+    assert sum(name.rpartition("_proj.")[2] in low for name in by_muon) == 2 * 2 * 5
+    before = {name: p.detach().clone() for name, p in grown.named_parameters()}
+    x, y = random_batches(1)[0]
+    for _ in range(2):  # at first the half that is zero moves, which lets the other move
+        grown.loss_at(grown.run_layers(grown.embedding(x), 1, grown.num_layers), grown.num_layers, y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    moved = {name for name, p in grown.named_parameters() if not torch.equal(p, before[name])}
+    assert by_muon <= moved
+    assert moved <= {name for name, p in grown.named_parameters() if p.requires_grad}
+
+
 def test_a_restored_state_takes_the_same_steps(tmp_path):
     """Through JSON and safetensors; the schedule goes on to change what both parts step with."""
     ends = []
