@@ -67,6 +67,35 @@ class Routing:
     mixed: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What the routed model answers: by which routing, token by token of each split, at what cost, in numbers."""
+
+    routing: Routing
+    tables: dict[str, TokenTable]
+    ledger: Ledger
+    metrics: dict[str, Any]
+
+
+def answer(params: Params, model: DeepSupervisionTransformer, seed: int, device: torch.device) -> Answers:
+    """Decides how the model routes, on calibration text, and has it answer test and validation text.
+
+    Args:
+        params: of the run.
+        model: of two blocks.
+        seed: of what is fitted.
+        device: where it runs.
+    """
+    routing = decide(params, model, seed, device)
+    texts = {name: split_batches("data/tokens", name, params.evaluation.batch_size) for name in SCORED}
+    wanted, gate = scored(routing.criteria), routing.gate
+    tables = {name: token_table(model, text, device, wanted, gate=gate) for name, text in texts.items()}
+    ledger = Ledger.of(model, texts["test"].blocks.seq_len, gated=gate is not None)
+    hard = {name: HardTokens.of(table, routing.mining) for name, table in tables.items()}
+    facts = corpus_facts("data/tokens")["splits"]["test"]
+    return Answers(routing, tables, ledger, routed_metrics(tables, hard, ledger, facts, routing.chosen))
+
+
 def documents(blocks: PackedBlocks) -> np.ndarray:
     """Number of each predicted token's document."""
     return document_units(blocks.targets(), corpus_facts("data/tokens")["end_of_text"])
@@ -148,8 +177,11 @@ def write_documents(table: TokenTable, routing: Routing) -> None:
     write_csv("data/documents/shallow.csv", document_rows(shallow, shallow, hard, of_test))
 
 
-def write_routed(model: DeepSupervisionTransformer, routing: Routing, metrics: dict[str, Any]) -> None:
-    """data/routed: the model as transformers and `lego.generate` load it."""
+def write_answers(model: DeepSupervisionTransformer, found: Answers) -> None:
+    """data/evaluation: what both exits said; data/routed: the model as transformers and `lego.generate` load it."""
+    with atomic_folder("data/evaluation") as folder:
+        save_tables(folder, **found.tables)
+    routing = found.routing
     tokenizer, chosen, end = "data/tokens/tokenizer", routing.chosen, corpus_facts("data/tokens")["end_of_text"]
     scorer = routing.criteria[chosen.criterion]
     ids = {"eos_token_id": end, "pad_token_id": end, "bos_token_id": None}
@@ -162,7 +194,7 @@ def write_routed(model: DeepSupervisionTransformer, routing: Routing, metrics: d
         **{name: value for name, value in ids.items() if name not in model.generation_config},
     )
     with atomic_folder("data/routed") as folder:
-        save_routed(converted, folder, tokenizer, model_card(converted, metrics))
+        save_routed(converted, folder, tokenizer, model_card(converted, found.metrics))
 
 
 def main() -> None:
@@ -175,22 +207,14 @@ def main() -> None:
         added_macs = read_number("data/facts/added_macs.json", "added_macs")
         yardstick = read_json("metrics/details/shallow_continued.json")
         model, device = cast(DeepSupervisionTransformer, load_model("data/phase2")), resolve_device(params.train.device)
-        routing = decide(params, model, stage.seed, device)
-        texts = {name: split_batches("data/tokens", name, params.evaluation.batch_size) for name in SCORED}
-        wanted, gate = scored(routing.criteria), routing.gate
-        tables = {name: token_table(model, text, device, wanted, gate=gate) for name, text in texts.items()}
-        chosen, test = routing.chosen, texts["test"]
-        ledger = Ledger.of(model, test.blocks.seq_len, gated=gate is not None)
-        facts = corpus_facts("data/tokens")["splits"]["test"]
-        hard = {name: HardTokens.of(table, routing.mining) for name, table in tables.items()}
-        metrics = routed_metrics(tables, hard, ledger, facts, chosen)
+        found = answer(params, model, stage.seed, device)
+        routing, tables, ledger, metrics = found.routing, found.tables, found.ledger, found.metrics
+        chosen, blocks = routing.chosen, PackedBlocks("data/tokens", "test")
         metrics |= {key: mined[key] for key in ("n_hard", "hard_share", "leaky")} | {"lr": trained["lr"]}
         metrics |= {"train_macs": phase1_macs + added_macs, "added_macs": added_macs, "budget_macs": added_macs}
         metrics |= {"distance_from_budget": 0.0}  # the others' budget is what it spent
         write_documents(tables["test"], routing)
-        with atomic_folder("data/evaluation") as folder:
-            save_tables(folder, **tables)
-        write_routed(model, routing, metrics)
+        write_answers(model, found)
         write_json("metrics/details/ashem.json", metrics)
         write_metrics("metrics/summary.json", summary(metrics))
         write_json("metrics/details/stages.json", stage_facts())
@@ -199,13 +223,13 @@ def main() -> None:
         report(params, routing, tables, ledger, mined["leaky"])
         easy = int(tables["test"].easy(chosen.threshold, chosen.criterion).sum())
         known = "not known, it was given" if converged is None else converged
-        print(f"shallow {share(easy, test.blocks.tokens)} of test text; phase 1 converged: {known}")
+        print(f"shallow {share(easy, blocks.tokens)} of test text; phase 1 converged: {known}")
         print("\n".join(comparison_lines(metrics, yardstick)))
         if params.evaluation.latency_repeats:
-            ids = test.blocks.rows(torch.arange(min(32, len(test.blocks))))[:, :-1]
+            ids = blocks.rows(torch.arange(min(32, len(blocks))))[:, :-1]
             criterion, repeats = routing.criteria[chosen.criterion], params.evaluation.latency_repeats
-            stage.record |= latency_ratios(model, ids, chosen.threshold, repeats, criterion, gate)
-        stage.record |= data_digests("data/tokens") | {"counts": {"tokens": test.blocks.tokens}}
+            stage.record |= latency_ratios(model, ids, chosen.threshold, repeats, criterion, routing.gate)
+        stage.record |= data_digests("data/tokens") | {"counts": {"tokens": blocks.tokens}}
 
 
 if __name__ == "__main__":

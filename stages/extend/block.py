@@ -3,7 +3,9 @@
 dvc repro stages/extend/dvc.yaml:block@second_pass      (python here.py stages.extend.block second_pass)
 """
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,22 +14,13 @@ import yaml
 
 from lego.base.artifacts import atomic_folder, read_json, write_json, write_text
 from lego.base.harness import Stage, StageError, exit_cleanly
-from stages import collect_hard, compute_threshold, evaluate_routing, train_phase2
-from stages.extend import evaluate, here
+from stages import collect_hard, compute_threshold, train_phase2
+from stages.extend import evaluate, here, route
 from stages.extend.settings import Settings, load_settings
 
-STEPS = (compute_threshold, collect_hard, train_phase2, evaluate_routing, evaluate)
-TRAINING = ("compute_threshold", "collect_hard", "train_phase2")
-SHARED = (
-    "data/base",
-    "data/tokens",
-    "data/phase1",
-    "data/retention",
-    "data/facts/tokenize.json",
-    "data/facts/train_phase1.json",
-    "data/facts/train_shallow_continued.json",
-    "metrics/details/shallow_continued.json",
-)
+TRAINING = (compute_threshold, collect_hard, train_phase2)
+STEPS = (*TRAINING, route, evaluate)
+SHARED = ("data/base", "data/tokens", "data/phase1", "data/retention", "data/facts/train_phase1.json")
 """What a block's stages read that is the same for all of them."""
 
 
@@ -40,19 +33,32 @@ def prepare(work: Path, settings: Settings, name: str) -> None:
     for path in SHARED:
         link = work / path
         link.parent.mkdir(parents=True, exist_ok=True)
-        if not link.exists():
-            link.symlink_to(Path(path).resolve())
+        link.unlink(missing_ok=True)  # of a run before
+        link.symlink_to(os.path.relpath(path, link.parent))
 
 
 def run(module: str, work: Path, name: str) -> None:
-    """Runs one stage in a process of its own, whose memory is then its own too.
+    """Runs one stage in a process of its own, whose memory is then its own too; it ends where this one is stopped.
 
     Raises:
         StageError: it failed; it has said why.
     """
-    done = subprocess.run([sys.executable, here.__file__, module], cwd=work)
-    if done.returncode:
-        raise StageError(f"block {name}: {module} failed, and says why above")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with subprocess.Popen([sys.executable, here.__file__, module], cwd=work) as process:
+        try:
+            code = process.wait()
+        finally:
+            process.terminate()
+    if code < 0:
+        raise StageError(
+            f"block {name}: {module} was ended by signal {-code}; if memory ran out, lower train.batch_size or "
+            "evaluation.batch_size"
+        )
+    if code:
+        raise StageError(
+            f"block {name}: {module} failed, and says why above, where params.yaml is root of extend.yaml with "
+            f"blocks.{name}; rm -r {work.parent} lets the block begin anew"
+        )
 
 
 def main(*names: str) -> None:
@@ -70,14 +76,16 @@ def main(*names: str) -> None:
             run(step.__name__, work, name)
             finished.parent.mkdir(exist_ok=True)
             finished.touch()
-        times = [read_json(work / f"data/timing/{one}.json") for one in TRAINING]
+        stages = [step.__name__.rpartition(".")[2] for step in TRAINING]
+        times = [read_json(work / f"data/timing/{one}.json") for one in stages]
         stage.continued = any(one["continued"] for one in times)
         stage.record["training_seconds"] = sum(one["seconds"] for one in times)
-        stage.record["peak_mib"] = max(read_json(work / f"data/memory/{one}.json")["peak_mib"] for one in TRAINING)
+        stage.record["peak_mib"] = max(read_json(work / f"data/memory/{one}.json")["peak_mib"] for one in stages)
         found = read_json(work / "metrics/blocks/default.json")
-        write_json(f"metrics/blocks/{name}.json", found | {"lr": read_json(work / "metrics/details/ashem.json")["lr"]})
+        write_json(f"metrics/blocks/{name}.json", found)
         with atomic_folder(f"data/blocks/{name}") as folder:
-            shutil.copytree(work / "data/blocks/default", folder, dirs_exist_ok=True)
+            for file in (work / "data/blocks/default").glob("*.safetensors"):
+                shutil.copyfile(file, folder / file.name)
         print(f"{name}: test ppl {found['models']['deep']['ppl']:.3f} always deep")
 
 

@@ -108,8 +108,8 @@ def latencies(routed: RoutedModel, ids: Tensor, repeats: int) -> dict[str, dict[
 
 def fitting(ledger: Ledger) -> int:
     """MACs of the passes at both depths by which evaluate_routing fits gate and criterion and sets the threshold."""
-    exits, calibration = read_json("data/exit/exit.json"), PackedBlocks("data/tokens", "calibration").tokens
-    return ledger.always_deep * (2 * exits["fit_tokens"] + calibration)
+    exits = read_json("data/exit/exit.json")
+    return ledger.always_deep * (2 * exits["fit_tokens"] + PackedBlocks("data/tokens", exits["split"]).tokens)
 
 
 def write_block(place: str) -> int:
@@ -143,8 +143,9 @@ def main() -> None:
         }
         models["routed"]["macs"] = ledger.routed(1 - (models["routed"]["deep_share"] or 0.0), scorer) / base
         models["deep"]["macs"], models["deep_without_gate"]["macs"] = ledger.always_deep / base, ledger.full / base
+        trained = read_json("data/facts/train_phase2.json", "trainable_parameters", "lr", "leaky")
         block = {
-            "trainable_parameters": read_json("data/facts/train_phase2.json")["trainable_parameters"],
+            **{key: trained[key] for key in ("trainable_parameters", "lr", "leaky")},
             "megabytes": write_block("data/blocks/default") / 1e6,
             "added_macs": read_number("data/facts/added_macs.json", "added_macs"),
             "fit_macs": fitting(ledger),

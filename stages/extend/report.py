@@ -13,7 +13,7 @@ from lego.base.harness import Stage, exit_cleanly
 from lego.base.params import load_params
 from lego.report.page import Figure, Page, drawn, versions
 from lego.report.pictures import COLOURS, picture
-from stages.extend.settings import RivalParams, Settings, load_settings
+from stages.extend.settings import RivalParams, Settings, by_key, load_settings
 
 Found = dict[str, dict[str, Any]]
 
@@ -63,6 +63,9 @@ def of_block(name: str, found: dict[str, Any], changes: str, budget: float) -> l
     models, block, rows = found["models"], found["block"], list[list[str]]()
     for key in ("routed", "deep", "deep_without_gate"):
         one, title = models[key], OURS[key] if name == "default" else f"{name}, {OURS[key].partition(', ')[2]}"
+        if rows and one["macs"] == models["deep"]["macs"] and key != "deep":  # it has no gate
+            continue
+        title += " (mined on validation text)" if block["leaky"] else ""
         trained, macs = millions(block["trainable_parameters"]), f"{block['added_macs'] / budget:.2f}"
         told = [f"{100 * (1 - one['other_deep_share']):.0f} %", trained, macs, f"{one['macs']:.2f}"]
         rows.append(row(f"**{title}**", "" if rows else changes, one, models["base"], told))
@@ -74,8 +77,8 @@ def quality(page: Page, blocks: Found, settings: Settings, results: Found) -> No
     base, block = found["models"]["base"], found["block"]
     rows = [row(f"**{OURS['base']}**", "", base, base, ["100 %", "", "", f"{base['macs']:.2f}"])]
     for name, one in blocks.items():
-        changes = settings.blocks.get(name, {})
-        told = ", ".join(f"{key.rpartition('.')[2]} {json.dumps(value)}" for key, value in changes.items())
+        changes = by_key(settings.blocks.get(name, {}))
+        told = ", ".join(f"{key} {json.dumps(value)}" for key, value in changes.items())
         rows += of_block(name, one, told or "block 2", block["added_macs"])
     for name, one in results.items():
         macs, inference = one["added_macs"] / block["added_macs"], "" if rivals[name].trains == "new_layers" else "1.00"
@@ -98,9 +101,9 @@ def quality(page: Page, blocks: Found, settings: Settings, results: Found) -> No
         rows,
         "Perplexity on test text of the kind that was learned and on other text, and their change; the share of tokens "
         "there whose logits are the given model's bit for bit; trained numbers; MACs of training as a multiple of "
-        "mining and phase 2, and of inference as a multiple of the given model's. Fitting gate and criterion and "
-        f"setting the threshold on calibration text costs {block['fit_macs'] / block['added_macs']:.2f} of that budget "
-        "on top, which no rival has; always deep without gate does without.",
+        "block 2's mining and phase 2, and of inference as a multiple of the given model's. Fitting block 2's gate and "
+        f"criterion and setting its threshold on calibration text costs {block['fit_macs'] / block['added_macs']:.2f} "
+        "of that budget on top, which no rival has; always deep without gate does without.",
     )
 
 
@@ -115,7 +118,7 @@ def costs(page: Page, blocks: Found, rivals: dict[str, RivalParams]) -> None:
     for name in blocks:
         for one in measured("timing/extend", name):
             seconds = "-" if one["continued"] else f"{one['training_seconds']:.0f} s"
-            rows.append([f"{name}: the same", seconds, f"{one['peak_mib']:.0f}"])
+            rows.append([f"{name}: threshold, mining, phase 2", seconds, f"{one['peak_mib']:.0f}"])
     for name in rivals:
         for one, peak in zip(measured("timing/extend", name), measured("memory", name), strict=False):
             seconds = f"{one['train_seconds']:.0f} s" if "train_seconds" in one else "-"

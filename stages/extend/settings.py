@@ -19,7 +19,10 @@ from lego.base.profiles import changed
 from lego.base.sections import Count, CountOrZero, Positive, Section
 
 FILE = Path(__file__).with_name("extend.yaml")
-STAGES = ("base", "retention", "evaluate", "report", "default")  # whose times and metrics lie beside those of rivals
+STAGES = (  # whose times, memory and metrics lie beside those of rivals and blocks
+    *("base", "retention", "evaluate", "report", "default", "tokenize", "train_phase1", "compute_threshold"),
+    *("collect_hard", "train_phase2", "train_shallow_continued", "evaluate_routing"),
+)
 OF_BASE = ("data", "model", "yardstick", "baselines", "ashem.phase1_", "ashem.phase2_share", "ashem.phase2_split")
 """Keys under `root` that begin so decide what is the same for all blocks."""
 
@@ -64,9 +67,10 @@ class Settings(Section):
             raise ValueError("rivals must name at least one, got none")
         for section, names in (("rivals", self.rivals), ("blocks", self.blocks)):
             for name in names:
-                if not re.fullmatch(r"[a-z][a-z0-9_]*", name) or name in STAGES:
+                if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", name) or name in STAGES:
                     raise ValueError(
-                        f"{section} must have names of letters a-z, digits and _, none a stage's, got {name!r}"
+                        f"{section} must have names of letters a-z, digits and _, at most 64 and none a stage's, "
+                        f"got {name!r}"
                     )
         if both := sorted(set(self.rivals) & set(self.blocks)):
             raise ValueError(f"blocks and rivals must have different names, both have {both[0]!r}")
@@ -78,13 +82,22 @@ class Settings(Section):
         Raises:
             ParamsError: it changes what all blocks share, or to what is not valid.
         """
-        changes = self.blocks[name]
+        changes = by_key(self.blocks[name])
+        shared = OF_BASE + (("seed",) if self.root.ashem.phase1_epochs else ())  # which divides the text of two phases
         for key in changes:
-            if key.startswith(OF_BASE):
+            if key.startswith(shared):
                 raise ParamsError(
                     f"extend.yaml: blocks.{name}: {key} decides what all blocks share; change it under root instead"
                 )
         return changed(self.root, changes, f"extend.yaml: blocks.{name}", "extend.yaml's root")
+
+
+def by_key(changes: dict[str, Any], place: str = "") -> dict[str, Any]:
+    """Values by key, written as section.key, of what may be nested, as `dvc exp run -S` makes it."""
+    found: dict[str, Any] = {}
+    for key, value in changes.items():
+        found |= by_key(value, f"{place}{key}.") if isinstance(value, dict) else {f"{place}{key}": value}
+    return found
 
 
 def load_settings(path: str | Path = "extend.yaml") -> Settings:

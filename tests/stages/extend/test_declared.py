@@ -86,8 +86,13 @@ def test_the_settings_name_the_rivals_that_are_asked_for():
     ("rivals", "said"),
     [
         ([], "rivals must name at least one, got none"),
-        (["evaluate"], "rivals must have names of letters a-z, digits and _, none a stage's, got 'evaluate'"),
-        (["../x"], "rivals must have names of letters a-z, digits and _, none a stage's, got '../x'"),
+        (
+            ["evaluate"],
+            "rivals must have names of letters a-z, digits and _, at most 64 and none a stage's, got 'evaluate'",
+        ),
+        (["train_phase2"], "none a stage's, got 'train_phase2'"),
+        (["x" * 65], "at most 64 and none a stage's, got 'xxxx"),
+        (["../x"], "rivals must have names of letters a-z, digits and _, at most 64 and none a stage's, got '../x'"),
     ],
 )
 def test_rivals_have_names_that_files_can_have(rivals, said, tmp_path):
@@ -105,12 +110,13 @@ def test_rivals_have_names_that_files_can_have(rivals, said, tmp_path):
             {"wide": {"model.dim": 64}},
             "blocks.wide: model.dim decides what all blocks share; change it under root instead",
         ),
+        ({"wide": {"ashem": {"phase2_share": 0.5}}}, "blocks.wide: ashem.phase2_share decides what all blocks share"),
         ({"deep": {"ashem.phase3_layers": 3}}, "blocks.deep: ashem.phase3_layers is no key of extend.yaml's root"),
         ({"deep": {"ashem.branch": "half"}}, "blocks.deep: ashem.branch"),
         ({"full": {"seed": 1}}, "blocks and rivals must have different names, both have 'full'"),
         (
             {"default": {"seed": 1}},
-            "blocks must have names of letters a-z, digits and _, none a stage's, got 'default'",
+            "blocks must have names of letters a-z, digits and _, at most 64 and none a stage's, got 'default'",
         ),
     ],
 )
@@ -122,9 +128,13 @@ def test_a_block_changes_what_is_its_own(blocks, said, tmp_path):
 
 
 def test_a_blocks_parameters_are_roots_but_for_its_changes(tmp_path):
-    settings = yaml.safe_load(FILE.read_text()) | {"blocks": {"one": {"seed": 3, "ashem.branch": "lora"}}}
+    settings = yaml.safe_load(FILE.read_text()) | {"blocks": {"one": {"seed": 3, "ashem": {"branch": "lora"}}}}
     (tmp_path / "extend.yaml").write_text(yaml.safe_dump(settings))
     found = load_settings(tmp_path / "extend.yaml")
     expected = found.root.model_dump() | {"seed": 3}
     expected["ashem"]["branch"] = "lora"
     assert found.of_block("one").model_dump() == expected
+    settings["root"]["ashem"]["phase1_epochs"] = 1
+    (tmp_path / "extend.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(ParamsError, match="seed decides what all blocks share"):  # where phase 1 has learned from it
+        load_settings(tmp_path / "extend.yaml")

@@ -8,6 +8,9 @@ import io
 import re
 import shlex
 import shutil
+import signal
+import subprocess
+import sys
 import tempfile
 from importlib import import_module
 from pathlib import Path
@@ -197,13 +200,31 @@ def test_the_file_of_a_block_answers_as_its_metrics_say(run):
 
 def test_a_killed_block_does_not_repeat_what_had_finished(run):
     ran = re.findall(r"^block second_pass: stages\.(\w+)", (run / "said.txt").read_text(), re.M)
-    assert ran == ["train_phase2", "evaluate_routing", "extend"]
+    assert ran == ["train_phase2", "extend", "extend"]
 
 
 def test_a_stage_of_a_block_that_fails_is_named(run, capfd):
     with pytest.raises(StageError, match=r"block second_pass: stages\.nowhere failed, and says why above"):
         block.run("stages.nowhere", run, "second_pass")
     assert "nowhere" in capfd.readouterr().err
+
+
+def test_a_block_that_is_stopped_stops_its_stage(run, tmp_path):
+    (tmp_path / "slow.py").write_text("import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(60)")
+    code = f"from stages.extend import block, here\nhere.__file__ = {str(tmp_path / 'slow.py')!r}\n"
+    code += f"block.run('stages.tokenize', {str(tmp_path)!r}, 'second_pass')"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as outer:
+        inner = int(outer.stdout.readline())
+        outer.terminate()
+        assert outer.wait(timeout=30) == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{inner}").exists()
+
+
+def test_a_stage_that_memory_ended_is_named(monkeypatch, tmp_path):
+    (tmp_path / "killed.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    monkeypatch.setattr(block.here, "__file__", str(tmp_path / "killed.py"))
+    with pytest.raises(StageError, match=r"tokenize was ended by signal 9; if memory ran out, lower train\.batch_size"):
+        block.run("stages.tokenize", tmp_path, "second_pass")
 
 
 def test_the_page_has_every_model_and_its_times(run):
@@ -213,7 +234,7 @@ def test_the_page_has_every_model_and_its_times(run):
         "extended, routed",
         "extended, always deep",
         "second_pass, routed",
-        'branch "lora", branch_layer 0, branch_rank 2',
+        'ashem.branch "lora", ashem.branch_layer 0, ashem.branch_rank 2',
         *load_settings(run / "extend.yaml").rivals,
     ):
         assert name in page
