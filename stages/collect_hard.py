@@ -27,13 +27,14 @@ def main() -> None:
         model = load_model("data/phase1")
         threshold = read_number("data/facts/compute_threshold.json", "threshold", high=1.0)
         branch = ashem.branch_of(model.num_layers)
+        keys_values = ashem.states == "keys_values" and branch is not None
         writer = StoreWriter(folder, threshold, ashem.stored_dtype, ashem.shard_tokens)
         # shuffled, so that each shard, which phase 2 reads one after another, is a sample of all the text
         batches = EvaluationBatches(blocks, params.evaluation.batch_size, writer.blocks, shuffle_seed=stage.seed)
         if continued := writer.blocks > 0:
             print(f"mining continues after {share(writer.blocks, len(blocks), 'blocks')}", flush=True)
         device = resolve_device(params.train.device)
-        for batch in track(exit_states(model, batches, device, branch), len(batches), "mining", "batch"):
+        for batch in track(exit_states(model, batches, device, branch, keys_values), len(batches), "mining", "batch"):
             writer.add(*batch)
         calibrated = read_number("data/facts/compute_threshold.json", "tokens")  # read once for the threshold
         ledger = Ledger.of(model, blocks.seq_len)
@@ -46,6 +47,7 @@ def main() -> None:
             tokenizer_sha256=identity("data/tokens/tokenizer/tokenizer.json"),
             macs=macs,
             **({} if branch is None else {"layer": branch}),
+            **({"keys_values": True} if keys_values else {}),
         )
         hard, tokens = manifest["hard_tokens"], manifest["tokens"]
         write_facts(

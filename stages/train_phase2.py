@@ -51,7 +51,7 @@ def report(params: Params, found: Search, batches: Batches, store: HiddenStateSt
     facts, history, model = corpus_facts("data/tokens"), found.best.history, found.best.model
     result, leaky = history.as_result(), store.manifest["split"] == "validation"
     seen, streamed = batches.seen(result["total_epochs"]), batches.streamed(result["total_epochs"])
-    ledger = replace(Ledger.of(model, facts["seq_len"]), online=store.online)
+    ledger = replace(Ledger.of(model, facts["seq_len"]), online=store.online, kept=store.kept)
     macs = ledger.train_block2(seen[-1], params.ashem.head != "shared", streamed)
     budget = {"collect_hard_macs": store.manifest["macs"], "train_phase2_macs": macs}
     before = read_number("data/facts/train_phase1.json", "train_macs") + store.manifest["macs"]

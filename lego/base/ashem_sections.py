@@ -41,7 +41,7 @@ class AshemParams(Section):
     init_new_layers: Literal["copy", "zero", "random"]
     head: Literal["shared", "own", "shared_trainable"]
     replay_share: Annotated[Number, within("[0, 1)")]
-    states: Literal["stored", "online"]
+    states: Literal["stored", "keys_values", "online"]
     store_dtype: Literal["float32", "float16", "bfloat16"]
     shard_tokens: Count
 
@@ -101,6 +101,8 @@ class AshemParams(Section):
             raise ValueError("branch lora needs a branch_layer: it is the layers after that one that learn by low rank")
         if self.phase2_text == "fresh" and self.phase2_share == 0:
             raise ValueError("phase2_share must be in (0, 1) when phase2_text is fresh, got 0")
+        if self.states == "keys_values" and self.branch_layer is None:
+            raise ValueError("states keys_values needs a branch_layer: without one block 2 repeats no layer")
         if self.states == "online" and self.phase2_context != "sequence":
             raise ValueError(
                 f"states online needs phase2_context sequence, got {self.phase2_context}: to make the states of lone "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lego.mining.hidden_states import HiddenStateStore
 from lego.model.exit_criteria import StateCriterion
+from lego.model.reached import Reached
 from lego.model.transformer import BaseTransformer
 
 BLOCKS = 64  # of which exit states are made at a time
@@ -79,7 +80,11 @@ def exits_of(
 ) -> Tensor:
     """Exit states (b, T, D) of blocks, whose states are those of the exit or of a lower layer of block 1."""
     h = blocks["exit_states"].float().to(device)
-    return h if model is None or layer is None else model.run_layers(h, layer + 1, model.exit_layer)
+    if model is None or layer is None:
+        return h
+    if h.shape[-1] > model.sizes["dim"]:
+        return Reached.unpacked(h, model.sizes).states[-1]
+    return model.run_layers(h, layer + 1, model.exit_layer)
 
 
 def exit_loss(model: BaseTransformer, device: torch.device, layer: int | None = None) -> Score:

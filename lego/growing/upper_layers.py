@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lego.model.reached import Reached
 from lego.model.transformer import BaseTransformer
 from lego.training.steps import StepOptions, run_epoch
 
@@ -112,7 +113,8 @@ def train_gathered(
 
     Args:
         model: the grown model; only parameters of the optimizer are updated.
-        block_batches: outputs (B, T, D) of the layer that block 2 begins at, hard mask (B, T), targets (B, T).
+        block_batches: outputs (B, T, D) of the layer that block 2 begins at, or all that it reads (B, T, W) as
+            `Reached.packed`; hard mask (B, T), targets (B, T).
         optimizer: over the parameters to update.
         device: where the model runs.
         options: how a step is taken.
@@ -124,7 +126,9 @@ def train_gathered(
 
     def loss_of(batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, int]:
         h, hard, y = (part.to(device) for part in batch)
-        deep = model.deepen(h, hard, model.branch_layer)  # (n_hard, D)
+        D = model.sizes["dim"]
+        reached = Reached.unpacked(h, model.sizes) if h.shape[-1] > D else None
+        deep = model.deepen(h[..., :D], hard, model.branch_layer, reached)  # (n_hard, D)
         return model.loss_at(deep, model.num_layers, y[hard]), len(deep)
 
     return run_epoch(block_batches, loss_of, optimizer, device, options)

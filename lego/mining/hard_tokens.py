@@ -16,7 +16,11 @@ from lego.model.transformer import BaseTransformer
 
 @torch.no_grad()
 def exit_states(
-    model: BaseTransformer, batches: Batches, device: str | torch.device, layer: int | None = None
+    model: BaseTransformer,
+    batches: Batches,
+    device: str | torch.device,
+    layer: int | None = None,
+    keys_values: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Per batch: ids (B, T), targets (B, T), exit states (B, T, D) and confidences (B, T), on the CPU.
 
@@ -25,12 +29,17 @@ def exit_states(
         batches: (x, y) of token ids (B, T).
         device: where the model runs.
         layer: whose outputs come in the place of exit states, if block 2 is to begin below the exit.
+        keys_values: with them, as one vector a token, comes all else that block 2 reads; see `Reached.packed`.
     """
     model.to(device).eval()
     at = model.exit_layer if layer is None else layer
     for x, y in batches:
         states = model.run_layers(model.embedding(x.to(device)), 1, at)
-        exits = model.run_layers(states, at + 1, model.exit_layer)
+        if keys_values:
+            reached = model.reach(states, begin=at)
+            exits, states = reached.states[-1], reached.packed()
+        else:
+            exits = model.run_layers(states, at + 1, model.exit_layer)
         yield x, y, states.cpu(), model.compute_confidence(exits).cpu()
 
 

@@ -244,6 +244,11 @@ class HiddenStateStore:
         return view
 
     @property
+    def kept(self) -> bool:
+        """Whether it holds all that block 2 reads, as `Reached.packed`, and not the states alone."""
+        return bool(self.manifest.get("keys_values"))
+
+    @property
     def online(self) -> bool:
         """Whether it holds no exit states, so that `compute` must make them of inputs (b, T)."""
         return self.manifest["dtype"] is None

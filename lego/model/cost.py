@@ -30,6 +30,7 @@ class Ledger:
         branches: layers above the exit that repeat block 1's last ones on their keys and values.
         branch_rank: of the changes that they learn beside frozen matrices; 0 = whole matrices.
         online: phase 2 makes exit states anew instead of reading them.
+        kept: phase 2 reads keys and values of the repeated layers, and exit states, instead of making them.
         gated: answers of hard tokens mix both exits, so these need the exit's head whatever the criterion reads.
     """
 
@@ -46,6 +47,7 @@ class Ledger:
     branch_rank: int = 0
     gated: bool = False
     online: bool = False
+    kept: bool = False
 
     @classmethod
     def of(cls, model: Any, seq_len: int, gated: bool = False) -> Ledger:
@@ -169,13 +171,17 @@ class Ledger:
         Args:
             tokens: of the text.
             number_bytes: of a stored number.
-            states: `stored` or `online`, which of the two is done.
+            states: `stored`, `keys_values` or `online`: which is done.
             layer: whose they are, if not the exit's.
         """
-        below = self.exit_layer if layer is None else layer
-        size, again = number_bytes * self.dim * tokens, below * self.layer * tokens
-        done = {"stored": "they are stored", "online": "they are made anew"}[states]
-        return f"states: {size / 2**20:,.1f} MiB stored, or {again:.3e} MACs a pass to make them anew; {done}"
+        below, mib = self.exit_layer if layer is None else layer, number_bytes * tokens / 2**20
+        ways = [f"{mib * self.dim:,.1f} MiB stored"]
+        if above := self.exit_layer - below:
+            more, spared = mib * (2 * self.dim + above * self.keys_values // self.dim), above * self.layer * tokens
+            ways.append(f"{more:,.1f} MiB with keys and values and {spared:.3e} MACs a pass less")
+        ways.append(f"{below * self.layer * tokens:.3e} MACs a pass to make them anew")
+        done = {"stored": "they are stored", "keys_values": "all is stored", "online": "they are made anew"}[states]
+        return f"states: {', or '.join(ways)}; {done}"
 
     def train_block2(self, hard_tokens: int, head_trains: bool, tokens: int = 0) -> int:
         """Training block 2 on stored states.
@@ -212,6 +218,8 @@ class Ledger:
     @property
     def above_the_branch(self) -> int:
         """Block 1's layers that phase 2 runs over a token for their keys and values, and for its exit state."""
+        if self.kept:
+            return 0
         if self.own_layers or not self.branches:
             return self.branches * self.layer
         return (self.branches - 1) * self.layer + self.keys_values

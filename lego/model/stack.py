@@ -7,26 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lego.model.layers import Rows, TransformerLayer, rotary_frequencies
+from lego.model.reached import Reached
 
 BLOCK2_CONTEXTS = ("full", "token", "sequence")
 CONTEXT_AT_INFERENCE = {"token": "token", "sequence": "sequence", "historic": "full"}  # by ashem.phase2_context
-
-
-class Reached(NamedTuple):
-    """What block 2 reads of all tokens in `sequence` context.
-
-    `states` are outputs (B, T, D) of block 1's layers from the one that block 2 begins at, `keys_values` those
-    (B, G, T, d) of the layers after it.
-    """
-
-    states: list[Tensor]
-    keys_values: list[tuple[Tensor, Tensor]]
 
 
 class LayerStack(nn.Module):
@@ -243,18 +233,20 @@ class LayerStack(nn.Module):
             pass
         return x
 
-    def reach(self, h: Tensor, deepest: int | None = None, whole: bool = True) -> Reached:
+    def reach(self, h: Tensor, deepest: int | None = None, whole: bool = True, begin: int | None = None) -> Reached:
         """Block 1 from outputs h (B, T, D) of the layer that block 2 begins at, with what branch layers read of it.
 
         Args:
             h: outputs of that layer.
             deepest: layer to go to; default the exit.
             whole: whether the deepest layer's own output is wanted too, not its keys and values alone.
+            begin: that layer, of a model that has no block 2 yet.
         """
         deepest = self.exit_layer if deepest is None else deepest
+        begin = self.branch_layer if begin is None else begin
         every = self.layer(1).self_attn.rotary(torch.arange(h.shape[1], device=h.device))  # (T, d/2)
         states, keys_values = [h], list[tuple[Tensor, Tensor]]()
-        for number in range(self.branch_layer + 1, deepest + 1):
+        for number in range(begin + 1, deepest + 1):
             layer = self.layer(number)
             keys_values.append(layer.keys_values(states[-1], every))
             if whole or number < deepest:

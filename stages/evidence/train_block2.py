@@ -132,7 +132,8 @@ def by_expected_gain(one: Baseline, model: DeepSupervisionTransformer) -> tuple[
         one.store, selection.expected_gain(gain, device, one.block1, one.branch), params.evaluation.batch_size
     )
     ledger = Ledger.of(model, calibration.blocks.seq_len)
-    again = ledger.block1 if one.store.online else ledger.branches * ledger.layer  # for exit states that are not stored
+    below = ledger.block1 if one.store.online else ledger.branches * ledger.layer
+    again = 0 if one.store.kept else below  # for exit states that are not stored
     macs = (ledger.full + ledger.head) * calibration.blocks.tokens
     macs += (gain.macs + again) * one.store.manifest["tokens"]
     return one.store.selecting(selection.top(scores, one.store.hard_tokens)), macs
@@ -178,7 +179,8 @@ def search(one: Baseline) -> Search:
     def train(lr: float) -> Trial:
         model = grown(one.ashem, one.block1, one.store.threshold, one.stage.seed)
         spent = one.spent[lr] = Spent(mined)
-        ledger, head_trains = replace(Ledger.of(model, seq_len), online=one.store.online), one.ashem.head != "shared"
+        ledger = replace(Ledger.of(model, seq_len), online=one.store.online, kept=one.store.kept)
+        head_trains = one.ashem.head != "shared"
         for number, (share, choose) in enumerate(passes):
             chosen, macs = choose(model)
             batches = hard_batches(chosen, one.ashem.phase2_context, params.train, seq_len, one.stage.seed + number)

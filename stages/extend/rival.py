@@ -73,7 +73,7 @@ def seconds_in_turn(entry: RivalParams, seed: int) -> tuple[float, float]:
     of_rival, how = build_training(model, 1e-9, 1, params.train)
     trainer = Trainer(create_standard_config(model.num_layers), model.sizes["vocab_size"], device, options=how)
     runs = (
-        lambda: list(exit_states(block1, [(x, y)], device, branch)),
+        lambda: list(exit_states(block1, [(x, y)], device, branch, store.kept)),
         lambda: train_gathered(ours, batches, optimizer, device, options=options),
         lambda: trainer.train_epoch(model, [(x, y)], of_rival),
     )

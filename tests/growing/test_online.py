@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from lego.growing import selection
 from lego.growing.hard_batches import HardBlockBatches, HardTokenBatches
 from lego.growing.upper_layers import train_gathered
 from lego.mining.hidden_states import HiddenStateStore
+from lego.model.reached import Reached
 from tests.conftest import VOCAB, logits_close
 from tests.mining.test_hidden_states import random_block1, write
 
@@ -20,11 +22,15 @@ DEVICE = torch.device("cpu")
 
 
 def stores_of(folder: Path, layer: int | None = None) -> list[HiddenStateStore]:
-    """One with states of a layer in float32 and one that makes them anew, of the same text and model."""
+    """One with states of a layer in float32, one that makes them anew, and of a lower layer one with keys and values.
+
+    All are of the same text and model.
+    """
     model, found = random_block1(), []
-    for dtype in ("float32", None):
-        (folder / str(dtype)).mkdir()
-        found.append(write(folder / str(dtype), model, dtype, layer=layer)[0])
+    for dtype, kept in (("float32", False), (None, False), ("float32", True))[: 2 + (layer is not None)]:
+        place = folder / f"{dtype}{kept}"
+        place.mkdir()
+        found.append(write(place, model, dtype, layer=layer, keys_values=kept)[0])
     selection.recompute(found[1], model, DEVICE, layer)
     return found
 
@@ -69,15 +75,33 @@ def test_block_2_takes_the_same_steps(tmp_path, layer, rank):
         batches = HardBlockBatches(store, batch_size=30, tokens_per_epoch=60, seed=3)
         loss = train_gathered(grown, batches, optimizer, DEVICE)
         weights.append(torch.cat([torch.tensor([loss]), *(p.detach().flatten() for p in grown.parameters())]))
-    logits_close(*weights)
+    for other in weights[1:]:
+        logits_close(other, weights[0])
 
 
-def test_selections_by_exit_states_are_the_same(stores):
+@pytest.mark.parametrize("layer", [None, 0, 1])
+def test_selections_by_exit_states_are_the_same(tmp_path, layer):
     model = random_block1()
-    for score in (selection.exit_loss(model, DEVICE), selection.easy):
-        one, other = (selection.scores_of(store, score, 5) for store in stores)
-        for mine, theirs in zip(one, other, strict=True):
-            logits_close(mine, theirs)
+    for score in (selection.exit_loss(model, DEVICE, layer), selection.easy):
+        first, *others = (selection.scores_of(store, score, 5) for store in stores_of(tmp_path, layer))
+        for other in others:
+            for mine, theirs in zip(first, other, strict=True):
+                logits_close(mine, theirs)
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+
+
+@torch.no_grad()
+def test_what_is_kept_comes_back_as_it_was():
+    model, ids = random_block1(), torch.randint(0, VOCAB, (2, 7))
+    reached = model.reach(model.embedding(ids), begin=0)
+    packed = reached.packed()
+    assert packed.shape == (2, 7, 2 * 32 + 2 * 2 * 32)
+    again = Reached.unpacked(packed, model.sizes)
+    assert torch.equal(again.states[0], reached.states[0])
+    assert torch.equal(again.states[1], reached.states[-1])
+    for mine, theirs in zip(again.keys_values, reached.keys_values, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 def test_without_a_model_it_says_what_is_missing(stores):

@@ -28,12 +28,12 @@ def model() -> DeepSupervisionTransformer:
 DATA = random_batches(10, seed=4)  # 10 batches of 4 blocks of 12 tokens
 
 
-def write(folder, model, dtype="float32", shard_tokens=100, ratio=0.5, layer=None):
+def write(folder, model, dtype="float32", shard_tokens=100, ratio=0.5, layer=None, keys_values=False):
     threshold = compute_confidence_threshold(model, DATA, ratio, "cpu")
     writer = StoreWriter(folder, threshold, dtype, shard_tokens)
-    for batch in exit_states(model, DATA, "cpu", layer):
+    for batch in exit_states(model, DATA, "cpu", layer, keys_values):
         writer.add(*batch)
-    facts = {} if layer is None else {"layer": layer}
+    facts = {} if layer is None else {"layer": layer, "keys_values": keys_values}
     writer.close(split="train", block1_sha256="b", tokenizer_sha256="t", macs=1, **facts)
     return HiddenStateStore(folder), threshold
 

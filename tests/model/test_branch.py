@@ -133,6 +133,9 @@ def test_training_moves_block_2_alone_and_costs_what_the_ledger_says(b, new, hea
     counted = counted_macs(lambda: train_gathered(model, [batch], optimizer, "cpu"))
     ledger = Ledger.of(model, 12)
     assert counted == ledger.train_block2(int(hard.sum()), head == "own", hard.numel())
+    kept = model.reach(batch[0]).packed().detach()
+    counted = counted_macs(lambda: train_gathered(model, [(kept, *batch[1:])], optimizer, "cpu"))
+    assert counted == replace(ledger, kept=True).train_block2(int(hard.sum()), head == "own", hard.numel())
     grown = Ledger.of(block1_of(), 12).grown(3 + new, "sequence", b)
     assert replace(grown, branch_rank=rank) == ledger
     assert same_block1(block1_of(), model)

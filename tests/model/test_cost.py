@@ -101,6 +101,11 @@ def test_making_states_anew_costs_block_1_without_its_head():
         f"states: {2 * 32:,}.0 MiB stored, or {ledger.block1 * 2**20:.3e} MACs a pass to make them anew; "
         "they are made anew"
     )
+    kv, lower = ledger.keys_values // 32, ledger.layer * 2**20
+    assert ledger.states_line(2**20, 2, "keys_values", 1) == (
+        f"states: {2 * 32:,}.0 MiB stored, or {2 * (2 * 32 + kv):,}.0 MiB with keys and values and {lower:.3e} MACs a "
+        f"pass less, or {lower:.3e} MACs a pass to make them anew; all is stored"
+    )
 
 
 @pytest.mark.parametrize(("macs", "reads"), [(None, False), (300, False), (300, True)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,25 @@ def test_the_store_holds_no_states_and_phase_2_pays_for_making_them(run):
     assert facts["train_phase2_macs"] > least
 
 
+def test_kept_keys_and_values_teach_the_same_for_less(run, tmp_path):
+    """The model of states made anew, without block 1's passes in phase 2."""
+    folder = tmp_path / "kept"
+    shutil.copytree(run, folder, ignore=shutil.ignore_patterns(".git", "lego", "stages"))
+    with_params(folder, {"states": "keys_values", "store_dtype": "float32"})
+    run_in_process(folder, ["collect_hard", "train_phase2"])
+    store = HiddenStateStore(folder / "data/hard")
+    assert (store.kept, store.online, store.manifest["layer"]) == (True, False, 1)
+    assert store.read_shard(0)["exit_states"].shape[-1] == 2 * 32 + 2 * 32
+    facts = [read_json(place / "data/facts/train_phase2.json") for place in (run, folder)]
+    assert facts[1]["val_ppl"] == pytest.approx(facts[0]["val_ppl"], rel=1e-4)
+    assert [one["hard_tokens_seen"] for one in facts] == [facts[0]["hard_tokens_seen"]] * 2
+    costs = [read_json(place / "data/facts/added_macs.json")["train_phase2_macs"] for place in (run, folder)]
+    ledger = Ledger.of(load_model(run / "data/phase2"), 32)
+    tokens, rest = divmod(costs[0] - costs[1], ledger.block1)  # which ran once over each block that was read
+    assert (rest, tokens % 32) == (0, 0)
+    assert tokens >= facts[0]["hard_tokens_seen"]
+
+
 def test_the_gate_is_in_every_number_and_in_the_folder(run):
     criteria = read_json(run / "metrics/details/criteria.json")
     gate, metrics = criteria["gate"], read_json(run / "metrics/details/ashem.json")
@@ -128,6 +148,11 @@ def test_the_historical_protocol_knows_no_branch(run, monkeypatch):
             "ashem.branch_layer must be in -2..2 for block 1's 2 layers, got 3",
         ),
         ({"branch_layer": "null"}, collect_hard, "branch lora needs a branch_layer"),
+        (
+            {"branch_layer": "null", "branch": "full", "states": "keys_values"},
+            collect_hard,
+            "states keys_values needs a branch_layer",
+        ),
         ({"branch_rank": "64"}, train_phase2, "ashem.branch_rank must be less than block 1's width"),
         ({"branch_layer": "2"}, collect_hard, "ashem.branch_layer 2 repeats no layer, and ashem.branch lora needs one"),
         ({"branch_layer": "-3"}, collect_hard, "ashem.branch_layer must be in -2..2 for block 1's 2 layers, got -3"),
