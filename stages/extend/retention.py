@@ -3,9 +3,10 @@
 dvc repro stages/extend/dvc.yaml:retention
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from importlib import import_module
+from importlib.metadata import files
 from pathlib import Path
 
 from lego.base.artifacts import atomic_folder, write_json
@@ -20,14 +21,26 @@ TOKENIZER = "data/tokens/tokenizer"
 
 
 def texts(path: str) -> Iterator[str]:
-    """The topics of Python's manual, modules of its standard library, or the texts of files as data.path takes them."""
-    if path == "pydoc":
+    """What `retention.path` names: texts that every installation has, or those of files as data.path takes them."""
+    if path == "licences":
+        yield from licences()
+    elif path == "pydoc":
         yield from import_module("pydoc_data.topics").topics.values()
     elif path == "stdlib":
-        modules = sorted(stdlib_documents(), key=lambda one: sha256(one.text.encode()).digest())  # of all of it a few
-        yield from (module.text for module in modules)
+        yield from in_any_order(module.text for module in stdlib_documents())
     else:
         yield from file_texts(Path(path), load_params().data, key="extend.yaml: retention.path")
+
+
+def licences() -> Iterator[str]:
+    """Those that torch brings, of itself and of what it is made of, each once: some 190 KB of English."""
+    found = [Path(file.locate()) for file in files("torch") or [] if "licenses" in file.parts]
+    yield from in_any_order({file.read_text(encoding="utf-8", errors="replace") for file in found})
+
+
+def in_any_order(documents: Iterable[str]) -> Iterator[str]:
+    """In an order that is always the same and follows nothing: of all of it a few are read."""
+    yield from sorted(documents, key=lambda text: sha256(text.encode()).digest())
 
 
 def main() -> None:

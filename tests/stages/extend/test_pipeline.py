@@ -246,6 +246,9 @@ def test_text_of_another_kind_comes_from_python_or_from_files(run, monkeypatch):
     (run / "other.txt").write_text("A text of one's own.")
     assert list(retention.texts("other.txt")) == ["A text of one's own."]
     assert "lambda" in "".join(retention.texts("pydoc"))
+    licences = list(retention.texts("licences"))
+    assert len(set(licences)) == len(licences) > 50
+    assert any("WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND" in text for text in licences)
     assert next(retention.texts("stdlib")) in {one.text for one in stdlib_documents()}
 
 
