@@ -14,8 +14,8 @@ from torch import Tensor
 class Reached(NamedTuple):
     """What block 2 reads in `sequence` context.
 
-    `states` are outputs (B, T, D) of block 1's layers from the one that block 2 begins at, of which the first and the
-    last, the exit's, are read; `keys_values` those (B, G, T, d) of the layers after it.
+    `states` are outputs (B, T, D) of the layer that block 2 begins at and of the exit, and where they were asked for of
+    those between; `keys_values` are of the layers after the first (B, G, T, d).
     """
 
     states: list[Tensor]

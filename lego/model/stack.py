@@ -192,7 +192,7 @@ class LayerStack(nn.Module):
                 if number in wanted:
                     yield number, h
             return
-        reached, every = self.reach(h), torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
+        reached, every = self.reach(h, each=True), torch.ones(h.shape[:2], dtype=torch.bool, device=h.device)
         for number, state in enumerate(reached.states, self.branch_layer):
             if number in wanted:
                 yield number, state
@@ -233,7 +233,9 @@ class LayerStack(nn.Module):
             pass
         return x
 
-    def reach(self, h: Tensor, deepest: int | None = None, whole: bool = True, begin: int | None = None) -> Reached:
+    def reach(
+        self, h: Tensor, deepest: int | None = None, whole: bool = True, begin: int | None = None, each: bool = False
+    ) -> Reached:
         """Block 1 from outputs h (B, T, D) of the layer that block 2 begins at, with what branch layers read of it.
 
         Args:
@@ -241,6 +243,7 @@ class LayerStack(nn.Module):
             deepest: layer to go to; default the exit.
             whole: whether the deepest layer's own output is wanted too, not its keys and values alone.
             begin: that layer, of a model that has no block 2 yet.
+            each: keep the outputs of the layers between the first and the last too.
         """
         deepest = self.exit_layer if deepest is None else deepest
         begin = self.branch_layer if begin is None else begin
@@ -248,9 +251,10 @@ class LayerStack(nn.Module):
         states, keys_values = [h], list[tuple[Tensor, Tensor]]()
         for number in range(begin + 1, deepest + 1):
             layer = self.layer(number)
-            keys_values.append(layer.keys_values(states[-1], every))
+            keys_values.append(layer.keys_values(h, every))
             if whole or number < deepest:
-                states.append(layer.over_all(states[-1], *keys_values[-1], every))
+                h = layer.over_all(h, *keys_values[-1], every)
+                states = [*states, h] if each else [states[0], h]
         return Reached(states, keys_values)
 
     def _above_exit(self, reached: Reached, mask: Tensor, last: int) -> Iterator[tuple[int, Tensor]]:
