@@ -39,7 +39,8 @@ def main() -> None:
         calibrated = read_number("data/facts/compute_threshold.json", "tokens")  # read once for the threshold
         ledger = Ledger.of(model, blocks.seq_len)
         macs = ledger.mine(blocks.tokens + round(calibrated))
-        print(ledger.states_line(blocks.tokens, NUMBER_BYTES[ashem.store_dtype], ashem.states, branch), flush=True)
+        states = "stored" if ashem.states == "keys_values" and branch is None else ashem.states
+        print(ledger.states_line(blocks.tokens, NUMBER_BYTES[ashem.store_dtype], states, branch), flush=True)
         manifest = writer.close(
             split=ashem.hard_split,
             text="all" if ashem.hard_split == "validation" else ashem.phase2_text,

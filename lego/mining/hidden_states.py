@@ -25,7 +25,6 @@ from lego.base.digests import inside, verify, way_back
 
 MANIFEST = "manifest.json"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 NUMBER_BYTES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
 
 
@@ -288,6 +287,8 @@ class HiddenStateStore:
 
     def hard_examples(self, index: int) -> dict[str, Tensor]:
         """The flattened view of one shard's hard tokens, as collect_hard_examples returns it (float32)."""
+        if self.kept:
+            raise ArtifactError(f"{self.folder}: holds keys and values too, which lone tokens do not read")
         shard = self.read_shard(index)
         hard = shard["hard"]
         return {

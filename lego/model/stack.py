@@ -171,8 +171,12 @@ class LayerStack(nn.Module):
         return self.run_layers(self.embedding(x), 1, self.branch_layer)
 
     def outputs(self, x: Tensor, layers: Iterable[int]) -> Iterator[tuple[int, Tensor]]:
-        """Number and un-normed output (B, T, D) of each of the layers, in ascending order, for token ids (B, T)."""
-        wanted, h, done = [*layers], self.embedding(x), 0
+        """Number and un-normed output (B, T, D) of each of the layers, in ascending order, for token ids (B, T).
+
+        Raises:
+            ValueError: see `states_at`.
+        """
+        wanted, h, done = sorted({self._known(layer) for layer in layers}), self.embedding(x), 0
         above = self.block2_context == "sequence" and max(wanted, default=0) > self.exit_layer
         first = self.branch_layer if above else self.num_layers  # up to it each layer reads the one below
         for layer in wanted:
@@ -285,6 +289,8 @@ class LayerStack(nn.Module):
         That is the exit, or where block 2 begins below it the layer that it begins at; what is `reached` from there
         need not be computed again.
         """
+        if layer == self.num_layers:
+            return h[hard]
         if self.block2_context == "sequence" and layer == self.branch_layer:
             if reached is None or not hard.any():
                 return self.gathered(h, hard, self.num_layers)

@@ -132,11 +132,17 @@ def by_expected_gain(one: Baseline, model: DeepSupervisionTransformer) -> tuple[
         one.store, selection.expected_gain(gain, device, one.block1, one.branch), params.evaluation.batch_size
     )
     ledger = Ledger.of(model, calibration.blocks.seq_len)
-    below = ledger.block1 if one.store.online else ledger.branches * ledger.layer
-    again = 0 if one.store.kept else below  # for exit states that are not stored
     macs = (ledger.full + ledger.head) * calibration.blocks.tokens
-    macs += (gain.macs + again) * one.store.manifest["tokens"]
+    macs += (gain.macs + to_exits(one)) * one.store.manifest["tokens"]
     return one.store.selecting(selection.top(scores, one.store.hard_tokens)), macs
+
+
+def to_exits(one: Baseline) -> int:
+    """MACs that lead from what the store holds of a token to its exit state."""
+    ledger = Ledger.of(one.block1, corpus_facts("data/tokens")["seq_len"])
+    if one.store.online:
+        return ledger.block1
+    return 0 if one.store.kept or one.branch is None else (ledger.exit_layer - one.branch) * ledger.layer
 
 
 def rounds(one: Baseline) -> list[tuple[float, Choose]]:
@@ -145,6 +151,8 @@ def rounds(one: Baseline) -> list[tuple[float, Choose]]:
     select, extra = one.params.baselines.block2[one.name].select, 0.0
     first = one.params.baselines.selection.first_round
     block1 = one.block1.to(device)
+    head = block1.sizes["dim"] * block1.sizes["vocab_size"]
+    reading = (to_exits(one) + head) * store.manifest["tokens"]  # the exit's loss of every token
     match select:
         case "hard":
             chosen = selection.with_replay(store, one.ashem.replay_share, one.stage.seed)
@@ -160,9 +168,10 @@ def rounds(one: Baseline) -> list[tuple[float, Choose]]:
             elif select == "easy":
                 score = selection.easy
             elif select == "high_loss":
-                score = selection.exit_loss(block1, device, one.branch)
+                score, extra = selection.exit_loss(block1, device, one.branch), reading
             else:
                 reference, extra = reference_of(one)
+                extra += reading
                 score = selection.reducible_loss(block1, reference, device, one.branch)
             chosen = store.selecting(selection.top(selection.scores_of(store, score, blocks), store.hard_tokens))
     print(f"{one.name}: {chosen.hard_tokens / store.manifest['tokens']:.1%} of the mined tokens", flush=True)

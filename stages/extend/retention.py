@@ -21,7 +21,7 @@ from lego.tokens.blocks import BlockWriter
 from stages.extend.settings import load_settings
 
 TOKENIZER, BASE = "data/tokens/tokenizer", "data/base"
-TEXTS_AT_A_TIME = 32
+BLOCKS_AT_A_TIME = 32
 
 
 def texts(path: str) -> Iterator[str]:
@@ -37,30 +37,33 @@ def texts(path: str) -> Iterator[str]:
 
 
 @torch.no_grad()
-def own_words(tokens: int, end: int, length: int, device: torch.device) -> Iterator[tuple[np.ndarray, int]]:
-    """Ids (n,) and bytes of texts that the given model writes from end-of-text on, sampled from its own distribution.
+def own_words(
+    blocks: int, seq_len: int, encoder: TextEncoder, device: torch.device
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Ids and bytes of blocks that the given model writes from end-of-text on, sampled from its own distribution.
 
-    Of such text no model expects a lower loss than the one that wrote it, so whatever another has unlearned shows.
+    Each is scored as it was written, so of it no model expects a lower loss than the one that wrote it (Gibbs): what
+    another has unlearned shows. Only the end-of-text behind each block is not the model's.
 
     Args:
-        tokens: at least so many in all.
-        end: id of end-of-text, with which each text begins and ends.
-        length: of a text, at most.
+        blocks: so many.
+        seq_len: ids of each.
+        encoder: whose ids it may write, and whose end-of-text stands between.
         device: where the model runs.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(BASE).to(device), AutoTokenizer.from_pretrained(BASE)
+    model = AutoModelForCausalLM.from_pretrained(BASE).to(device)
+    model.generation_config = GenerationConfig()  # its own may penalise or stop
+    unused = [*range(encoder.vocab_size, model.config.vocab_size)] or None  # rows that only fill the embedding up
     plain = GenerationConfig(
-        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=length, eos_token_id=end, pad_token_id=end
+        do_sample=True, top_k=0, top_p=1.0, temperature=1.0, max_new_tokens=seq_len - 1, suppress_tokens=unused
     )
-    start = torch.full((min(TEXTS_AT_A_TIME, -(-tokens // length)), 1), end, device=device)
-    while tokens > 0:
+    yield np.array([encoder.end]), 0
+    for first in range(0, blocks, BLOCKS_AT_A_TIME):
+        start = torch.full((min(BLOCKS_AT_A_TIME, blocks - first), 1), encoder.end, device=device)
         for row in model.generate(start, attention_mask=torch.ones_like(start), generation_config=plain)[:, 1:].cpu():
-            stops = (row == end).nonzero()
-            ids = row[: int(stops[0]) if len(stops) else length]
-            tokens -= len(ids) + 1
-            yield np.append(ids.numpy(), end), len(tokenizer.decode(ids).encode())
+            yield np.append(row.numpy(), encoder.end), len(encoder.fast.decode(row.tolist()).encode())
 
 
 def licences() -> Iterator[str]:
@@ -86,10 +89,14 @@ def main() -> None:
         encoder = TextEncoder.load(TOKENIZER, TOKENIZER)
         writer, limit = BlockWriter(folder / "test", params.model.seq_len), settings.tokens
         if settings.path == "own":
-            encoded = own_words(limit, encoder.end, params.model.seq_len, resolve_device(train.device))
+            blocks = -(-limit // params.model.seq_len)
+            limit = blocks * params.model.seq_len + 1
+            encoded = own_words(blocks, params.model.seq_len, encoder, resolve_device(train.device))
         else:
             encoded = encoder.encode(texts(settings.path))
         facts, _ = write_tokens(encoded, encoder, writer, limit, 1)
+        if not facts["bytes"]:
+            raise StageError("extend.yaml: retention.path own: the given model writes end-of-text alone; name another")
         sizes = {"vocab_size": encoder.vocab_size, "seq_len": params.model.seq_len, "end_of_text": encoder.end}
         write_json(folder / "corpus.json", sizes | {"splits": {"test": facts}})
         stage.record |= {"counts": {"tokens": facts["tokens"]}}

@@ -176,7 +176,7 @@ def test_block_1_runs_once_where_both_exits_are_asked_for(b, new, rank):
 @torch.no_grad()
 def test_every_layer_is_read_as_it_is_reached_alone(b, new):
     model, x = branched(b, new), torch.randint(0, VOCAB, (2, 9))
-    for number, state in model.outputs(x, range(1, model.num_layers + 1)):
+    for number, state in model.outputs(x, reversed(range(1, model.num_layers + 1))):
         logits_close(state, model.run_layers(model.embedding(x), 1, number))
     for layer in range(1, model.num_layers + 1):
         logits, _ = model.route(x, layer, 0.0)

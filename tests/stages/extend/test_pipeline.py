@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
 import re
 import shlex
 import shutil
@@ -25,6 +26,7 @@ from lego.base.scratch import fingerprint
 from lego.hub.modeling import LegoForCausalLM
 from lego.model.checkpoint import load_model
 from lego.text.sources import stdlib_documents
+from lego.text.tokenizer import TextEncoder
 from lego.tokens.batches import split_batches
 from stages.extend import base, block, retention, rival
 from stages.extend.settings import load_settings, write_params
@@ -222,16 +224,20 @@ def test_nobody_knows_better_what_the_given_model_writes(run, monkeypatch):
     assert all(one["other_ppl"] > models["base"]["other_ppl"] for one in others)
     assert models["base"]["other_ppl"] <= models["routed"]["other_ppl"] <= models["deep"]["other_ppl"]
     monkeypatch.chdir(run)
-    twice = []
-    for _ in range(2):
+    encoder, device = TextEncoder.load("llama", "llama"), torch.device("cpu")
+    file, written = Path("data/base/generation_config.json"), []
+    plain = file.read_text()
+    for told in (plain, json.dumps(json.loads(plain) | {"repetition_penalty": 1.8, "return_dict_in_generate": True})):
+        file.write_text(told)
         torch.manual_seed(3)
-        twice.append(list(retention.own_words(100, 0, 24, torch.device("cpu"))))
-    for (ids, size), (again, same) in zip(*twice, strict=True):
-        assert (ids.tolist(), size) == (again.tolist(), same)
-        assert ids[-1] == 0
-        assert 0 not in ids[:-1]
-        assert len(ids) <= 25
-    assert sum(len(ids) for ids, _ in twice[0]) >= 100
+        written.append([(ids.tolist(), size) for ids, size in retention.own_words(5, 24, encoder, device)])
+    file.write_text(plain)
+    assert written[0] == written[1]  # its own distribution, whatever its configuration would do
+    (first, _), *blocks = written[0]
+    assert first == [encoder.end]
+    assert [len(ids) for ids, _ in blocks] == [24] * 5
+    assert all(ids[-1] == encoder.end and max(ids) < encoder.vocab_size for ids, _ in blocks)
+    assert all(size == len(encoder.fast.decode(ids[:-1]).encode()) for ids, size in blocks)
 
 
 def test_text_of_another_kind_comes_from_python_or_from_files(run, monkeypatch):
