@@ -5,7 +5,7 @@ dvc repro collect_hard      (python -m stages.collect_hard)
 
 from lego.base.artifacts import identity, publish, read_number, write_facts
 from lego.base.harness import Stage, exit_cleanly, resolve_device
-from lego.base.params import load_params
+from lego.base.params import Params, load_params
 from lego.base.progress import share, track
 from lego.mining.hard_tokens import exit_states
 from lego.mining.hidden_states import NUMBER_BYTES, StoreWriter
@@ -15,16 +15,21 @@ from lego.tokens.batches import EvaluationBatches
 from lego.tokens.blocks import PackedBlocks, data_digests, train_text
 
 
+def mined(params: Params) -> PackedBlocks:
+    """The text that is mined."""
+    ashem = params.ashem
+    if ashem.hard_split == "validation":
+        return PackedBlocks("data/tokens", "validation")
+    return train_text("data/tokens", 2, ashem.phase2_share, ashem.phase2_split, params.seed, ashem.phase2_text)
+
+
 def main() -> None:
     params = load_params()
     ashem = params.ashem
     with Stage("collect_hard", params.seed, params.train.threads) as stage:
         folder = stage.scratch / "store"  # what is finished of it outlives a killed run
         folder.mkdir(parents=True, exist_ok=True)
-        blocks = train_text("data/tokens", 2, ashem.phase2_share, ashem.phase2_split, params.seed, ashem.phase2_text)
-        if ashem.hard_split == "validation":
-            blocks = PackedBlocks("data/tokens", "validation")
-        model = load_model("data/phase1")
+        blocks, model = mined(params), load_model("data/phase1")
         threshold = read_number("data/facts/compute_threshold.json", "threshold", high=1.0)
         branch = ashem.branch_of(model.num_layers)
         keys_values = ashem.states == "keys_values" and branch is not None

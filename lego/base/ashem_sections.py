@@ -54,7 +54,7 @@ class AshemParams(Section):
         """Layer whose output block 2 begins at, of a block 1 of this depth, from 0; None = its last.
 
         Raises:
-            ParamsError: block 1 has no such layer, or block 2 would have none.
+            ParamsError: block 1 has no such layer.
         """
         if self.branch_layer is None:
             return None
@@ -63,12 +63,17 @@ class AshemParams(Section):
                 f"params.yaml: ashem.branch_layer must be in {-depth}..{depth} for block 1's {depth} layers, got "
                 f"{self.branch_layer}; {depth} or null lets block 2 begin at the last"
             )
-        if self.branch_layer < depth:
-            return self.branch_layer % depth
-        if not self.new_layers or self.branch == "lora":
+        return self.branch_layer % depth if self.branch_layer < depth else None
+
+    def require_block2(self, depth: int) -> None:
+        """Makes sure that block 2 has layers to train on a block 1 of this depth.
+
+        Raises:
+            ParamsError: it begins at the last layer, and has no new ones, or is to learn by low rank.
+        """
+        if self.branch_layer == depth and (not self.new_layers or self.branch == "lora"):
             lacks = "branch lora needs one" if self.new_layers else "phase2_layers adds none"
             raise ParamsError(f"params.yaml: ashem.branch_layer {depth} repeats no layer, and ashem.{lacks}; lower it")
-        return None
 
     def rank_of(self, dim: int) -> int:
         """Rank of what branch layers learn beside matrices of a width; 0 = whole matrices.

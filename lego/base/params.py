@@ -51,6 +51,7 @@ class Params(Section):
         try:
             if depth is not None:
                 self.ashem.branch_of(depth)
+                self.ashem.require_block2(depth)
             if dim is not None:
                 self.ashem.rank_of(dim)
         except ParamsError as error:

@@ -33,7 +33,12 @@ def hard_batches(store: HiddenStateStore, phase2_context: str, train: TrainParam
 
 
 def grown(ashem: AshemParams, block1: BaseTransformer, threshold: float, seed: int) -> DeepSupervisionTransformer:
-    """Block 1 with untrained layers on top, as the section `ashem` says; each call gives the same weights."""
+    """Block 1 with untrained layers on top, as the section `ashem` says; each call gives the same weights.
+
+    Raises:
+        ParamsError: see `AshemParams.branch_of`, `rank_of` and `require_block2`.
+    """
+    ashem.require_block2(block1.num_layers)
     torch.manual_seed(seed)
     return grow_model(
         block1,

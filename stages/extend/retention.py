@@ -53,7 +53,7 @@ def own_words(
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    model = AutoModelForCausalLM.from_pretrained(BASE).to(device)
+    model = AutoModelForCausalLM.from_pretrained(BASE, trust_remote_code=False).to(device)
     model.generation_config = GenerationConfig()  # its own may penalise or stop
     unused = [*range(encoder.vocab_size, model.config.vocab_size)] or None  # rows that only fill the embedding up
     plain = GenerationConfig(

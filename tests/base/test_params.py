@@ -153,7 +153,7 @@ def test_a_negative_branch_layer_counts_from_block_1s_last():
         ({"branch": "lora"}, "branch lora needs"),
     ):
         with pytest.raises(ParamsError, match=rf"ashem\.branch_layer 2 repeats no layer, and ashem\.{lacks}"):
-            ashem.model_copy(update={"branch_layer": 2} | changes).branch_of(2)
+            ashem.model_copy(update={"branch_layer": 2} | changes).require_block2(2)
 
 
 def test_a_given_model_in_a_folder_is_asked_before_anything_runs(tmp_path):
