@@ -6,6 +6,7 @@ python -m lego.params            checks params.yaml and says what is wrong with 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -60,14 +61,14 @@ class Params(Section):
 
     def _block1(self) -> tuple[int | None, int | None]:
         """Depth and width of block 1; None where the given model is in no folder here: its stage will say."""
+        depth: int | None = self.ashem.phase1_layers
         if self.model.init_from is None:
-            return self.ashem.phase1_layers, self.model.dim
-        try:
+            return depth, self.model.dim
+        found: tuple[int | None, int | None] = None, None
+        with suppress(OSError, ValueError, KeyError, TypeError):
             config = json.loads((Path(self.model.init_from) / "config.json").read_text(encoding="utf-8"))
-            depth, dim = int(config["num_hidden_layers"]), int(config["hidden_size"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return (self.ashem.phase1_layers if self.model.init_layers == "phase1_layers" else None), None
-        return (self.ashem.phase1_layers if self.model.init_layers == "phase1_layers" else depth), dim
+            found = int(config["num_hidden_layers"]), int(config["hidden_size"])
+        return (depth if self.model.init_layers == "phase1_layers" else found[0]), found[1]
 
 
 def load_params(path: str | Path = "params.yaml") -> Params:

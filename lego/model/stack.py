@@ -221,18 +221,19 @@ class LayerStack(nn.Module):
         """Un-normed output (B, T, D) of the exit layer; StandardTransformer exits at its last layer."""
         return self.states_at(x, self.exit_layer)
 
-    def gathered(self, h: Tensor, mask: Tensor, last: int) -> Tensor:
+    def gathered(self, h: Tensor, mask: Tensor, last: int, reached: Reached | None = None) -> Tensor:
         """States (n, D) at layer `last` of the tokens true in mask (B, T) alone.
 
-        They are computed from outputs h (B, T, D) of the layer that block 2 begins at.
+        They are computed from outputs h (B, T, D) of the layer that block 2 begins at, or from what is `reached` there.
         Keys and values of branch layers are block 1's, those of the layers above are projected from the exit states of
         all tokens (ashem sections 5 and 8), so a token's result does not depend on which other tokens are computed.
         """
         x = h[mask]  # (n, D)
         if not len(x):
             return x
-        deepest = min(self.exit_layer, self.branch_layer + last - self.exit_layer)  # of block 1, that `last` needs
-        reached = self.reach(h, deepest, whole=last >= self.own_layers.start)
+        if reached is None:
+            deepest = min(self.exit_layer, self.branch_layer + last - self.exit_layer)  # of block 1, that `last` needs
+            reached = self.reach(h, deepest, whole=last >= self.own_layers.start)
         for _, x in self._above_exit(reached, mask, last):  # noqa: B007, the last one is asked for
             pass
         return x
@@ -292,9 +293,7 @@ class LayerStack(nn.Module):
         if layer == self.num_layers:
             return h[hard]
         if self.block2_context == "sequence" and layer == self.branch_layer:
-            if reached is None or not hard.any():
-                return self.gathered(h, hard, self.num_layers)
-            return [x for _, x in self._above_exit(reached, hard, self.num_layers)][-1]
+            return self.gathered(h, hard, self.num_layers, reached)
         if self.block2_context == "token" and layer >= self.exit_layer:  # the hard tokens need no other token
             return self.run_layers(h[hard].unsqueeze(1), layer + 1, self.num_layers).squeeze(1)
         return self.run_layers(h, layer + 1, self.num_layers)[hard]

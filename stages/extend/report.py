@@ -61,10 +61,9 @@ def of_block(name: str, found: dict[str, Any], changes: str, budget: float) -> l
         budget: MACs that the default block's training took.
     """
     models, block, rows = found["models"], found["block"], list[list[str]]()
-    for key in ("routed", "deep", "deep_without_gate"):
+    gated = models["deep"]["macs"] != models["deep_without_gate"]["macs"]  # which costs the exit's head
+    for key in ("routed", "deep", "deep_without_gate")[: 2 + gated]:
         one, title = models[key], OURS[key] if name == "default" else f"{name}, {OURS[key].partition(', ')[2]}"
-        if rows and one["macs"] == models["deep"]["macs"] and key != "deep":  # it has no gate
-            continue
         title += " (mined on validation text)" if block["leaky"] else ""
         trained, macs = millions(block["trainable_parameters"]), f"{block['added_macs'] / budget:.2f}"
         told = [f"{100 * (1 - one['other_deep_share']):.0f} %", trained, macs, f"{one['macs']:.2f}"]

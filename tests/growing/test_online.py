@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -81,14 +80,12 @@ def test_block_2_takes_the_same_steps(tmp_path, layer, rank):
 
 @pytest.mark.parametrize("layer", [None, 0, 1])
 def test_selections_by_exit_states_are_the_same(tmp_path, layer):
-    model = random_block1()
+    model, found = random_block1(), stores_of(tmp_path, layer)
     for score in (selection.exit_loss(model, DEVICE, layer), selection.easy):
-        first, *others = (selection.scores_of(store, score, 5) for store in stores_of(tmp_path, layer))
+        first, *others = (selection.scores_of(store, score, 5) for store in found)
         for other in others:
             for mine, theirs in zip(first, other, strict=True):
                 logits_close(mine, theirs)
-        shutil.rmtree(tmp_path)
-        tmp_path.mkdir()
 
 
 @torch.no_grad()

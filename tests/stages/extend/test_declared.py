@@ -9,7 +9,7 @@ import yaml
 
 from lego.base.parameter_files import ParamsError
 from lego.base.params import load_params
-from stages.extend.settings import FILE, load_settings, write_params
+from stages.extend.settings import FILE, STAGES, load_settings, write_params
 from tests.conftest import ROOT
 from tests.stages.conftest import ORDER, PIPELINE, code_lines, names
 
@@ -46,6 +46,7 @@ def test_nothing_is_cached_which_dvc_checkout_would_miss_where_it_never_ran():
 
 def test_there_are_these_stages_and_no_other():
     assert list(ENTRIES) == ["base", *ORDER, *OWN[1:]]
+    assert set(STAGES) == {name for name in ENTRIES if "do" not in ENTRIES[name]} | {"default"}
 
 
 @pytest.mark.parametrize("name", OWN)
