@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import ast
+import fcntl
+import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
 from lego.base.params import Params
-from tests.conftest import ROOT, Clone, run_in_process
+from tests.conftest import ROOT, Clone, ran, run_in_process
 
 PIPELINE = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 ORDER = [
@@ -122,6 +125,28 @@ def reruns(key: str) -> tuple[list[str], list[str]]:
             changed |= outs(stage)
             following += [stage] if stage not in direct else []
     return direct, following
+
+
+@pytest.fixture(scope="session")
+def reproduced(tmp_path_factory) -> Path:
+    """A clone in which `dvc repro` ran, made once for all workers, and what it printed beside it; see `copy_of`."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    folder, printed = shared / "reproduced", shared / "reproduced.txt"
+    with (shared / "reproduced.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not printed.exists():
+            folder.mkdir()
+            output = Clone.of_this_tree(folder).run("dvc", "repro")
+            assert ran(output) == ORDER
+            printed.write_text(output)
+    return folder
+
+
+def copy_of(folder: Path, target: Path) -> Clone:
+    """Of a clone, with its cache and the links into it."""
+    subprocess.run(["cp", "-a", str(folder), str(target)], check=True)
+    return Clone(target)
 
 
 @pytest.fixture(scope="session")

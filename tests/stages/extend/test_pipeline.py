@@ -37,6 +37,7 @@ pytest.importorskip("peft")
 EXTEND = {
     "init_from": "data/base",
     "branch_layer": "1",
+    "branch": "full",
     "phase2_layers": "2",
     "phase2_lr": "2.0e-03",
     "phase2_share": "0.9",
