@@ -23,6 +23,7 @@ Mining
 Growing
     ASHEMConfig                    the method's own numbers
     grow_model                     untrained layers on top of a trained block 1
+    add_block                      one more block on top of two or more
     create_hard_example_loader     shuffled batches of hard tokens
     train_upper_layers             block 2 on every hard token once
     evaluate_on_hard_examples      perplexity of the full depth on hard tokens
@@ -62,7 +63,8 @@ _HOME = {
     "HiddenStateStore": "mining.hidden_states",
     # growing
     "ASHEMConfig": "growing.upper_layers",
-    "grow_model": "model.checkpoint",
+    "grow_model": "model.growth",
+    "add_block": "model.growth",
     "create_hard_example_loader": "growing.upper_layers",
     "train_upper_layers": "growing.upper_layers",
     "evaluate_on_hard_examples": "growing.upper_layers",

@@ -12,8 +12,8 @@ from lego.base.sections import TrainParams
 from lego.growing.hard_batches import HardBlockBatches, HardTokenBatches
 from lego.growing.upper_layers import train_gathered, train_upper_layers
 from lego.mining.hidden_states import HiddenStateStore
-from lego.model.checkpoint import grow_model
 from lego.model.cost import Ledger
+from lego.model.growth import grow_model
 from lego.model.stack import CONTEXT_AT_INFERENCE
 from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
 from lego.routing.measure import evaluate

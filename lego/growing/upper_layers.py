@@ -109,12 +109,12 @@ def train_gathered(
     *,
     options: StepOptions = StepOptions(),
 ) -> float:
-    """Trains block 2 on the hard tokens of whole blocks, in `sequence` context; the lower layers are never called.
+    """Trains the last block on the hard tokens of whole blocks, in `sequence` context; lower ones are never called.
 
     Args:
         model: the grown model; only parameters of the optimizer are updated.
-        block_batches: outputs (B, T, D) of the layer that block 2 begins at, or all that it reads (B, T, W) as
-            `Reached.packed`; hard mask (B, T), targets (B, T).
+        block_batches: outputs (B, T, D) of the layer that block 2 begins at, or all that the last block reads
+            (B, T, W) as `Reached.packed`, which is needed of any other; hard mask (B, T), targets (B, T).
         optimizer: over the parameters to update.
         device: where the model runs.
         options: how a step is taken.
@@ -128,7 +128,7 @@ def train_gathered(
         h, hard, y = (part.to(device) for part in batch)
         D = model.sizes["dim"]
         reached = Reached.unpacked(h, model.sizes) if h.shape[-1] > D else None
-        deep = model.deepen(h[..., :D], hard, model.branch_layer, reached)  # (n_hard, D)
+        deep = model.deepen(h, hard, model.branch_layer) if reached is None else model.deepened(reached, hard)
         return model.loss_at(deep, model.num_layers, y[hard]), len(deep)
 
     return run_epoch(block_batches, loss_of, optimizer, device, options)

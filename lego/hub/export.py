@@ -52,10 +52,12 @@ def to_hf(
             and how it samples is as the model's generation_config says.
 
     Raises:
-        ValueError: a fitted criterion is missing.
+        ValueError: a fitted criterion is missing, or the model has more than two blocks.
     """
     if criterion in STATE_CRITERIA and scorer is None:
         raise ValueError(f"exit_criterion {criterion} needs its fitted weights")
+    if len(model.blocks) > 1:
+        raise ValueError(f"transformers' classes have two blocks so far, the model has {len(model.blocks) + 1}")
     known = config_of(model)
     if known["trained_context"]:
         known["max_position_embeddings"] = known["trained_context"]

@@ -1,16 +1,18 @@
-"""The tokens that block 1 finds hard: those whose confidence lies below the threshold.
+"""The tokens that every exit so far finds hard: those whose confidence lies below its threshold.
 
 All of this is per token, never per sequence: almost every sequence holds a hard token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from lego.mining.thresholds import Batches
+from lego.model.blocks import Block
+from lego.model.climb import Climb, last_of
 from lego.model.transformer import BaseTransformer
 
 
@@ -41,6 +43,49 @@ def exit_states(
         else:
             exits = model.run_layers(states, at + 1, model.exit_layer)
         yield x, y, states.cpu(), model.compute_confidence(exits).cpu()
+
+
+@torch.no_grad()
+def climbing_states(
+    model: BaseTransformer,
+    thresholds: Sequence[float],
+    batches: Batches,
+    device: str | torch.device,
+    repeats: int,
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """`exit_states` for a block above the last one: what it reads, and confidences (B, T) at the last exit.
+
+    What it begins at is zero, and the confidence 1, of tokens that an earlier exit found easy.
+
+    Args:
+        model: with two blocks at least, in `sequence` context.
+        thresholds: of every exit but the last; a token leaves there if its confidence is not below.
+        batches: (x, y) of token ids (B, T).
+        device: where the model runs.
+        repeats: of the block's layers that repeat the last ones of the block below.
+    """
+    model.to(device).eval()
+    block = Block(model.num_layers + 1, model.num_layers + repeats, repeats)
+    for x, y in batches:
+        climb, confidence = climbed(model, thresholds, x.to(device), (*model.blocks, block))
+        found = torch.ones_like(climb.mask, dtype=confidence.dtype)
+        found[climb.mask] = confidence
+        yield x, y, climb.reached(block).packed().cpu(), found.cpu()
+
+
+def climbed(
+    model: BaseTransformer, thresholds: Sequence[float], x: Tensor, blocks: Sequence[Block]
+) -> tuple[Climb, Tensor]:
+    """The tokens of ids (B, T) that every exit but the last finds hard, at that one, and confidences (n,) there."""
+    reached = model.reach(model.trunk(x))
+    confidence = model.compute_confidence(reached.states[-1])  # (B, T)
+    climb = Climb(model.layer, blocks, reached, confidence < thresholds[0])
+    for block, threshold in zip(model.blocks, [*thresholds[1:], None], strict=True):
+        h = last_of(climb.through(block), climb.states[0])
+        confidence = model.compute_confidence(h, block.last)  # (n,)
+        if threshold is not None:
+            climb.narrow(confidence < threshold)
+    return climb, confidence
 
 
 def collect_hard_examples(

@@ -1,4 +1,4 @@
-"""Model folders (config.json with Hugging Face's field names, model.safetensors), and how a trained model grows."""
+"""Model folders: config.json with Hugging Face's field names, and model.safetensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
-from torch import nn
 
 from lego.base.artifacts import (
     ArtifactError,
@@ -23,14 +22,12 @@ from lego.base.artifacts import (
 from lego.base.digests import verify, way_back
 from lego.model.exit_criteria import CRITERIA, LOGIT_CRITERIA, Criterion, StateCriterion, max_prob
 from lego.model.gate import Gate
-from lego.model.layers import TransformerLayer
-from lego.model.low_rank import folded_state, train_low_rank
+from lego.model.low_rank import folded_state
 from lego.model.naming import ROUTED, config_of, from_llama, is_tied, model_of
-from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
+from lego.model.transformer import BaseTransformer
 
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
 INDEX = "model.safetensors.index.json"  # of weights in several files, as transformers splits large ones
-INITS = ("copy", "zero", "random")
 
 
 def save_model(model: BaseTransformer, folder: str | Path, tokenizer: str | Path | None = None) -> None:
@@ -147,106 +144,6 @@ def load_routed(folder: str | Path) -> RoutedModel:
     found, reads = part("exit_criterion_module."), bool(config.get("exit_criterion_reads_logits", False))
     scorer = StateCriterion.of(found, model.sizes["dim"], Path(folder) / WEIGHTS, reads)
     return RoutedModel(model, threshold, scorer, gate)
-
-
-def grow_model(
-    block1: BaseTransformer,
-    num_layers: int,
-    *,
-    init: str = "copy",
-    routing_threshold: float = 0.0,
-    block2_context: str = "full",
-    head: str = "shared",
-    branch_layer: int | None = None,
-    branch_rank: int = 0,
-) -> DeepSupervisionTransformer:
-    """Puts new layers on top of a trained model and freezes what was there.
-
-    Args:
-        block1: the trained model; all of its layers become block 1, its last layer the exit.
-        num_layers: total depth of the grown model, branch layers not counted again.
-        init: `copy` repeats block 1's last layers in order, so that the last new one is a copy of its last; `zero`
-            zeroes the new layers' output projections, so that deep equals shallow before training; `random` keeps the
-            constructor's weights.
-        routing_threshold: confidence from which a token leaves early.
-        block2_context: see DeepSupervisionTransformer.
-        head: `shared` (frozen), `own` (a trainable copy for block 2 alone), or `shared_trainable` (one trainable head
-            for both exits, untied from the embedding: the historical protocol, which moves block 1's confidences).
-        branch_layer: see DeepSupervisionTransformer; branch layers begin as copies of those that they repeat, and there
-            need be no new ones.
-        branch_rank: of the changes that branch layers learn instead of whole matrices (LoRA); 0 = whole ones.
-
-    Raises:
-        ValueError: num_layers does not exceed block 1's depth, or an unknown init or head, or a branch_layer outside
-            block 1, or a rank that is not below its width.
-    """
-    k = block1.num_layers
-    branches = 0 if branch_layer is None else k - branch_layer
-    _refuse_growth(block1, num_layers, init, head, branches, branch_rank)
-    sizes = block1.sizes | {"num_layers": num_layers + branches, "own_head": head == "own"}
-    if head == "shared_trainable":
-        sizes["tie_embeddings"] = False
-    grown = DeepSupervisionTransformer(
-        **sizes,
-        exit_layer=k,
-        routing_threshold=routing_threshold,
-        block2_context=block2_context,
-        branch_layer=branch_layer,
-    )
-    grown.generation_config = dict(block1.generation_config)
-    grown.embedding.load_state_dict(block1.embedding.state_dict())
-    grown.output_head.load_state_dict(block1.output_head.state_dict())
-    if grown.deep_head is not None:
-        grown.deep_head.load_state_dict(block1.output_head.state_dict())
-    for index in range(k):
-        grown.layers[index].load_state_dict(block1.layers[index].state_dict())
-    branch_layers = [grown.layer(number) for number in range(k + 1, k + branches + 1)]
-    for number, layer in enumerate(branch_layers, k - branches + 1):
-        _init_new_layer(layer, block1.layer(number), block1.layer(k).exit_norm, "copy")
-    for number in grown.own_layers:
-        source = block1.layer(k - (grown.num_layers - number) % k)
-        _init_new_layer(grown.layer(number), source, block1.layer(k).exit_norm, init)
-    frozen = [grown.embedding, *grown.layers[:k]] + ([] if head == "shared_trainable" else [grown.output_head])
-    for module in frozen:
-        module.requires_grad_(False)
-    grown.branch_rank = branch_rank
-    for layer in branch_layers if branch_rank else ():
-        train_low_rank(layer, branch_rank)
-    return grown
-
-
-def _refuse_growth(
-    block1: BaseTransformer, num_layers: int, init: str, head: str, branches: int, branch_rank: int
-) -> None:
-    """Raises ValueError for arguments of `grow_model` that do not fit; `branches` layers are repeated."""
-    k, dim = block1.num_layers, block1.sizes["dim"]
-    if block1.branches:
-        raise ValueError("block 1 has a block 2 that begins below its exit; grow the model that it was grown from")
-    if not 0 <= branches <= k:
-        raise ValueError(f"branch_layer must be in 0..{k}, block 1's last, got {k - branches}")
-    if num_layers < k + (not branches):
-        raise ValueError(f"num_layers must exceed block 1's {k}, got {num_layers}")
-    if init not in INITS:
-        raise ValueError(f"init must be one of {', '.join(INITS)}, got {init!r}")
-    if not 0 <= branch_rank < dim:
-        raise ValueError(f"branch_rank must be in 0..{dim - 1}, got {branch_rank}")
-    if branch_rank and not branches:
-        raise ValueError("branch_rank needs a branch_layer below the exit: it is the branch layers that it is of")
-    if head not in ("shared", "own", "shared_trainable"):
-        raise ValueError(f"head must be shared, own or shared_trainable, got {head!r}")
-
-
-@torch.no_grad()
-def _init_new_layer(layer: TransformerLayer, source: TransformerLayer, exit_norm: nn.RMSNorm, init: str) -> None:
-    if init == "random":
-        return
-    if init == "copy":
-        wanted = layer.state_dict()  # of a branch layer without keys and values
-        layer.load_state_dict({name: tensor for name, tensor in source.state_dict().items() if name in wanted})
-    else:
-        layer.self_attn.o_proj.weight.zero_()
-        layer.mlp.down_proj.weight.zero_()
-    layer.exit_norm.load_state_dict(exit_norm.state_dict())
 
 
 def block1_sha256(model: BaseTransformer) -> str:

@@ -71,6 +71,27 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: dict[str, Any] | No
     raise ValueError(f"rope_scaling must have rope_type linear or llama3, got {scaling}")
 
 
+def fitting_sizes(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a LayerStack, those left open filled in.
+
+    Raises:
+        ValueError: they do not fit each other; the message names them.
+    """
+    sizes = dict(given)
+    if sizes["num_kv_heads"] is None:
+        sizes["num_kv_heads"] = sizes["num_heads"]
+    if sizes["ffn_dim"] is None:
+        sizes["ffn_dim"] = 32 * math.ceil(8 * sizes["dim"] / 96)
+    if wrong := [name for name in ("num_layers", "num_heads", "num_kv_heads") if sizes[name] < 1]:
+        raise ValueError(f"{wrong[0]} must be at least 1, got {sizes[wrong[0]]}")
+    dim, heads, kv_heads = sizes["dim"], sizes["num_heads"], sizes["num_kv_heads"]
+    if dim % (2 * heads):
+        raise ValueError(f"dim must be a multiple of 2 * num_heads = {2 * heads}, got {dim}")
+    if heads % kv_heads:
+        raise ValueError(f"num_kv_heads must divide num_heads = {heads}, got {kv_heads}")
+    return sizes
+
+
 def rotated(x: Tensor, rotary: Rotary) -> Tensor:
     """Turns each pair (x_i, x_{i + d/2}) of x (..., d), Llama's layout, by cosines and sines (..., d/2)."""
     cos, sin = (part.to(x.dtype) for part in rotary)

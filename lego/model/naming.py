@@ -70,6 +70,8 @@ def config_of(model: BaseTransformer) -> dict[str, Any]:
         config |= {name: getattr(model, name) for name in ROUTING_FIELDS}
         if model.branches:
             config["branch_layer"] = model.branch_layer
+        if later := model.blocks[1:]:
+            config["later_blocks"] = [[block.last - block.first + 1, block.repeats] for block in later]
     return config
 
 
@@ -131,6 +133,7 @@ def model_of(config: dict[str, Any]) -> BaseTransformer:
         return DeepSupervisionTransformer(**sizes, **routing, routing_threshold=threshold)
     if config["architectures"] == [DeepSupervisionTransformer.__name__]:
         routing = {name: config[name] for name in ROUTING_FIELDS} | {"branch_layer": config.get("branch_layer")}
+        routing["later_blocks"] = config.get("later_blocks", ())
         return DeepSupervisionTransformer(**sizes, **routing)
     return StandardTransformer(**sizes)
 

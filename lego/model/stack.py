@@ -5,14 +5,15 @@ Shapes: B sequences, T tokens, D width, N layers. Layers are numbered from 1.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from lego.model.layers import Rows, TransformerLayer, rotary_frequencies
+from lego.model.blocks import Block
+from lego.model.climb import Climb, last_of
+from lego.model.layers import TransformerLayer, fitting_sizes, rotary_frequencies
 from lego.model.reached import Reached
 
 BLOCK2_CONTEXTS = ("full", "token", "sequence")
@@ -59,16 +60,7 @@ class LayerStack(nn.Module):
         own_head: bool = False,
     ) -> None:
         super().__init__()
-        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        ffn_dim = 32 * math.ceil(8 * dim / 96) if ffn_dim is None else ffn_dim
-        counts = {"num_layers": num_layers, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
-        if wrong := [name for name, count in counts.items() if count < 1]:
-            raise ValueError(f"{wrong[0]} must be at least 1, got {counts[wrong[0]]}")
-        if dim % (2 * num_heads):
-            raise ValueError(f"dim must be a multiple of 2 * num_heads = {2 * num_heads}, got {dim}")
-        if num_heads % num_kv_heads:
-            raise ValueError(f"num_kv_heads must divide num_heads = {num_heads}, got {num_kv_heads}")
-        self.sizes: dict[str, Any] = {
+        given = {
             "vocab_size": vocab_size,
             "dim": dim,
             "num_layers": num_layers,
@@ -83,10 +75,13 @@ class LayerStack(nn.Module):
             "tie_embeddings": tie_embeddings,
             "own_head": own_head,
         }
+        self.sizes: dict[str, Any] = fitting_sizes(given)
+        num_kv_heads, ffn_dim = self.sizes["num_kv_heads"], self.sizes["ffn_dim"]
         self.generation_config: dict[str, Any] = {}  # of the checkpoint it comes from: stop ids and the like
         self.num_layers = num_layers
         self.exit_layer = num_layers
         self.branched_at: int | None = None
+        self.blocks: tuple[Block, ...] = ()  # above the exit
         self.branch_rank = 0  # of what branch layers learn in training; 0 = whole matrices
         self.block2_context = "full"
         self.embedding = nn.Embedding(vocab_size, dim)
@@ -118,9 +113,19 @@ class LayerStack(nn.Module):
         return self.exit_layer - self.branch_layer
 
     @property
-    def own_layers(self) -> range:
+    def repeats(self) -> bool:
+        """Whether any layer above the exit repeats another."""
+        return any(block.repeats for block in self.blocks)
+
+    @property
+    def own_layers(self) -> list[int]:
         """Layers above the exit with keys and values of their own."""
-        return range(self.exit_layer + self.branches + 1, self.num_layers + 1)
+        return [number for block in self.blocks for number in block.own]
+
+    @property
+    def exits(self) -> tuple[int, ...]:
+        """Last layer of each block."""
+        return (self.exit_layer, *(block.last for block in self.blocks))
 
     def layer(self, number: int) -> TransformerLayer:
         """The layer of this number, from 1."""
@@ -139,7 +144,7 @@ class LayerStack(nn.Module):
                 begins below the exit, and h is the output of a later layer than it begins at.
         """
         boundary = self.num_layers if self.block2_context == "full" else self.exit_layer
-        if self.branches and last > boundary:
+        if self.repeats and last > boundary:
             return self._run_branched(h, first, last)
         for index in range(first, min(last, boundary) + 1):
             h = self.layers[index - 1](h)
@@ -159,7 +164,7 @@ class LayerStack(nn.Module):
         return h.reshape(B, T, D)
 
     def _run_branched(self, h: Tensor, first: int, last: int) -> Tensor:
-        """`run_layers` to a layer above the exit, where block 2 begins below it."""
+        """`run_layers` to a layer above the exit, where a block begins below the end of the one before."""
         if first > self.branch_layer + 1:
             what = f"layers above the exit run from the output of layer {self.branch_layer} on"
             raise ValueError(f"{what}, got first = {first}")
@@ -189,7 +194,7 @@ class LayerStack(nn.Module):
 
     def _outputs_above(self, h: Tensor, wanted: list[int]) -> Iterator[tuple[int, Tensor]]:
         """`outputs` from outputs h (B, T, D) of the layer that block 2 begins at, in `sequence` context."""
-        if not self.branches:
+        if not self.repeats:
             source = h
             for number in range(self.exit_layer + 1, wanted[-1] + 1):
                 h = self.layer(number)(h, source)
@@ -233,10 +238,8 @@ class LayerStack(nn.Module):
             return x
         if reached is None:
             deepest = min(self.exit_layer, self.branch_layer + last - self.exit_layer)  # of block 1, that `last` needs
-            reached = self.reach(h, deepest, whole=last >= self.own_layers.start)
-        for _, x in self._above_exit(reached, mask, last):  # noqa: B007, the last one is asked for
-            pass
-        return x
+            reached = self.reach(h, deepest, whole=any(number <= last for number in self.own_layers))
+        return last_of(self._above_exit(reached, mask, last), x)
 
     def reach(
         self, h: Tensor, deepest: int | None = None, whole: bool = True, begin: int | None = None, each: bool = False
@@ -264,21 +267,19 @@ class LayerStack(nn.Module):
 
     def _above_exit(self, reached: Reached, mask: Tensor, last: int) -> Iterator[tuple[int, Tensor]]:
         """Number and output (n, D) of each layer above the exit up to `last`, of the tokens true in mask (B, T)."""
-        x, exits = reached.states[0][mask], reached.states[-1]
-        rows, attention = Rows.of(mask), self.layer(last).self_attn
-        own = attention.rotary(rows.positions.unsqueeze(1))  # (B, 1, Q, d/2)
-        every = attention.rotary(torch.arange(mask.shape[1], device=x.device))  # (T, d/2)
-        for number, keys_values in enumerate(reached.keys_values, self.exit_layer + 1):
-            x = self.layer(number).over(x, rows, *keys_values, own)
-            yield number, x
-        for number in range(self.own_layers.start, last + 1):
-            layer = self.layer(number)
-            x = layer.over(x, rows, *layer.keys_values(exits, every), own)
-            yield number, x
+        climb = Climb(self.layer, self.blocks, reached, mask)
+        for block in self.blocks:
+            if block.first <= last:
+                yield from climb.through(block, last)
+
+    def deepened(self, reached: Reached, mask: Tensor) -> Tensor:
+        """States (n, D) at the end of the last block of the tokens true in mask (B, T), from what it reads."""
+        climb = Climb(self.layer, self.blocks, reached, mask, self.blocks[-1])
+        return last_of(climb.through(self.blocks[-1]), reached.states[0])
 
     def exit_at(self, x: Tensor, layer: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """`states_at`, and a function that takes the tokens marked in (B, T) from there to the last layer (n, D)."""
-        first = min(self._known(layer), self.branch_layer) if self.branches else self._known(layer)
+        first = min(self._known(layer), self.branch_layer) if self.repeats else self._known(layer)
         start = self.run_layers(self.embedding(x), 1, first)
         reached = self.reach(start) if first < layer == self.exit_layer else None
         h = self.run_layers(start, first + 1, layer) if reached is None else reached.states[-1]

@@ -6,12 +6,13 @@ Shapes: B sequences, T tokens, D width, V vocabulary, N layers. Layers are numbe
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lego.model.blocks import blocks_above
 from lego.model.losses import (
     Score,
     exit_confidence,
@@ -79,10 +80,11 @@ class BaseTransformer(LayerStack):
             logits.append(self.logits_at(h, layer))
         return logits
 
-    def compute_confidence(self, h: Tensor) -> Tensor:
-        """Largest softmax probability at the exit layer (...,) for exit states h (..., D)."""
-        normed = self.layer(self.exit_layer).exit_norm(h).reshape(-1, h.shape[-1])  # (n, D)
-        return exit_confidence(normed, self.head_at(self.exit_layer).weight).view(h.shape[:-1])
+    def compute_confidence(self, h: Tensor, layer: int | None = None) -> Tensor:
+        """Largest softmax probability (...,) for states h (..., D) of the exit layer, or of another one."""
+        layer = self.exit_layer if layer is None else layer
+        normed = self.layer(layer).exit_norm(h).reshape(-1, h.shape[-1])  # (n, D)
+        return exit_confidence(normed, self.head_at(layer).weight).view(h.shape[:-1])
 
     @torch.no_grad()
     def route(self, x: Tensor, exit_layer: int, threshold: float) -> tuple[Tensor, Tensor]:
@@ -120,10 +122,13 @@ class DeepSupervisionTransformer(BaseTransformer):
             or `sequence` (the exit states up to itself).
         branch_layer: layer whose output block 2 begins at, b; default exit_layer, k. Below it the first k - b layers
             above the exit repeat layers b + 1 to k on their keys and values (ashem section 8); context `sequence`.
+        later_blocks: of each block after block 2 the number of its layers, among num_layers, and how many of these, its
+            first ones, repeat the last ones of the block below (see lego.model.blocks); context `sequence`.
         **sizes: keyword arguments of LayerStack.
 
     Raises:
-        ValueError: exit_layer or branch_layer outside the model, a threshold below 0, or an unknown block2_context.
+        ValueError: exit_layer or branch_layer outside the model, a threshold below 0, an unknown block2_context, or
+            blocks that do not fit each other.
     """
 
     def __init__(
@@ -137,6 +142,7 @@ class DeepSupervisionTransformer(BaseTransformer):
         *,
         block2_context: str = "full",
         branch_layer: int | None = None,
+        later_blocks: Sequence[Sequence[int]] = (),
         **sizes: Any,
     ) -> None:
         super().__init__(vocab_size, dim, num_layers, num_heads, **sizes)
@@ -155,7 +161,10 @@ class DeepSupervisionTransformer(BaseTransformer):
             raise ValueError(f"branch_layer must be in {least}..exit_layer = {exit_layer}, got {branch_layer}")
         if self.branches and block2_context != "sequence":
             raise ValueError(f"branch_layer below the exit needs block2_context sequence, got {block2_context!r}")
-        for number in range(exit_layer + 1, exit_layer + self.branches + 1):
+        if later_blocks and block2_context != "sequence":
+            raise ValueError(f"later_blocks need block2_context sequence, got {block2_context!r}")
+        self.blocks = blocks_above(exit_layer, num_layers, self.branches, later_blocks)
+        for number in (number for block in self.blocks for number in block.repeating):
             self.layer(number).without_keys_values()
 
     def forward_train(self, x: Tensor) -> dict[str, Any]:

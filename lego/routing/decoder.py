@@ -6,14 +6,18 @@ tokens take the slots 0, 1, 2, ... of its cache whatever padding they came with,
 
 from __future__ import annotations
 
+from collections import deque
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lego.model.blocks import Block, source_of
 from lego.model.exit_criteria import Criterion, max_prob, needs_logits
 from lego.model.gate import Gate
-from lego.model.layers import Rotary, Rows, rotated
+from lego.model.layers import Rotary, Rows
 from lego.model.transformer import BaseTransformer
+from lego.routing.cache import KeyValueCache
 from lego.routing.results import Routed, Shallow
 
 FEW = 3  # copying the cache of a third of the sequences takes less time than attending to all
@@ -29,7 +33,7 @@ class RoutedDecoder:
     block 2 is run for every token and an exit saves nothing but its head.
 
     Args:
-        model: a model with two blocks, on its device.
+        model: a model with two blocks, on its device; of more, `CascadeDecoder` reads every exit.
         threshold: a token leaves at the exit if its score is at least this: 0.0 is block 1 alone, above the largest
             score always deep; None switches routing off, and the exit head is evaluated for a gate alone.
         batch_size: sequences (B).
@@ -55,12 +59,13 @@ class RoutedDecoder:
         weight = model.embedding.weight
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=weight.device)
         self.length: int | None = 0  # of all sequences, while they are equally long
-        self.slots = 0  # of the longest sequence
-        self.exited: list[Shallow] = []  # tokens whose keys and values block 2 lacks
-        self.heads = G, d = model.sizes["num_kv_heads"], model.sizes["dim"] // model.sizes["num_heads"]
-        remembered = model.exit_layer if model.block2_context == "token" else model.num_layers - model.branches
-        self.cache = weight.new_zeros(remembered, 2, batch_size, G, 0, d)  # keys and values of each layer
-        self.projection: Tensor | None = None  # of exit states, to block 2's keys and values
+        self.waiting: list[list[Shallow]] = [[] for _ in model.blocks]  # tokens whose keys and values a block lacks
+        self.heads = (model.sizes["num_kv_heads"], model.sizes["dim"] // model.sizes["num_heads"])
+        own = [] if model.block2_context == "token" else model.own_layers
+        numbers = [*range(1, model.exit_layer + 1), *own]  # of layers with keys and values
+        self.place = {number: place for place, number in enumerate(numbers)}
+        self.cache = KeyValueCache(weight, len(numbers), batch_size, self.heads)
+        self.projections: dict[Block, Tensor] = {}  # of exit states, to a block's keys and values
 
     @torch.no_grad()
     def read(self, ids: Tensor, mask: Tensor | None = None, last_only: bool = False) -> Routed:
@@ -78,8 +83,7 @@ class RoutedDecoder:
         shallow = self.shallow(ids, mask)
         model, k, h, wanted = self.model, self.model.exit_layer, shallow.states, shallow.mask
         if last_only and ids.shape[1] > 1:
-            left = wanted.flip(1).cumsum(1).flip(1)  # real tokens from here to the end
-            wanted = wanted & (left == 1)
+            wanted = shallow.last
             h = h[wanted[shallow.mask]]
         if self.threshold is None:
             score, deep = torch.zeros(len(h), device=h.device), torch.ones(len(h), dtype=torch.bool, device=h.device)
@@ -141,8 +145,7 @@ class RoutedDecoder:
         shallow = Shallow(states, sequence, positions[mask], mask, positions, together)
         self.lengths = self.lengths + mask.sum(dim=1)
         self.length = self.length + Q if together and self.length is not None else None
-        self.slots = int(self.lengths.max()) if self.length is None else self.length
-        self._make_room(self.slots, filled=together)
+        self.cache.make_room(int(self.lengths.max()) if self.length is None else self.length, filled=together)
         rotary = self._rotary(shallow)
         rows, own, _ = self._rows_of(shallow)
         for number in range(1, self.model.exit_layer + 1):
@@ -150,6 +153,9 @@ class RoutedDecoder:
                 shallow.trunk = shallow.states
             self._remember(number, shallow.states, shallow, rotary)
             shallow.states = self.model.layer(number).over(shallow.states, rows, *self._cached(number), own)
+        for waiting, block in zip(self.waiting, self.model.blocks, strict=True):
+            if self.model.block2_context == "sequence" and block.own:
+                waiting.append(shallow)
         return shallow
 
     @torch.no_grad()
@@ -163,74 +169,74 @@ class RoutedDecoder:
                 self._remember(number, h, shallow, rotary)
                 h = model.layer(number).over(h, rows, *self._cached(number), own)
             return h[deep]
-        if model.block2_context == "sequence" and model.own_layers:
-            self.exited.append(shallow)
         if not deep.any():
             return h[deep]
         if model.block2_context == "token":
             return model.run_layers(h[deep].unsqueeze(1), numbers.start, model.num_layers).squeeze(1)  # (n_deep, D)
-        x, (rows, own, of) = shallow.begin[deep], self._rows_of(shallow, deep)
-        for number in range(model.branch_layer + 1, model.exit_layer + 1):  # on the keys and values of block 1
-            x = model.layer(number + model.branches).over(x, rows, *self._cached(number, of), own)
-        if model.own_layers:
-            waiting, self.exited = Shallow.joined(self.exited), []
-            self._remember_exits(waiting)
-        for number in model.own_layers:
-            x = model.layer(number).over(x, rows, *self._cached(number - model.branches, of), own)
-        return x
+        states = [shallow.begin[deep]]
+        for block in model.blocks:
+            states = self.through(block, shallow, deep, states)
+        return states[-1]
+
+    def through(self, block: Block, shallow: Shallow, chosen: Tensor, below: list[Tensor]) -> list[Tensor]:
+        """Runs a block, in `sequence` context, for the tokens marked in chosen (n,).
+
+        Args:
+            block: of the model.
+            shallow: all new tokens.
+            chosen: which of them go through it.
+            below: what this returned of the block below, (n_chosen, D) each; of block 2 the state that it begins at.
+
+        Returns:
+            The states above its last layers, so many as the next block needs: the last one, and those it repeats from.
+        """
+        rows, own, of = self._rows_of(shallow, chosen)
+        place = self.model.blocks.index(block)
+        if self.waiting[place]:
+            waiting, self.waiting[place] = Shallow.joined(self.waiting[place]), []
+            self._remember_exits(block, waiting)
+        after = self.model.blocks[place + 1 : place + 2]
+        states = deque([below[-1 - block.repeats] if place else below[0]], 1 + sum(one.repeats for one in after))
+        for number in range(block.first, block.last + 1):
+            kept = self._cached(number, of)
+            states.append(self.model.layer(number).over(states[-1], rows, *kept, own))
+        return list(states)
 
     def forget(self, lengths: Tensor) -> None:
         """Takes back what was read beyond the first `lengths` (B,) tokens; their slots are written anew."""
         self.lengths = torch.minimum(self.lengths, lengths.to(self.lengths.device))
-        self.exited = [rest for part in self.exited if len((rest := part.within(self.lengths)).states)]
+        for place, waiting in enumerate(self.waiting):
+            self.waiting[place] = [rest for part in waiting if len((rest := part.within(self.lengths)).states)]
         same = bool((self.lengths == self.lengths[0]).all())
         self.length = int(self.lengths[0]) if same else None
-        self.slots = int(self.lengths.max())
+        self.cache.slots = int(self.lengths.max())
 
     def _cached(self, number: int, of: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values (b, G, S, d) of a layer for the sequences `of` (b,), S the longest so far.
-
-        Branch layers, which have none, are left out of the numbering.
-        """
-        k, v = self.cache[number - 1, :, :, :, : self.slots]
-        return (k, v) if of is None else (k[of], v[of])
+        """Keys and values (b, G, S, d) that a layer reads, for the sequences `of` (b,), S the longest so far."""
+        return self.cache.read(self.place[source_of(number, self.model.blocks)], of)
 
     def _remember(self, number: int, h: Tensor, shallow: Shallow, rotary: Rotary) -> None:
         """Writes a layer's keys and values of states h (n, D) into the slots of their tokens."""
         layer, (G, d) = self.model.layer(number), self.heads
         x = layer.input_layernorm(h)
         k, v = (project(x).view(-1, 1, G, d) for project in (layer.self_attn.k_proj, layer.self_attn.v_proj))
-        self._write(slice(number - 1, number), k, v, shallow, rotary)
+        place = self.place[number]
+        self.cache.write(slice(place, place + 1), k, v, shallow, rotary)
 
-    def _remember_exits(self, shallow: Shallow) -> None:
-        """Writes block 2's keys and values of exit states, all layers' at once from one normalised state."""
-        model, k = self.model, self.model.exit_layer
-        layers = [model.layer(number) for number in model.own_layers]
-        if self.projection is None:
+    def _remember_exits(self, block: Block, shallow: Shallow) -> None:
+        """Writes a block's keys and values of exit states, all layers' at once from one normalised state."""
+        model, start = self.model, self.place[block.own.start]
+        layers = [model.layer(number) for number in block.own]
+        if block not in self.projections:
             parts = [
                 torch.cat([layer.self_attn.k_proj.weight, layer.self_attn.v_proj.weight]) * layer.input_layernorm.weight
                 for layer in layers
             ]
-            self.projection = torch.cat(parts)  # (L * 2 * G * d, D)
+            self.projections[block] = torch.cat(parts)  # (L * 2 * G * d, D)
         normed = F.rms_norm(shallow.states, (shallow.states.shape[-1],), eps=model.sizes["norm_eps"])
-        both = F.linear(normed, self.projection).view(-1, len(layers), 2, *self.heads)  # (n, L, 2, G, d)
-        self._write(slice(k, k + len(layers)), both[:, :, 0], both[:, :, 1], shallow, self._rotary(shallow))
-
-    def _write(self, layers: slice, k: Tensor, v: Tensor, shallow: Shallow, rotary: Rotary) -> None:
-        """Rotates keys (n, L, G, d) of L layers, and puts them and the values into the slots of their tokens."""
-        if not shallow.together:
-            cos, sin = (part[:, None, None] for part in rotary)  # (n, 1, 1, d/2)
-            new = torch.stack([rotated(k, (cos, sin)), v], dim=2)  # (n, L, 2, G, d)
-            self.cache[layers].permute(2, 4, 0, 1, 3, 5)[shallow.sequence, shallow.position] = new
-            return
-        B, Q = shallow.positions.shape
-        place = self.cache[layers, :, :, :, self.slots - Q : self.slots]  # (L, 2, B, G, Q, d)
-        k, v = (part.unflatten(0, (B, Q)).permute(2, 0, 3, 1, 4) for part in (k, v))  # (L, B, G, Q, d)
-        place[:, 1] = v
-        cos, sin = (part.view(B, 1, Q, -1) for part in rotary)
-        (first, second), (first_place, second_place) = k.chunk(2, dim=-1), place[:, 0].chunk(2, dim=-1)
-        torch.mul(first, cos, out=first_place).addcmul_(second, sin, value=-1)  # `rotated`, without a copy in between
-        torch.mul(second, cos, out=second_place).addcmul_(first, sin)
+        both = F.linear(normed, self.projections[block]).view(-1, len(layers), 2, *self.heads)  # (n, L, 2, G, d)
+        places = slice(start, start + len(layers))
+        self.cache.write(places, both[:, :, 0], both[:, :, 1], shallow, self._rotary(shallow))
 
     def _rotary(self, shallow: Shallow) -> Rotary:
         """Of all its tokens (n, d/2)."""
@@ -259,20 +265,3 @@ class RoutedDecoder:
             rows = Rows.of(mask)
             rows = Rows(positions.gather(1, rows.positions), rows.taken)
         return rows, self.model.layer(1).self_attn.rotary(rows.positions.unsqueeze(1)), of
-
-    def _make_room(self, slots: int, filled: bool) -> None:
-        """Doubles the cache where it is too short, so that decoding copies it a logarithmic number of times.
-
-        Args:
-            slots: wanted.
-            filled: every slot is written before it is read; else what masks hide must be finite.
-        """
-        have = self.cache.shape[4]
-        if slots <= have:
-            return
-        shape = (*self.cache.shape[:4], max(slots, 2 * have), self.cache.shape[5])
-        if not have and filled:
-            self.cache = self.cache.new_empty(shape)
-            return
-        old, self.cache = self.cache, self.cache.new_zeros(shape)
-        self.cache[:, :, :, :, :have] = old

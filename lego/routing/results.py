@@ -31,6 +31,11 @@ class Shallow:
         """The states (n, D) that block 2 begins at."""
         return self.states if self.trunk is None else self.trunk
 
+    @property
+    def last(self) -> Tensor:
+        """Each sequence's last real token (B, Q)."""
+        return self.mask & (self.mask.flip(1).cumsum(1).flip(1) == 1)
+
     def within(self, lengths: Tensor) -> Shallow:
         """Its tokens at positions below their sequence's length (B,)."""
         kept = self.position < lengths[self.sequence]

@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lego.hf import LegoForCausalLM, to_hf
 from lego.hub.block_files import write_block
-from lego.model.checkpoint import grow_model
 from lego.model.exit_criteria import StateCriterion
+from lego.model.growth import grow_model
 from lego.model.llama import load_llama
 from lego.model.low_rank import LowRankLinear
 from tests.routing.test_gated import gate_of

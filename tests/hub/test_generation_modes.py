@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, set_seed
 from transformers.cache_utils import DynamicCache
 
 from lego.hf import LegoForCausalLM, to_hf
-from lego.model.checkpoint import grow_model
+from lego.model.growth import grow_model
 from lego.model.llama import load_llama
 
 NEW = 10

@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from lego import DeepSupervisionTransformer
 from lego.base.artifacts import read_json
 from lego.hf import LegoForCausalLM, save_routed, to_hf
-from lego.model.checkpoint import grow_model, load_model, save_model
+from lego.model.checkpoint import load_model, save_model
+from lego.model.growth import grow_model
 from lego.model.llama import load_llama
 from lego.routing.command_line import main, stop_ids
 from tests.model.test_llama import change, small_llama
