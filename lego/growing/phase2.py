@@ -79,8 +79,9 @@ def train_block2(
     device: torch.device,
     state_file: Path,
     on_best: Callable[[int], None] = lambda epoch: None,
+    judge: Callable[[], dict[str, float]] | None = None,
 ) -> tuple[History, bool]:
-    """Trains what the grown model has on top of block 1, and keeps its best state on validation text.
+    """Trains the grown model's last block, and keeps its best state on validation text.
 
     Args:
         model: grown; its threshold routes validation text.
@@ -92,6 +93,7 @@ def train_block2(
         device: where the model runs.
         state_file: where a killed run continues from.
         on_best: called with the epoch number (from 1) after each improvement.
+        judge: its numbers on validation text, if not those of a model of two blocks.
 
     Returns:
         What the run saw, and whether it continued a killed one.
@@ -110,7 +112,7 @@ def train_block2(
         model,
         batches,
         train_once,
-        lambda: evaluate(model, validation, model.routing_threshold, device),
+        judge or (lambda: evaluate(model, validation, model.routing_threshold, device)),
         max_epochs=epochs,
         patience=patience,
         keep_start=True,

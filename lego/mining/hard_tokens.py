@@ -52,10 +52,11 @@ def climbing_states(
     batches: Batches,
     device: str | torch.device,
     repeats: int,
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+) -> Iterator[tuple[tuple[Tensor, Tensor, Tensor, Tensor], list[int]]]:
     """`exit_states` for a block above the last one: what it reads, and confidences (B, T) at the last exit.
 
-    What it begins at is zero, and the confidence 1, of tokens that an earlier exit found easy.
+    What it begins at is zero, and the confidence 1, of tokens that an earlier exit found easy. With each batch come the
+    numbers of its tokens that went through each block above the first.
 
     Args:
         model: with two blocks at least, in `sequence` context.
@@ -67,25 +68,30 @@ def climbing_states(
     model.to(device).eval()
     block = Block(model.num_layers + 1, model.num_layers + repeats, repeats)
     for x, y in batches:
-        climb, confidence = climbed(model, thresholds, x.to(device), (*model.blocks, block))
+        climb, confidence, entered = climbed(model, thresholds, x.to(device), (*model.blocks, block))
         found = torch.ones_like(climb.mask, dtype=confidence.dtype)
         found[climb.mask] = confidence
-        yield x, y, climb.reached(block).packed().cpu(), found.cpu()
+        yield (x, y, climb.reached(block).packed().cpu(), found.cpu()), entered
 
 
+@torch.no_grad()
 def climbed(
     model: BaseTransformer, thresholds: Sequence[float], x: Tensor, blocks: Sequence[Block]
-) -> tuple[Climb, Tensor]:
-    """The tokens of ids (B, T) that every exit but the last finds hard, at that one, and confidences (n,) there."""
+) -> tuple[Climb, Tensor, list[int]]:
+    """The tokens of ids (B, T) that every exit but the last finds hard, at that one, and confidences (n,) there.
+
+    Also how many went through each block above the first.
+    """
     reached = model.reach(model.trunk(x))
     confidence = model.compute_confidence(reached.states[-1])  # (B, T)
-    climb = Climb(model.layer, blocks, reached, confidence < thresholds[0])
+    climb, entered = Climb(model.layer, blocks, reached, confidence < thresholds[0]), list[int]()
     for block, threshold in zip(model.blocks, [*thresholds[1:], None], strict=True):
         h = last_of(climb.through(block), climb.states[0])
+        entered.append(len(h))
         confidence = model.compute_confidence(h, block.last)  # (n,)
         if threshold is not None:
             climb.narrow(confidence < threshold)
-    return climb, confidence
+    return climb, confidence, entered
 
 
 def collect_hard_examples(

@@ -7,9 +7,11 @@ activations and softmax are not: they are elementwise.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lego.model.blocks import Block
 from lego.model.stack import CONTEXT_AT_INFERENCE
 
 FORWARD_BACKWARD = 3  # a trained matrix product: forward, gradient of the input, gradient of the weight
@@ -55,6 +57,13 @@ class Ledger:
         sizes = {name: model.sizes[name] for name in SIZES}
         shape = {name: getattr(model, name) for name in ("exit_layer", "block2_context", "branches", "branch_rank")}
         return cls(**sizes, **shape, seq_len=seq_len, gated=gated)
+
+    @classmethod
+    def of_block(cls, model: Any, block: Block, seq_len: int) -> Ledger:
+        """Ledger of block 1 and one of the blocks above it, which stands at block 2's place; all it reads is stored."""
+        layers = block.last - block.first + 1
+        own = replace(cls.of(model, seq_len), num_layers=model.exit_layer + layers, branches=block.repeats, kept=True)
+        return own if block is model.blocks[-1] else replace(own, branch_rank=0)
 
     def grown(self, num_layers: int, phase2_context: str, branch_layer: int | None = None) -> Ledger:
         """Ledger of the routed model that grows from this block 1, with arguments as for grow_model."""
@@ -223,3 +232,20 @@ class Ledger:
         if self.own_layers or not self.branches:
             return self.branches * self.layer
         return (self.branches - 1) * self.layer + self.keys_values
+
+
+def cascade_macs(model: Any, seq_len: int, shares: Sequence[float]) -> float:
+    """Mean MACs of a token where so large shares of all tokens go through each block above the first.
+
+    Every exit that a token comes to reads its logits, as max_prob does.
+
+    Args:
+        model: with two blocks or more, in `sequence` context.
+        seq_len: tokens per sequence (T).
+        shares: of the tokens, in [0, 1], one for each block above the first.
+    """
+    total = float(Ledger.of(model, seq_len).shallow())
+    for block, share in zip(model.blocks, shares, strict=True):
+        one = Ledger.of_block(model, block, seq_len)
+        total += share * (one.block2 + one.head) + (1 - share) * one.kv_fill()
+    return total

@@ -5,7 +5,7 @@ Shapes: n tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -185,6 +185,27 @@ def read_mixture(
         spared = (log_p.exp() * (log_p - logits.float().log_softmax(dim=1))).sum(dim=1)
         parts.append((*_read(logits, state, target, tuple(scores)), nll, best == target, spared))
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+
+
+@torch.no_grad()
+def read_exits(
+    exits: Sequence[tuple[Tensor, Tensor]], gates: Sequence[Any], y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `read_exit` says of each exit (M, n): loss in nats, right or not, confidence.
+
+    Args:
+        exits: of each, normed states (n, D) and the weight of its head (V, D).
+        gates: of each but the first, what mixes the answer below with its logits (see lego.model.gate), or None.
+        y: targets (n,).
+    """
+    parts, done = [], 0
+    for logits in zip(*(_logits(*one) for one in exits), strict=True):
+        answers, target = [logits[0]], y[done : (done := done + len(logits[0]))]
+        for gate, deeper in zip(gates, logits[1:], strict=True):
+            answers.append(deeper if gate is None else gate.mixed(answers[-1], deeper))
+        parts.append([torch.stack(column) for column in zip(*(_read(a, a, target, ()) for a in answers), strict=True)])
+    nll, right, confidence = (torch.cat(column, dim=1) for column in zip(*parts, strict=True))
+    return nll, right, confidence
 
 
 def _read(logits: Tensor, states: Tensor, targets: Tensor, scores: tuple[Score, ...]) -> tuple[Tensor, ...]:

@@ -14,9 +14,9 @@ from lego.evaluation.calibration import fitted_gain, share_threshold
 from lego.evaluation.gating import gate_for
 from lego.evaluation.plain import Leaving
 from lego.evaluation.routed import Route, token_table
-from lego.model.growth import grow_model
 from lego.model.cost import SIZES, Ledger
 from lego.model.exit_criteria import LOGIT_CRITERIA
+from lego.model.growth import grow_model
 from lego.model.transformer import BaseTransformer, DeepSupervisionTransformer
 from lego.tokens.batches import EvaluationBatches, split_batches
 from lego.training.epochs import epoch_rows

@@ -226,7 +226,7 @@ def test_any_blocks_mined_trained_on_and_decoded_are_one_model(shape, ids, share
         read = [decoder.read(x[:, at : at + 1]) for at in range(len(ids))]
         assert [int(one.exits) for one in read] == exits.tolist()
         if len(shape) > 1 and hard.any():
-            ((_, _, packed, confidence),) = climbing_states(
+            (((_, _, packed, confidence), _),) = climbing_states(
                 below, thresholds[: len(shape) - 1], [(x, x)], "cpu", model.blocks[-1].repeats
             )
             mined = confidence < thresholds[len(shape) - 1]
@@ -243,7 +243,7 @@ def test_training_a_further_block_moves_it_alone(rank):
     model = add_block(below, 1, repeats=2, rank=rank)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     x, y = torch.randint(0, VOCAB, (3, 12)), torch.randint(0, VOCAB, (3, 12))
-    ((_, _, packed, confidence),) = climbing_states(below, [ALWAYS_DEEP], [(x, y)], "cpu", 2)
+    (((_, _, packed, confidence), _),) = climbing_states(below, [ALWAYS_DEEP], [(x, y)], "cpu", 2)
     hard = confidence < float(confidence.quantile(0.5))
     optimizer = Trainer(create_standard_config(3), VOCAB).create_optimizer(model, 1e-2)
     losses = [train_gathered(model, [(packed, hard, y)], optimizer, "cpu") for _ in range(10)]

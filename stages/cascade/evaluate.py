@@ -1,0 +1,66 @@
+"""A model of any number of blocks on test text: each exit, and routed by thresholds from calibration text.
+
+dvc repro stages/cascade/dvc.yaml:evaluate@third      (python -m stages.cascade.evaluate third)
+"""
+
+import sys
+from typing import Any
+
+from lego.base.artifacts import read_number, write_csv, write_json
+from lego.base.harness import Stage, exit_cleanly, resolve_device
+from lego.base.params import load_params
+from lego.evaluation.cascade import ExitTable, exit_table, gates_for
+from lego.evaluation.routed import perplexity
+from lego.model.cost import Ledger, cascade_macs
+from lego.model.transformer import BaseTransformer
+from lego.tokens.batches import split_batches
+from lego.tokens.blocks import bits_per_byte, corpus_facts, data_digests
+from stages.cascade.settings import OWN, block_of, stands_on
+
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+def by_share(model: BaseTransformer, tables: dict[str, ExitTable], seq_len: int) -> list[dict[str, Any]]:
+    """One row a share that goes on at every exit, the same for all; thresholds are those of calibration text."""
+    rows = []
+    base = Ledger.of(model, seq_len).shallow()
+    for share in SHARES:
+        found = tables["test"].routed(tables["calibration"].thresholds([share] * len(model.blocks)))
+        shares = [found[f"share_{number}"] for number in range(2, len(model.exits) + 1)]
+        rows.append({"share": share, "macs": cascade_macs(model, seq_len, shares) / base} | found)
+    return rows
+
+
+def main(name: str = "") -> None:
+    params = load_params()
+    block_of(name)  # or one sentence
+    size = params.evaluation.batch_size
+    with Stage(f"cascade/evaluate@{name}", params.seed, params.train.threads) as stage:
+        device, facts = resolve_device(params.train.device), corpus_facts("data/tokens")
+        model, mined = stands_on(f"{OWN}{name}")
+        texts = {split: split_batches("data/tokens", split, size) for split in ("calibration", "validation", "test")}
+        gates = gates_for(model, texts["calibration"], device) if params.routing.gate == "fitted" else None
+        tables = {split: exit_table(model, text, device, gates) for split, text in texts.items()}
+        test = tables["test"]
+        thresholds = tables["calibration"].thresholds(mined.ratios)
+        routed = test.routed(thresholds)
+        shares = [routed[f"share_{number}"] for number in range(2, len(model.exits) + 1)]
+        base = Ledger.of(model, facts["seq_len"]).shallow()
+        metrics = routed | {
+            "bits_per_byte": bits_per_byte(routed["ppl"], facts["splits"]["test"]),
+            "val_ppl": tables["validation"].routed(thresholds)["ppl"],
+            "macs": cascade_macs(model, facts["seq_len"], shares) / base,
+            "added_macs": read_number(f"data/cascade_facts/train_{name}.json", "added_macs"),
+        }
+        metrics |= {f"exit_{number}_ppl": perplexity(nll) for number, nll in enumerate(test.nll, 1)}
+        write_csv(f"data/curves/cascade_shares_{name}.csv", by_share(model, tables, facts["seq_len"]))
+        write_json(f"metrics/cascade/{name}.json", metrics)
+        exits = ", ".join(f"{metrics[f'exit_{number}_ppl']:.3f}" for number in range(1, len(model.exits) + 1))
+        print(
+            f"{name}: test ppl by exit {exits}; routed {routed['ppl']:.3f} at {metrics['macs']:.3f} of block 1's MACs"
+        )
+        stage.record |= data_digests("data/tokens")
+
+
+if __name__ == "__main__":
+    exit_cleanly(lambda: main(*sys.argv[1:]))
