@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, PositiveInt
 
 from lego.base.artifacts import (
     ArtifactError,
@@ -27,6 +28,7 @@ from lego.model.naming import ROUTED, config_of, from_llama, is_tied, model_of
 from lego.model.transformer import BaseTransformer
 
 CONFIG, WEIGHTS, GENERATION = "config.json", "model.safetensors", "generation_config.json"
+ROUTING = "routing.json"  # of more than two blocks
 INDEX = "model.safetensors.index.json"  # of weights in several files, as transformers splits large ones
 
 
@@ -105,25 +107,70 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class RoutedModel:
-    """A model with how its tokens are routed: see RoutedDecoder."""
+    """A model with how its tokens are routed: see RoutedDecoder.
+
+    Of more than two blocks also the threshold of each exit but the last, and the gate of each but the first: see
+    CascadeDecoder.
+    """
 
     model: BaseTransformer
     threshold: float | None
     criterion: Criterion
     gate: Gate | None = None
+    thresholds: list[float] | None = None
+    gates: list[Gate] | None = None
+
+
+class _Routing(BaseModel):
+    model_config = ConfigDict(strict=True)
+    thresholds: list[Annotated[float, Field(ge=0)]]
+    gates: list[Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)]] | None
+
+
+def save_cascade(
+    model: BaseTransformer,
+    folder: str | Path,
+    thresholds: Sequence[float],
+    gates: Sequence[Gate] | None,
+    tokenizer: str | Path | None = None,
+) -> None:
+    """Writes a model of any number of blocks and how it routes into an existing folder, for `load_routed`.
+
+    Args:
+        model: with two blocks or more.
+        folder: see `save_model`.
+        thresholds: of each exit but the last, for the criterion max_prob.
+        gates: of each exit but the first; None where answers are not mixed.
+        tokenizer: see `save_model`.
+    """
+    save_model(model, folder, tokenizer)
+    weights = None if gates is None else [[float(gate.weight), float(gate.bias)] for gate in gates]
+    write_json(Path(folder) / ROUTING, {"thresholds": list(thresholds), "gates": weights})
+
+
+def _load_cascade(folder: Path, model: BaseTransformer) -> RoutedModel:
+    found, count = read_checked(folder / ROUTING, _Routing), len(model.blocks)
+    thresholds, weights = found["thresholds"], found["gates"]
+    if len(thresholds) != count or len(weights or thresholds) != count:
+        raise ArtifactError(f"{folder / ROUTING}: must have {count} thresholds, and as many gates or null")
+    gates = None if weights is None else [Gate.at(*pair) for pair in weights]
+    return RoutedModel(model, thresholds[0], max_prob, None, thresholds, gates)
 
 
 def load_routed(folder: str | Path) -> RoutedModel:
     """Reads a model folder with its threshold, exit criterion and gate.
 
     Args:
-        folder: written by `lego.hf`, such as data/routed; or by `save_model`, which routes as it was mined.
+        folder: written by `lego.hf`, such as data/routed; by `save_cascade`; or by `save_model`, which routes as it was
+            mined.
 
     Raises:
         ArtifactError: see `load_model`, or the criterion or the gate is missing.
     """
     verify(folder)  # the tokenizer too, which is used beside the model
     model, config = load_model(folder), read_json(Path(folder) / CONFIG)
+    if (Path(folder) / ROUTING).exists():
+        return _load_cascade(Path(folder), model)
     if config["architectures"] != [ROUTED]:
         return RoutedModel(model, getattr(model, "routing_threshold", 0.0) or None, max_prob)
     name, threshold = str(config["exit_criterion"]), config["exit_threshold"]

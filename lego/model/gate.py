@@ -39,6 +39,14 @@ class Gate(nn.Module):
         return mixture.clamp(min=torch.finfo(torch.float32).tiny).log()
 
     @classmethod
+    def at(cls, weight: float, bias: float) -> Gate:
+        """The gate of these numbers."""
+        gate = cls()
+        gate.weight.fill_(weight)
+        gate.bias.fill_(bias)
+        return gate
+
+    @classmethod
     def of(cls, tensors: dict[str, Tensor], path: object) -> Gate:
         """From its tensors, read from `path`.
 

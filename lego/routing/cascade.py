@@ -6,7 +6,6 @@ Shapes: B sequences, Q new tokens of each, n of them whose answers are wanted, D
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,19 +14,7 @@ from lego.model.exit_criteria import Criterion, max_prob, needs_logits
 from lego.model.gate import Gate
 from lego.model.transformer import BaseTransformer
 from lego.routing.decoder import RoutedDecoder
-
-
-@dataclass(frozen=True)
-class Climbed:
-    """Answers of the real tokens in order: logits (n, V), the exit where each left (n,), from 1; which they are (B, Q).
-
-    `scores` are those of each exit but the last, of the tokens that came there.
-    """
-
-    logits: Tensor
-    exits: Tensor
-    scores: list[Tensor]
-    mask: Tensor
+from lego.routing.results import Routed, Shallow
 
 
 class CascadeDecoder:
@@ -64,26 +51,39 @@ class CascadeDecoder:
             raise ValueError(f"thresholds must be at least 0.0, got {wrong[0]}")
         self.gates = [gate if gate is None else gate.to(model.embedding.weight.device) for gate in self.gates]
 
-    @torch.no_grad()
-    def read(self, ids: Tensor, mask: Tensor | None = None, last_only: bool = False) -> Climbed:
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens that each sequence has so far (B,)."""
+        return self.decoder.lengths
+
+    def shallow(self, ids: Tensor, mask: Tensor | None = None) -> Shallow:
+        """Runs block 1 over the next tokens; see `read`."""
+        return self.decoder.shallow(ids, mask)
+
+    def read(self, ids: Tensor, mask: Tensor | None = None, last_only: bool = False) -> Routed:
         """Reads the next tokens of each sequence; arguments as for `RoutedDecoder.read`."""
-        shallow = self.decoder.shallow(ids, mask)
-        wanted = shallow.last if last_only else shallow.mask
+        shallow = self.shallow(ids, mask)
+        return self._answered(shallow, shallow.last if last_only else shallow.mask, self.thresholds)
+
+    def full_logits(self, shallow: Shallow) -> Tensor:
+        """What all new tokens are answered with at full depth (n, V)."""
+        return self._answered(shallow, shallow.mask, None).logits
+
+    @torch.no_grad()
+    def _answered(self, shallow: Shallow, wanted: Tensor, thresholds: list[float] | None) -> Routed:
+        """Answers of the tokens wanted (B, Q), each from the exit where it leaves."""
         chosen = wanted[shallow.mask]  # of all new tokens
         h, below = shallow.states[chosen], [shallow.begin[chosen]]
         here = torch.arange(len(h), device=h.device)  # which of the wanted ones have come this far
         logits = h.new_empty(len(h), self.model.sizes["vocab_size"])
-        exits, scores = torch.ones_like(here), list[Tensor]()
-        answers = self.model.logits_at(h, self.model.exit_layer) if self._all_need(0) else None
+        exits, first = torch.ones_like(here), h.new_zeros(len(h))
+        answers = self.model.logits_at(h, self.model.exit_layer) if self._all_need(0, thresholds) else None
         for place, block in enumerate(self.model.blocks):
-            if self.thresholds is not None:
-                nothing = h.new_empty(len(h), 0)
-                score = self.criteria[place](h, nothing if answers is None else answers)
-                scores.append(score)
-                on = score < self.thresholds[place]
-                logits[here[~on]] = self._answers(
-                    h[~on], self.model.exits[place], None if answers is None else answers[~on]
-                )
+            if thresholds is not None:
+                score = self.criteria[place](h, h.new_empty(len(h), 0) if answers is None else answers)
+                first, on = first if place else score, score < thresholds[place]
+                left, known = ~on, None if answers is None else answers[~on]
+                logits[here[left]] = self.model.logits_at(h[left], self.model.exits[place]) if known is None else known
                 here, below, answers = here[on], [x[on] for x in below], None if answers is None else answers[on]
                 chosen[chosen.clone()] = on
             if not len(here):
@@ -93,22 +93,18 @@ class CascadeDecoder:
             h, gate = below[-1], self.gates[place]
             if gate is not None and answers is not None:
                 answers = gate.mixed(answers, self.model.logits_at(h, block.last)).to(h.dtype)
-            elif block is self.model.blocks[-1] or self._all_need(place + 1):
+            elif block is self.model.blocks[-1] or self._all_need(place + 1, thresholds):
                 answers = self.model.logits_at(h, block.last)
             else:
                 answers = None
         if len(here) and answers is not None:
             logits[here] = answers
-        return Climbed(logits, exits, scores, wanted)
+        return Routed(logits, first, exits, wanted)
 
-    def _all_need(self, place: int) -> bool:
+    def _all_need(self, place: int, thresholds: list[float] | None) -> bool:
         """Whether every token that comes to an exit needs its logits: for its score, or for the next one's answer."""
-        scored = self.thresholds is not None and needs_logits(self.criteria[place])
+        scored = thresholds is not None and needs_logits(self.criteria[place])
         return scored or self.gates[place] is not None
-
-    def _answers(self, h: Tensor, layer: int, known: Tensor | None) -> Tensor:
-        """Of tokens that leave at a layer with states h (n, D): logits (n, V)."""
-        return self.model.logits_at(h, layer) if known is None else known
 
     def forget(self, lengths: Tensor) -> None:
         """As `RoutedDecoder.forget`."""

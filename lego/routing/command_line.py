@@ -21,6 +21,8 @@ from lego.model.checkpoint import load_routed
 from lego.routing.generation import Sampling, Token, generate, generate_lossless
 from lego.routing.spelling import spelled
 
+COLOURS = ("\033[32m", "\033[33m", "\033[35m", "\033[31m")  # of exits 1, 2, 3 and beyond
+
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m lego.generate", description="Writes text with a routed model.")
@@ -34,7 +36,11 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--show-exits", action="store_true", help="yellow: needed block 2; green: did not")
+    parser.add_argument(
+        "--show-exits",
+        action="store_true",
+        help="green: left after block 1; yellow, magenta, red: after block 2, 3, a later one",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     return parser.parse_args(argv)
 
@@ -73,15 +79,16 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
     prompt = tokenizer(arguments.prompt)["input_ids"]
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     count, stop = arguments.max_new_tokens, stop_ids(model.generation_config, tokenizer.eos_token_id)
-    threshold = arguments.threshold if arguments.threshold is not None else routed.threshold
+    gate = routed.gates or routed.gate
+    threshold: Any = arguments.threshold
+    if threshold is None:
+        threshold = routed.thresholds or routed.threshold
 
     def run(exits: bool) -> Iterator[Token]:
         drawn = torch.Generator().manual_seed(arguments.seed)
         if exits and arguments.lossless:
-            return generate_lossless(
-                model, prompt, count, gate=routed.gate, sampling=sampling, stop=stop, generator=drawn
-            )
-        routing = partial(generate, criterion=routed.criterion, gate=routed.gate)
+            return generate_lossless(model, prompt, count, gate=gate, sampling=sampling, stop=stop, generator=drawn)
+        routing = partial(generate, criterion=routed.criterion, gate=gate)
         at = threshold if exits else None
         return routing(model, [prompt], count, at, sampling=sampling, stop=stop, generator=drawn)
 
@@ -96,7 +103,8 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
         "prompt": arguments.prompt,
         "text": "".join(texts),
         "tokens": [
-            {"id": token.id, "text": text, "deep": token.deep} for token, text in zip(tokens, texts, strict=True)
+            {"id": token.id, "text": text, "deep": token.deep, "exit": token.exit}
+            for token, text in zip(tokens, texts, strict=True)
         ],
         "shallow_ratio": sum(not token.deep for token in tokens) / max(1, len(tokens)),
         "tokens_per_second": speed,
@@ -107,8 +115,9 @@ def _write(arguments: argparse.Namespace) -> dict[str, Any]:
 def _shown(result: dict[str, Any], exits: bool) -> str:
     """Prompt and text; what a terminal would obey is spelled out, and only our own colours reach it."""
     if exits:
-        colours = {True: "\033[33m", False: "\033[32m"}
-        tokens = (f"{colours[token['deep']]}{printable(token['text'])}" for token in result["tokens"])
+        tokens = (
+            f"{COLOURS[min(token['exit'], len(COLOURS)) - 1]}{printable(token['text'])}" for token in result["tokens"]
+        )
         return printable(result["prompt"]) + "".join(tokens) + "\033[0m"
     text = result["prompt"] + result["text"]
     return printable(text) if sys.stdout.isatty() else text

@@ -88,7 +88,7 @@ class RoutedDecoder:
         if self.threshold is None:
             score, deep = torch.zeros(len(h), device=h.device), torch.ones(len(h), dtype=torch.bool, device=h.device)
             states = self.deep_states(shallow, wanted[shallow.mask])
-            return Routed(self.deep_logits(h, states), score, deep, wanted)
+            return Routed(self.deep_logits(h, states), score, 1 + deep.long(), wanted)
         if needs_logits(self.criterion):
             logits, score = model.scored_logits_at(h, k, self.criterion)
         else:
@@ -103,7 +103,12 @@ class RoutedDecoder:
             logits = self._logits_of_both(h, deep, states)
         elif len(states):
             logits[deep] = self.deep_logits(h[deep], states, logits[deep]).to(logits.dtype)
-        return Routed(logits, score, deep, wanted)
+        return Routed(logits, score, 1 + deep.long(), wanted)
+
+    def full_logits(self, shallow: Shallow) -> Tensor:
+        """What all new tokens are answered with at full depth (n, V)."""
+        every = torch.ones(len(shallow.states), dtype=torch.bool, device=shallow.states.device)
+        return self.deep_logits(shallow.states, self.deep_states(shallow, every))
 
     def deep_logits(self, h: Tensor, states: Tensor, shallow: Tensor | None = None) -> Tensor:
         """What tokens that went deep are answered with (n, V): logits, or a mixture's log-probabilities.

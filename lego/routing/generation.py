@@ -12,6 +12,7 @@ from torch import Tensor
 from lego.model.exit_criteria import Criterion, max_prob
 from lego.model.gate import Gate
 from lego.model.transformer import BaseTransformer
+from lego.routing.cascade import CascadeDecoder
 from lego.routing.decoder import RoutedDecoder
 from lego.routing.results import Shallow
 
@@ -57,11 +58,34 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Token:
-    """One new token of one sequence: its number in the batch, its id, and whether block 2 had a part in it."""
+    """One new token of one sequence: its number in the batch, its id, and the exit whose answer it is, from 1."""
 
     sequence: int
     id: int
-    deep: bool
+    exit: int
+
+    @property
+    def deep(self) -> bool:
+        """Whether more than block 1 had a part in it."""
+        return self.exit > 1
+
+
+def decoder_of(
+    model: BaseTransformer,
+    threshold: float | Sequence[float] | None,
+    batch_size: int,
+    criterion: Criterion,
+    gate: Gate | Sequence[Gate | None] | None,
+) -> RoutedDecoder | CascadeDecoder:
+    """The decoder of a model with two blocks, or of one with more."""
+    if len(model.blocks) > 1:
+        count = len(model.blocks)
+        thresholds = threshold if threshold is None or isinstance(threshold, Sequence) else [threshold] * count
+        gates = gate if gate is None or isinstance(gate, Sequence) else [gate] * count
+        return CascadeDecoder(model, thresholds, batch_size, [criterion] * count, gates)
+    if isinstance(threshold, Sequence) or isinstance(gate, Sequence):
+        raise ValueError("give one threshold and one gate for a model of two blocks")
+    return RoutedDecoder(model, threshold, batch_size, criterion, gate)
 
 
 def _draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -86,10 +110,10 @@ def generate(
     model: BaseTransformer,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    threshold: float | None,
+    threshold: float | Sequence[float] | None,
     *,
     criterion: Criterion = max_prob,
-    gate: Gate | None = None,
+    gate: Gate | Sequence[Gate | None] | None = None,
     sampling: Sampling = Sampling(),
     stop: Collection[int] = (),
     generator: torch.Generator | None = None,
@@ -100,7 +124,8 @@ def generate(
         model: on its device.
         prompts: token ids of each sequence, of any lengths.
         max_new_tokens: at most this many for each.
-        threshold, criterion, gate: see RoutedDecoder.
+        threshold, criterion, gate: see RoutedDecoder; of more than two blocks, thresholds and gates of each exit, see
+            CascadeDecoder, or one threshold for all.
         sampling: how a token is chosen.
         stop: a sequence ends after one of these ids.
         generator: of the sampling.
@@ -116,15 +141,15 @@ def generate(
     for number, prompt in enumerate(prompts):
         ids[number, : len(prompt)] = torch.tensor(prompt)
         mask[number, : len(prompt)] = True
-    decoder = RoutedDecoder(model, threshold, len(prompts), criterion, gate)
+    decoder = decoder_of(model, threshold, len(prompts), criterion, gate)
     alive = mask.any(dim=1)  # (B,)
     for _ in range(max_new_tokens):
         if not alive.any():
             return
-        logits, deep = decoder.read(ids, mask, last_only=True).last()
+        logits, exits = decoder.read(ids, mask, last_only=True).last()
         chosen = _draw(sampling.probabilities(logits), generator)  # (B,)
         for number in alive.nonzero().flatten().tolist():
-            yield Token(number, int(chosen[number]), bool(deep[number]))
+            yield Token(number, int(chosen[number]), int(exits[number]))
         ended = torch.tensor([int(token) in stop for token in chosen], device=device)
         alive = alive & ~ended
         ids, mask = chosen.unsqueeze(1), alive.unsqueeze(1)
@@ -137,12 +162,12 @@ def generate_lossless(
     max_new_tokens: int,
     *,
     drafts: int = 4,
-    gate: Gate | None = None,
+    gate: Gate | Sequence[Gate | None] | None = None,
     sampling: Sampling = Sampling(),
     stop: Collection[int] = (),
     generator: torch.Generator | None = None,
 ) -> Iterator[Token]:
-    """New tokens exactly as the full model would write them: block 1 drafts, block 2 verifies several at once.
+    """New tokens exactly as the full model would write them: block 1 drafts, the others verify several at once.
 
     Greedy output is the full model's; sampled output has its distribution (speculative sampling, Leviathan et al.
     2023). What block 1 computed for its drafts serves the full model: only block 2 and the heads are run to verify.
@@ -152,11 +177,11 @@ def generate_lossless(
         prompt: token ids.
         max_new_tokens: at most this many.
         drafts: tokens drafted before each verification.
-        gate: of the full model's answers, which are mixtures of both exits then.
+        gate: of the full model's answers, which are mixtures of all exits then; of more than two blocks several.
         sampling, stop, generator: as in `generate`.
 
     Yields:
-        Tokens; `deep` is false for a draft that was accepted, true where the full model chose.
+        Tokens; `exit` is 1 for a draft that was accepted, the last where the full model chose.
 
     Raises:
         ValueError: as `generate`, or no draft.
@@ -165,20 +190,19 @@ def generate_lossless(
     if drafts < 1:
         raise ValueError(f"drafts must be at least 1, got {drafts}")
     device = model.embedding.weight.device
-    decoder = RoutedDecoder(model, None, gate=gate)
+    decoder = decoder_of(model, None, 1, max_prob, gate)
     if len(prompt) > 1:
         decoder.read(torch.tensor([list(prompt[:-1])], device=device), last_only=True)
     last, left = int(prompt[-1]), max_new_tokens
     while left > 0:
         start = decoder.lengths.clone()
         drafted, read, q = _draft(decoder, last, min(drafts, left), sampling, generator)
-        everything = torch.ones(len(drafted), dtype=torch.bool, device=device)
-        verified = decoder.deep_logits(read.states, decoder.deep_states(read, everything))
+        verified = decoder.full_logits(read)  # (drafts, V)
         p = sampling.probabilities(verified)  # (drafts, V)
         accepted, chosen = _verify(p, q, drafted, generator)
-        new = [Token(0, token, False) for token in drafted[:accepted]]
+        new = [Token(0, token, 1) for token in drafted[:accepted]]
         if chosen is not None:
-            new.append(Token(0, chosen, True))
+            new.append(Token(0, chosen, len(model.exits)))
         for token in new:
             yield token
             left -= 1
@@ -189,7 +213,11 @@ def generate_lossless(
 
 
 def _draft(
-    decoder: RoutedDecoder, last: int, count: int, sampling: Sampling, generator: torch.Generator | None
+    decoder: RoutedDecoder | CascadeDecoder,
+    last: int,
+    count: int,
+    sampling: Sampling,
+    generator: torch.Generator | None,
 ) -> tuple[list[int], Shallow, Tensor]:
     """Ids that block 1 writes after `last`, what it made of the tokens read, and its distributions (count, V)."""
     model, parts, drafted, q = decoder.model, [], [], []

@@ -78,18 +78,26 @@ class Shallow:
 
 @dataclass(frozen=True)
 class Routed:
-    """Results of the real tokens in order: logits (n, V), score (n,) and whether each went deep (n,); mask (B, Q)."""
+    """Results of the real tokens in order: logits (n, V), score at the first exit (n,) and exit of each (n,), from 1.
+
+    `mask` says which they are (B, Q).
+    """
 
     logits: Tensor
     score: Tensor
-    deep: Tensor
+    exits: Tensor
     mask: Tensor
 
+    @property
+    def deep(self) -> Tensor:
+        """Whether each went beyond the first exit (n,)."""
+        return self.exits > 1
+
     def last(self) -> tuple[Tensor, Tensor]:
-        """Logits (B, V) and depth (B,) of each sequence's last real token; zeros where it had none."""
+        """Logits (B, V) and exit (B,) of each sequence's last real token; zeros where it had none."""
         counts = self.mask.sum(dim=1)
         if not len(self.logits):
-            return self.logits.new_zeros(len(counts), self.logits.shape[1]), counts > 0
+            return self.logits.new_zeros(len(counts), self.logits.shape[1]), torch.zeros_like(counts)
         ends = counts.cumsum(0) - 1
-        logits, deep = self.logits[ends.clamp(min=0)], self.deep[ends.clamp(min=0)]
-        return torch.where(counts[:, None] > 0, logits, 0.0), deep & (counts > 0)
+        logits, exits = self.logits[ends.clamp(min=0)], self.exits[ends.clamp(min=0)]
+        return torch.where(counts[:, None] > 0, logits, 0.0), exits * (counts > 0)

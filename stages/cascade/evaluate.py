@@ -6,11 +6,12 @@ dvc repro stages/cascade/dvc.yaml:evaluate@third      (python -m stages.cascade.
 import sys
 from typing import Any
 
-from lego.base.artifacts import read_number, write_csv, write_json
+from lego.base.artifacts import atomic_folder, read_number, write_csv, write_json
 from lego.base.harness import Stage, exit_cleanly, resolve_device
 from lego.base.params import load_params
 from lego.evaluation.cascade import ExitTable, exit_table, gates_for
 from lego.evaluation.routed import perplexity
+from lego.model.checkpoint import save_cascade
 from lego.model.cost import Ledger, cascade_macs
 from lego.model.transformer import BaseTransformer
 from lego.tokens.batches import split_batches
@@ -53,6 +54,8 @@ def main(name: str = "") -> None:
             "added_macs": read_number(f"data/cascade_facts/train_{name}.json", "added_macs"),
         }
         metrics |= {f"exit_{number}_ppl": perplexity(nll) for number, nll in enumerate(test.nll, 1)}
+        with atomic_folder(f"data/cascade_routed/{name}") as folder:
+            save_cascade(model, folder, thresholds, gates, tokenizer=f"data/{OWN}{name}")
         write_csv(f"data/curves/cascade_shares_{name}.csv", by_share(model, tables, facts["seq_len"]))
         write_json(f"metrics/cascade/{name}.json", metrics)
         exits = ", ".join(f"{metrics[f'exit_{number}_ppl']:.3f}" for number in range(1, len(model.exits) + 1))

@@ -40,10 +40,10 @@ def stirred(model: DeepSupervisionTransformer) -> DeepSupervisionTransformer:
     return model.eval()
 
 
-def models(shape: list[tuple[int, int]], heads: int = 2, trained: bool = True, **options) -> list:
+def models(shape: list[tuple[int, int]], heads: int = 2, trained: bool = True, vocab: int = VOCAB, **options) -> list:
     """Block 1 of three layers, and what grows on it, block by block."""
     torch.manual_seed(2)
-    block1 = DeepSupervisionTransformer(VOCAB, 32, 3, 4, exit_layer=3, num_kv_heads=heads)
+    block1 = DeepSupervisionTransformer(vocab, 32, 3, 4, exit_layer=3, num_kv_heads=heads)
     for parameter in block1.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.2)
     (repeats, new), *later = shape
@@ -130,13 +130,6 @@ def answers_of(model, expected: dict[int, Tensor], thresholds: list[float], gate
     return torch.stack(logits), torch.tensor(exits)
 
 
-def gate_of(weight: float, bias: float) -> Gate:
-    gate = Gate()
-    gate.weight.fill_(weight)
-    gate.bias.fill_(bias)
-    return gate
-
-
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
@@ -144,7 +137,7 @@ def test_routed_answers_are_those_of_the_exit_where_each_token_leaves(shape, gat
     """Read at once, in pieces, token by token, in a batch with padding: the same as by definition."""
     *_, model = models(shape)
     sequences = [torch.randint(0, VOCAB, (length,)) for length in (11, 7)]
-    gates = [gate_of(0.5 + place, -0.3) if gated else None for place in range(len(shape))]
+    gates = [Gate.at(0.5 + place, -0.3) if gated else None for place in range(len(shape))]
     found = [by_definition(model, ids.tolist()) for ids in sequences]
     sure = found[0][model.exit_layer].softmax(-1).amax(-1)
     thresholds = [float(sure.quantile(0.77)) * 0.9**place for place in range(len(shape))]

@@ -122,7 +122,7 @@ ODD = {"prompt": "p\x1b]0;title\x07", "text": "é☕\x1b[2J\ttab\nline\r"}
     ],
 )
 def test_what_a_terminal_cannot_show_or_would_obey_is_spelled_out(monkeypatch, encoding, terminal, exits, shown):
-    tokens = [{"id": 1, "text": ODD["text"], "deep": True}]
+    tokens = [{"id": 1, "text": ODD["text"], "deep": True, "exit": 2}]
     speeds = {"shallow_ratio": 0.0, "tokens_per_second": 1.0, "full_tokens_per_second": 1.0}
     monkeypatch.setattr(command_line, "_write", lambda arguments: ODD | speeds | {"tokens": tokens})
     written = io.BytesIO()
