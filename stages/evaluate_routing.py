@@ -19,7 +19,7 @@ from lego.evaluation.gating import gate_for
 from lego.evaluation.latency import latency_ratios
 from lego.evaluation.metrics import HardTokens, comparison_lines, routed_metrics, summary
 from lego.evaluation.plain import document_rows
-from lego.evaluation.risk import Certificate, document_units
+from lego.evaluation.risk import Certificate, units_of
 from lego.evaluation.routed import Route, TokenTable, save_tables, threshold_sweep, token_table
 from lego.evaluation.router_quality import (
     captured_by_share,
@@ -96,16 +96,9 @@ def answer(params: Params, model: DeepSupervisionTransformer, seed: int, device:
     return Answers(routing, tables, ledger, routed_metrics(tables, hard, ledger, facts, routing.chosen))
 
 
-def documents(blocks: PackedBlocks) -> np.ndarray:
-    """Number of each predicted token's document."""
-    return document_units(blocks.targets(), corpus_facts("data/tokens")["end_of_text"])
-
-
-def units(params: Params, blocks: PackedBlocks) -> np.ndarray:
+def units(blocks: PackedBlocks, unit: str) -> np.ndarray:
     """Number of each predicted token's block or document."""
-    if params.routing.risk_unit == "block":
-        return np.arange(blocks.tokens) // blocks.seq_len
-    return documents(blocks)
+    return units_of(blocks, unit, corpus_facts("data/tokens")["end_of_text"])
 
 
 def decide(params: Params, model: BaseTransformer, seed: int, device: torch.device) -> Routing:
@@ -123,7 +116,7 @@ def decide(params: Params, model: BaseTransformer, seed: int, device: torch.devi
     criteria = all_criteria(probe.to(device), fitted_gain(model, first, gate, settings, seed, device))
     table = token_table(model, EvaluationBatches(blocks, size), device, scored(criteria), gate=gate)
     ratio = facts["hard_example_ratio"]
-    calibration = Calibration(table, fit_tokens, units(params, blocks), mining, ratio, settings)
+    calibration = Calibration(table, fit_tokens, units(blocks, settings.risk_unit), mining, ratio, settings)
     macs = {name: score_macs(name, model.sizes["dim"], settings) for name in criteria}
     routes = {name: Route(name, calibration.quantile(name), macs[name]) for name in criteria}
     name, found = settings.criterion, None
@@ -147,7 +140,7 @@ def report(params: Params, routing: Routing, tables: dict[str, TokenTable], ledg
     }
     promise: dict[str, Any] = {}
     if routing.promise is not None:
-        of_test = units(params, PackedBlocks("data/tokens", "test"))
+        of_test = units(PackedBlocks("data/tokens", "test"), params.routing.risk_unit)
         realised = realised_risk(tables["test"], routing.chosen, of_test, params.routing.risk_clip)
         promise = vars(routing.promise) | realised
         print("risk on test text: " + ", ".join(f"{key} {value:.4f}" for key, value in realised.items()))
@@ -170,7 +163,7 @@ def stage_facts() -> dict[str, Any]:
 
 def write_documents(table: TokenTable, routing: Routing) -> None:
     """Losses by test document: of the routed model, and of block 1, which every later gain is counted from."""
-    hard, of_test = ~table.easy(routing.mining), documents(PackedBlocks("data/tokens", "test"))
+    hard, of_test = ~table.easy(routing.mining), units(PackedBlocks("data/tokens", "test"), "document")
     routed = table.routed_nll(routing.chosen.threshold, routing.chosen.criterion)
     write_csv("data/documents/ashem.csv", document_rows(routed, table.nll_deep, hard, of_test))
     shallow = table.nll_shallow

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,10 +138,8 @@ class Calibration:
         return share_threshold(torch.from_numpy(score), self.params.deep_share(self.hard_example_ratio))
 
     def units_of_rest(self) -> np.ndarray:
-        """Units (n,) of the text after `fit_tokens`, from 0; one that began before belongs to none."""
-        rest = self.units[self.fit_tokens :]
-        begun = self.units[self.fit_tokens - 1]
-        return np.where(rest > begun, rest - begun - 1, -1)
+        """Units (n,) of the text after `fit_tokens`."""
+        return units_after(self.units, self.fit_tokens)
 
     def certificate(self, name: str) -> tuple[float, Certificate]:
         """The threshold that routes most among those whose risk is certified, and what is promised of it.
@@ -154,27 +152,48 @@ class Calibration:
         params = self.params
         share = np.arange(1, params.risk_candidates + 1) / params.risk_candidates
         thresholds = [*np.quantile(self.table.score(name)[: self.fit_tokens], 1 - share[:-1]).tolist(), 0.0]
-        rest, units = self.table.part(self.fit_tokens), self.units_of_rest()
-        count = int(units.max()) + 1
-        if count < MIN_UNITS:
-            raise StageError(
-                f"params.yaml: routing.calibration risk needs {MIN_UNITS} {params.risk_unit}s of calibration text "
-                f"after exits.fit_share, got {count}; raise data.max_calibration_tokens or lower exits.fit_share"
-            )
-        columns = [
-            unit_losses(rest.routed_nll(threshold, name), rest.nll_deep, units, params.risk_clip)
-            for threshold in thresholds
-        ]
-        found = certify(np.stack(columns, axis=1), params.epsilon, params.delta, params.risk_clip)
-        if found.chosen is not None:
-            return thresholds[found.chosen], found
-        if params.otherwise == "always_deep":
-            return ALWAYS_DEEP, found
+        rest = self.table.part(self.fit_tokens)
+        routed = [rest.routed_nll(threshold, name) for threshold in thresholds]
+        found = certificate_of(routed, rest.nll_deep, self.units_of_rest(), params, name)
+        return ALWAYS_DEEP if found.chosen is None else thresholds[found.chosen], found
+
+
+def units_after(units: np.ndarray, start: int) -> np.ndarray:
+    """Units (n,) of the text after its first `start` tokens, from 0; one that began before belongs to none."""
+    rest, begun = units[start:], units[start - 1]
+    return np.where(rest > begun, rest - begun - 1, -1)
+
+
+def certificate_of(
+    routed: Sequence[np.ndarray], full: np.ndarray, units: np.ndarray, params: RoutingParams, name: str
+) -> Certificate:
+    """What can be promised of one of several ways to route.
+
+    Args:
+        routed: losses (n,) of each way, the one that routes least first.
+        full: losses (n,) of the full depth.
+        units: of risk (n,), see `unit_losses`.
+        params: section `routing`.
+        name: of what decides where a token leaves.
+
+    Raises:
+        StageError: too few units, or none can be certified and the user did not say what then.
+    """
+    count = int(units.max()) + 1
+    if count < MIN_UNITS:
+        raise StageError(
+            f"params.yaml: routing.calibration risk needs {MIN_UNITS} {params.risk_unit}s of calibration text "
+            f"after exits.fit_share, got {count}; raise data.max_calibration_tokens or lower exits.fit_share"
+        )
+    columns = [unit_losses(nll, full, units, params.risk_clip) for nll in routed]
+    found = certify(np.stack(columns, axis=1), params.epsilon, params.delta, params.risk_clip)
+    if found.chosen is None and params.otherwise != "always_deep":
         raise StageError(
             f"params.yaml: routing.epsilon {params.epsilon:g} cannot be certified with {name} on {count} units at "
             f"routing.delta {params.delta:g}, the smallest here is {found.smallest_epsilon:.4f}; raise it, or set "
             "routing.otherwise to always_deep"
         )
+    return found
 
 
 def certificate_line(name: str, found: Certificate, params: RoutingParams) -> str:

@@ -12,12 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lego.base.ashem_sections import RoutingParams
+from lego.evaluation.calibration import certificate_of
 from lego.evaluation.gating import fit_gate
+from lego.evaluation.risk import Certificate
 from lego.evaluation.routed import perplexity
 from lego.model.climb import Climb, last_of
 from lego.model.gate import Gate
 from lego.model.losses import read_exits
 from lego.model.transformer import BaseTransformer
+from lego.routing.decoder import ALWAYS_DEEP
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,20 @@ class ExitTable:
         sure = self.confidence[:-1] >= np.asarray(thresholds)[:, None]
         return np.vstack([sure, np.ones_like(sure[:1])]).argmax(axis=0)
 
+    def part(self, start: int, stop: int | None = None) -> ExitTable:
+        """Of the tokens from `start` to `stop`."""
+        return ExitTable(*(column[:, start:stop] for column in (self.nll, self.right, self.confidence)))
+
+    def routed_nll(self, thresholds: Sequence[float]) -> np.ndarray:
+        """Loss (n,) of each token at the exit where it leaves."""
+        return self.nll[self.exits(thresholds), np.arange(self.nll.shape[1])]
+
     def routed(self, thresholds: Sequence[float]) -> dict[str, float]:
         """Perplexity and accuracy of routed tokens, and the share that goes through each block above the first."""
         exits = self.exits(thresholds)
-        every = np.arange(len(exits))
+        right = self.right[exits, np.arange(len(exits))]
         shares = {f"share_{block + 1}": float((exits >= block).mean()) for block in range(1, len(self.nll))}
-        return {"ppl": perplexity(self.nll[exits, every]), "acc": float(self.right[exits, every].mean())} | shares
+        return {"ppl": perplexity(self.routed_nll(thresholds)), "acc": float(right.mean())} | shares
 
     def thresholds(self, shares: Sequence[float]) -> list[float]:
         """The confidence at each exit but the last below which a share of the tokens lies that come there."""
@@ -95,3 +107,27 @@ def gates_for(
         table = exit_table(model, batches, device, gates)
         gates[place] = fit_gate(table.confidence[place], table.nll[place], table.nll[place + 1])
     return [gate for gate in gates if gate is not None]
+
+
+def certified_thresholds(
+    fit: ExitTable, rest: ExitTable, units: np.ndarray, params: RoutingParams
+) -> tuple[list[float], Certificate]:
+    """The thresholds that route most among those whose risk is certified, and what is promised of them.
+
+    One number moves all of them: the share that goes on at each exit.
+
+    Args:
+        fit: of the text that gates were fitted on, from which candidates come.
+        rest: of the text after it.
+        units: of risk (n,) of the rest, see `unit_losses`.
+        params: section `routing`.
+
+    Raises:
+        StageError: see `certificate_of`.
+    """
+    above = len(fit.nll) - 1
+    shares = 1 - np.arange(1, params.risk_candidates + 1) / params.risk_candidates
+    candidates = [fit.thresholds([float(share)] * above) for share in shares]
+    routed = [rest.routed_nll(thresholds) for thresholds in candidates]
+    found = certificate_of(routed, rest.nll[-1], units, params, "max_prob")
+    return [ALWAYS_DEEP] * above if found.chosen is None else candidates[found.chosen], found

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import binom
 
+from lego.tokens.blocks import PackedBlocks
+
 MIN_UNITS = 500
 
 
@@ -58,6 +60,17 @@ def document_units(ids: np.ndarray, end: int) -> np.ndarray:
     """
     ended = np.cumsum(ids == end)
     return np.concatenate([[0], ended[:-1]]) - 1
+
+
+def units_of(blocks: PackedBlocks, unit: str, end: int) -> np.ndarray:
+    """Number of each token's unit of risk (n,).
+
+    Args:
+        blocks: of the text.
+        unit: `block` or `document`.
+        end: see `document_units`.
+    """
+    return np.arange(blocks.tokens) // blocks.seq_len if unit == "block" else document_units(blocks.targets(), end)
 
 
 def p_value(mean: float, n: int, epsilon: float) -> float:

@@ -113,7 +113,7 @@ class LayerStack(nn.Module):
         return self.exit_layer - self.branch_layer
 
     @property
-    def repeats(self) -> bool:
+    def repeats_any(self) -> bool:
         """Whether any layer above the exit repeats another."""
         return any(block.repeats for block in self.blocks)
 
@@ -144,7 +144,7 @@ class LayerStack(nn.Module):
                 begins below the exit, and h is the output of a later layer than it begins at.
         """
         boundary = self.num_layers if self.block2_context == "full" else self.exit_layer
-        if self.repeats and last > boundary:
+        if self.repeats_any and last > boundary:
             return self._run_branched(h, first, last)
         for index in range(first, min(last, boundary) + 1):
             h = self.layers[index - 1](h)
@@ -194,7 +194,7 @@ class LayerStack(nn.Module):
 
     def _outputs_above(self, h: Tensor, wanted: list[int]) -> Iterator[tuple[int, Tensor]]:
         """`outputs` from outputs h (B, T, D) of the layer that block 2 begins at, in `sequence` context."""
-        if not self.repeats:
+        if not self.repeats_any:
             source = h
             for number in range(self.exit_layer + 1, wanted[-1] + 1):
                 h = self.layer(number)(h, source)
@@ -279,7 +279,7 @@ class LayerStack(nn.Module):
 
     def exit_at(self, x: Tensor, layer: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """`states_at`, and a function that takes the tokens marked in (B, T) from there to the last layer (n, D)."""
-        first = min(self._known(layer), self.branch_layer) if self.repeats else self._known(layer)
+        first = min(self._known(layer), self.branch_layer) if self.repeats_any else self._known(layer)
         start = self.run_layers(self.embedding(x), 1, first)
         reached = self.reach(start) if first < layer == self.exit_layer else None
         h = self.run_layers(start, first + 1, layer) if reached is None else reached.states[-1]

@@ -6,16 +6,21 @@ dvc repro stages/cascade/dvc.yaml:evaluate@third      (python -m stages.cascade.
 import sys
 from typing import Any
 
+import torch
+
 from lego.base.artifacts import atomic_folder, read_number, write_csv, write_json
 from lego.base.harness import Stage, exit_cleanly, resolve_device
-from lego.base.params import load_params
-from lego.evaluation.cascade import ExitTable, exit_table, gates_for
+from lego.base.params import Params, load_params
+from lego.evaluation.calibration import certificate_line, units_after
+from lego.evaluation.cascade import ExitTable, certified_thresholds, exit_table, gates_for
+from lego.evaluation.risk import units_of
 from lego.evaluation.routed import perplexity
-from lego.model.checkpoint import save_cascade
+from lego.model.checkpoint import load_exit, save_cascade
 from lego.model.cost import Ledger, cascade_macs
+from lego.model.gate import Gate
 from lego.model.transformer import BaseTransformer
-from lego.tokens.batches import split_batches
-from lego.tokens.blocks import bits_per_byte, corpus_facts, data_digests
+from lego.tokens.batches import EvaluationBatches, split_batches
+from lego.tokens.blocks import PackedBlocks, bits_per_byte, corpus_facts, data_digests
 from stages.cascade.settings import OWN, block_of, stands_on
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
@@ -32,6 +37,28 @@ def by_share(model: BaseTransformer, tables: dict[str, ExitTable], seq_len: int)
     return rows
 
 
+def fitted(
+    params: Params, model: BaseTransformer, text: EvaluationBatches, device: torch.device
+) -> tuple[list[Gate] | None, int]:
+    """The gates, and how many of the first tokens of calibration text they are fitted on."""
+    fit_tokens: int = load_exit("data/exit", model)[0]["fit_tokens"]
+    if params.routing.gate == "none":
+        return None, fit_tokens
+    part = (0.0, fit_tokens / text.blocks.tokens)
+    first = split_batches("data/tokens", "calibration", params.evaluation.batch_size, part)
+    return gates_for(model, first, device), fit_tokens
+
+
+def promised(params: Params, table: ExitTable, fit_tokens: int) -> list[float]:
+    """The thresholds whose risk is certified on the rest of calibration text."""
+    blocks, end = PackedBlocks("data/tokens", "calibration"), corpus_facts("data/tokens")["end_of_text"]
+    units = units_after(units_of(blocks, params.routing.risk_unit, end), fit_tokens)
+    fit, rest = table.part(0, fit_tokens), table.part(fit_tokens)
+    thresholds, found = certified_thresholds(fit, rest, units, params.routing)
+    print(certificate_line("max_prob at every exit", found, params.routing), flush=True)
+    return thresholds
+
+
 def main(name: str = "") -> None:
     params = load_params()
     block_of(name)  # or one sentence
@@ -40,10 +67,11 @@ def main(name: str = "") -> None:
         device, facts = resolve_device(params.train.device), corpus_facts("data/tokens")
         model, mined = stands_on(f"{OWN}{name}")
         texts = {split: split_batches("data/tokens", split, size) for split in ("calibration", "validation", "test")}
-        gates = gates_for(model, texts["calibration"], device) if params.routing.gate == "fitted" else None
+        gates, fit_tokens = fitted(params, model, texts["calibration"], device)
         tables = {split: exit_table(model, text, device, gates) for split, text in texts.items()}
-        test = tables["test"]
-        thresholds = tables["calibration"].thresholds(mined.ratios)
+        test, thresholds = tables["test"], tables["calibration"].thresholds(mined.ratios)
+        if params.routing.calibration == "risk":
+            thresholds = promised(params, tables["calibration"], fit_tokens)
         routed = test.routed(thresholds)
         shares = [routed[f"share_{number}"] for number in range(2, len(model.exits) + 1)]
         base = Ledger.of(model, facts["seq_len"]).shallow()

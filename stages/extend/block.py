@@ -1,6 +1,6 @@
 """Another block on the same base: the root's stages, from the threshold of mining on, with some parameters changed.
 
-dvc repro stages/extend/dvc.yaml:block@second_pass      (python here.py stages.extend.block second_pass)
+dvc repro stages/extend/dvc.yaml:block@last_6      (python here.py stages.extend.block last_6)
 """
 
 import os

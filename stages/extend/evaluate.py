@@ -107,7 +107,7 @@ def latencies(routed: RoutedModel, ids: Tensor, repeats: int) -> dict[str, dict[
 
 
 def fitting(ledger: Ledger) -> int:
-    """MACs of the passes at both depths by which evaluate_routing fits gate and criterion and sets the threshold."""
+    """MACs of the passes at both depths by which the stage route fits gate and criterion and sets the threshold."""
     exits = read_json("data/exit/exit.json")
     return ledger.always_deep * (2 * exits["fit_tokens"] + PackedBlocks("data/tokens", exits["split"]).tokens)
 

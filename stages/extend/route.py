@@ -1,6 +1,6 @@
-"""What evaluate_routing decides and writes, for a block that is compared with no yardstick.
+"""What evaluate_routing decides and writes, for blocks that are compared with rivals instead of the yardstick.
 
-python here.py stages.extend.route
+dvc repro stages/extend/dvc.yaml:route
 """
 
 from typing import cast

@@ -21,7 +21,7 @@ from lego.base.sections import Count, CountOrZero, Positive, Section
 FILE = Path(__file__).with_name("extend.yaml")
 STAGES = (  # whose times, memory and metrics lie beside those of rivals and blocks
     *("base", "retention", "evaluate", "report", "default", "tokenize", "train_phase1", "compute_threshold"),
-    *("collect_hard", "train_phase2", "train_shallow_continued", "evaluate_routing"),
+    *("collect_hard", "train_phase2", "route"),
 )
 OF_BASE = ("data", "model", "yardstick", "baselines", "ashem.phase1_", "ashem.phase2_share", "ashem.phase2_split")
 """Keys under `root` that begin so decide what is the same for all blocks."""

@@ -13,7 +13,8 @@ import yaml
 from lego.base.artifacts import read_json
 from lego.base.harness import StageError
 from lego.base.parameter_files import ParamsError
-from lego.evaluation.cascade import ExitTable, exit_table, gates_for
+from lego.base.params import load_params
+from lego.evaluation.cascade import ExitTable, certified_thresholds, exit_table, gates_for
 from lego.evaluation.routed import perplexity
 from lego.mining.hidden_states import HiddenStateStore
 from lego.model.checkpoint import load_model
@@ -102,8 +103,10 @@ def test_each_block_leaves_what_is_below_as_it_is_and_has_learned(inside):
 def test_the_metrics_are_what_decoding_answers(inside):
     """Routed perplexity at the thresholds of calibration text, mixed by gates, token after token."""
     found, model = read_json("metrics/cascade/fourth.json"), load_model("data/cascade/fourth")
-    gates = gates_for(model, split_batches("data/tokens", "calibration", 8), "cpu")
-    table = exit_table(model, split_batches("data/tokens", "calibration", 8), "cpu", gates)
+    calibration = split_batches("data/tokens", "calibration", 8)
+    first = (0.0, read_json("data/exit/exit.json")["fit_tokens"] / calibration.blocks.tokens)
+    gates = gates_for(model, split_batches("data/tokens", "calibration", 8, first), "cpu")
+    table = exit_table(model, calibration, "cpu", gates)
     mined = read_json("data/cascade/fourth/mined.json")
     thresholds = table.thresholds(mined["ratios"])
     losses, exits = [], []
@@ -115,8 +118,9 @@ def test_the_metrics_are_what_decoding_answers(inside):
     assert perplexity(torch.cat(losses).double().numpy()) == pytest.approx(found["ppl"], rel=1e-5)
     for block in (2, 3, 4):
         assert float((torch.cat(exits) >= block).double().mean()) == pytest.approx(found[f"share_{block}"], abs=1e-9)
-    shallow = read_json("metrics/details/ashem.json")["shallow_ppl"]
-    assert found["exit_1_ppl"] == pytest.approx(shallow, rel=1e-6)
+    two = read_json("metrics/details/ashem.json")  # of the root pipeline, with its own gate
+    assert found["exit_1_ppl"] == pytest.approx(two["shallow_ppl"], rel=1e-6)
+    assert found["exit_2_ppl"] == pytest.approx(two["deep_ppl"], rel=1e-5)
     shares = [found[f"share_{block}"] for block in (2, 3, 4)]
     ledger = Ledger.of(model, 32)
     assert found["macs"] == pytest.approx(cascade_macs(model, 32, shares) / ledger.shallow())
@@ -145,6 +149,27 @@ def test_tokens_leave_at_the_first_exit_that_is_sure():
     assert (confidence[0] < low).sum() == 3
     assert 0.1 < high < 0.9
     assert table.thresholds([0.0, 0.5])[1] == 0.0  # nobody comes there
+
+
+def test_one_number_moves_all_thresholds_to_the_most_exits_whose_risk_is_certified():
+    """Where the unsure tokens alone need block 2, and none block 3, most may leave at once."""
+    generator = np.random.default_rng(0)
+    sure = generator.random((2, 40_000))
+    nll = np.stack([np.where(sure[0] < 0.2, 3.0, 1.0), np.ones(40_000), np.ones(40_000)])
+    table = ExitTable(nll, nll < 2, np.vstack([sure, sure[:1]]))
+    params = load_params(ROOT / "params.yaml").routing.model_copy(update={"epsilon": 0.05, "risk_candidates": 20})
+    units = np.arange(30_000) // 30
+    thresholds, found = certified_thresholds(table.part(0, 10_000), table.part(10_000), units, params)
+    risk = table.routed_nll(thresholds)[10_000:].mean() - 1.0
+    assert found.chosen is not None
+    assert 0 <= risk <= 0.05
+    assert thresholds[0] < 0.5  # most leave at once
+    with pytest.raises(StageError, match="cannot be certified with max_prob"):
+        certified_thresholds(
+            table.part(0, 10_000), table.part(10_000), units, params.model_copy(update={"epsilon": 1e-4})
+        )
+    free = params.model_copy(update={"epsilon": 1e-4, "otherwise": "always_deep"})
+    assert certified_thresholds(table.part(0, 10_000), table.part(10_000), units, free)[0] == [ALWAYS_DEEP] * 2
 
 
 @pytest.mark.parametrize(
