@@ -23,8 +23,8 @@ from lego.growing.upper_layers import train_gathered
 from lego.mining.hard_tokens import exit_states
 from lego.mining.hidden_states import HiddenStateStore, StoreWriter
 from lego.mining.thresholds import quantile_threshold
-from lego.model.growth import grow_model
 from lego.model.cost import Ledger
+from lego.model.growth import grow_model
 from lego.model.transformer import DeepSupervisionTransformer
 from lego.tokens.batches import EvaluationBatches
 from lego.training.trainer import Trainer, create_standard_config

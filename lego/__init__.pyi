@@ -22,8 +22,8 @@ from lego.mining.hidden_states import HiddenStateStore as HiddenStateStore
 
 # growing
 from lego.growing.upper_layers import ASHEMConfig as ASHEMConfig
-from lego.model.growth import add_block as add_block
 from lego.model.growth import grow_model as grow_model
+from lego.model.growth import add_block as add_block
 from lego.growing.upper_layers import create_hard_example_loader as create_hard_example_loader
 from lego.growing.upper_layers import train_upper_layers as train_upper_layers
 from lego.growing.upper_layers import evaluate_on_hard_examples as evaluate_on_hard_examples
