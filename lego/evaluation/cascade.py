@@ -48,9 +48,9 @@ class ExitTable:
     def routed(self, thresholds: Sequence[float]) -> dict[str, float]:
         """Perplexity and accuracy of routed tokens, and the share that goes through each block above the first."""
         exits = self.exits(thresholds)
-        right = self.right[exits, np.arange(len(exits))]
+        nll, right = (column[exits, np.arange(len(exits))] for column in (self.nll, self.right))
         shares = {f"share_{block + 1}": float((exits >= block).mean()) for block in range(1, len(self.nll))}
-        return {"ppl": perplexity(self.routed_nll(thresholds)), "acc": float(right.mean())} | shares
+        return {"ppl": perplexity(nll), "acc": float(right.mean())} | shares
 
     def thresholds(self, shares: Sequence[float]) -> list[float]:
         """The confidence at each exit but the last below which a share of the tokens lies that come there."""

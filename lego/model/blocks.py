@@ -19,6 +19,11 @@ class Block(NamedTuple):
     repeats: int
 
     @property
+    def layers(self) -> int:
+        """How many it has."""
+        return self.last - self.first + 1
+
+    @property
     def repeating(self) -> range:
         """Its layers that repeat others."""
         return range(self.first, self.first + self.repeats)
@@ -47,7 +52,7 @@ def blocks_above(exit_layer: int, num_layers: int, repeats: int, later: Sequence
     blocks = [Block(exit_layer + 1, second, repeats)] if second > exit_layer else []
     for number, (layers, repeated) in enumerate(later, 3):
         below = blocks[-1]
-        most = min(layers, below.last - below.first + 1)
+        most = min(layers, below.layers)
         if layers < 1 or not 0 <= repeated <= most:
             raise ValueError(
                 f"later_blocks: block {number} needs at least one layer, and can repeat 0 to {max(0, most)} of those "

@@ -61,8 +61,8 @@ class Ledger:
     @classmethod
     def of_block(cls, model: Any, block: Block, seq_len: int) -> Ledger:
         """Ledger of block 1 and one of the blocks above it, which stands at block 2's place; all it reads is stored."""
-        layers = block.last - block.first + 1
-        own = replace(cls.of(model, seq_len), num_layers=model.exit_layer + layers, branches=block.repeats, kept=True)
+        depth = model.exit_layer + block.layers
+        own = replace(cls.of(model, seq_len), num_layers=depth, branches=block.repeats, kept=True)
         return own if block is model.blocks[-1] else replace(own, branch_rank=0)
 
     def grown(self, num_layers: int, phase2_context: str, branch_layer: int | None = None) -> Ledger:

@@ -132,7 +132,7 @@ def add_block(
         ValueError: the model has one block, or another context; nothing is added; arguments outside their range.
     """
     _refuse_block(model, layers, repeats, init, rank)
-    later = [[block.last - block.first + 1, block.repeats] for block in model.blocks[1:]]
+    later = [[block.layers, block.repeats] for block in model.blocks[1:]]
     grown = DeepSupervisionTransformer(
         **model.sizes | {"num_layers": model.num_layers + repeats + layers},
         exit_layer=model.exit_layer,
@@ -151,9 +151,8 @@ def add_block(
         grown.layer(number).requires_grad_(True)
     for number in block.repeating:
         _init_new_layer(grown.layer(number), grown.layer(number - repeats), norm, "copy")
-    depth = below.last - below.first + 1
     for place, number in enumerate(reversed(block.own)):
-        copied = below.last - place % depth
+        copied = below.last - place % below.layers
         _init_new_layer(grown.layer(number), grown.layer(copied), norm, init)
         if init == "copy":  # a layer that repeats another reads that one's keys and values
             source = grown.layer(source_of(copied, grown.blocks)).self_attn
@@ -169,7 +168,7 @@ def _refuse_block(model: BaseTransformer, layers: int, repeats: int, init: str, 
     """Raises ValueError for arguments of `add_block` that do not fit."""
     if not model.blocks or model.block2_context != "sequence":
         raise ValueError("a further block needs a model of two blocks in context sequence; grow_model makes one")
-    below = model.blocks[-1].last - model.blocks[-1].first + 1
+    below = model.blocks[-1].layers
     if not 0 <= repeats <= below:
         raise ValueError(f"repeats must be in 0..{below}, the layers of the block below, got {repeats}")
     if layers < (not repeats):

@@ -71,7 +71,7 @@ def config_of(model: BaseTransformer) -> dict[str, Any]:
         if model.branches:
             config["branch_layer"] = model.branch_layer
         if later := model.blocks[1:]:
-            config["later_blocks"] = [[block.last - block.first + 1, block.repeats] for block in later]
+            config["later_blocks"] = [[block.layers, block.repeats] for block in later]
     return config
 
 

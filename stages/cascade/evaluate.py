@@ -26,14 +26,18 @@ from stages.cascade.settings import OWN, block_of, stands_on
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
+def cost(model: BaseTransformer, seq_len: int, routed: dict[str, float]) -> float:
+    """Mean MACs of a token so routed, as a multiple of block 1 and its head."""
+    shares = [routed[f"share_{number}"] for number in range(2, len(model.exits) + 1)]
+    return cascade_macs(model, seq_len, shares) / Ledger.of(model, seq_len).shallow()
+
+
 def by_share(model: BaseTransformer, tables: dict[str, ExitTable], seq_len: int) -> list[dict[str, Any]]:
     """One row a share that goes on at every exit, the same for all; thresholds are those of calibration text."""
     rows = []
-    base = Ledger.of(model, seq_len).shallow()
     for share in SHARES:
         found = tables["test"].routed(tables["calibration"].thresholds([share] * len(model.blocks)))
-        shares = [found[f"share_{number}"] for number in range(2, len(model.exits) + 1)]
-        rows.append({"share": share, "macs": cascade_macs(model, seq_len, shares) / base} | found)
+        rows.append({"share": share, "macs": cost(model, seq_len, found)} | found)
     return rows
 
 
@@ -73,12 +77,10 @@ def main(name: str = "") -> None:
         if params.routing.calibration == "risk":
             thresholds = promised(params, tables["calibration"], fit_tokens)
         routed = test.routed(thresholds)
-        shares = [routed[f"share_{number}"] for number in range(2, len(model.exits) + 1)]
-        base = Ledger.of(model, facts["seq_len"]).shallow()
         metrics = routed | {
             "bits_per_byte": bits_per_byte(routed["ppl"], facts["splits"]["test"]),
             "val_ppl": tables["validation"].routed(thresholds)["ppl"],
-            "macs": cascade_macs(model, facts["seq_len"], shares) / base,
+            "macs": cost(model, facts["seq_len"], routed),
             "added_macs": read_number(f"data/cascade_facts/train_{name}.json", "added_macs"),
         }
         metrics |= {f"exit_{number}_ppl": perplexity(nll) for number, nll in enumerate(test.nll, 1)}

@@ -71,7 +71,6 @@ def main(name: str = "") -> None:
         store, seq_len = HiddenStateStore(f"data/cascade_hard/{name}"), corpus_facts("data/tokens")["seq_len"]
         store.verify(identity(f"data/{block.below}"), identity("data/tokens/tokenizer/tokenizer.json"))
         below, _ = stands_on(block.below)
-        grown(block, below, stage.seed)  # refused before anything is written
         batches = hard_batches(store, "sequence", params.train, seq_len, stage.seed)
         print(f"{name}: {store.hard_tokens:,} hard tokens stored", flush=True)
         thresholds = store.manifest["mined"]["thresholds"]
